@@ -1,0 +1,901 @@
+"""Dreamer: learning behaviors by latent imagination (Hafner et al., 2020).
+
+    python dreamer.py --logdir ./logdir/walker --task dmc_walker_walk
+
+Symbols of the paper and their names here:
+
+  s_t   model state            `post`, `prior`, `state`: {mean, std, stoch, deter}
+  o_t   image                  `data['image']`, `obs['image']`
+  a_t   action                 `action`
+  r_t   reward                 `reward`
+  gamma discount               `config.discount`, per state `pcont`
+  lambda                       `config.disclam`
+  beta  KL scale               `config.kl_scale`
+  H     imagination horizon    `config.horizon`
+  p_theta(s_t|s_t-1,a_t-1,o_t) `self._dynamics.obs_step` and `self._encode`
+  q_theta(s_t|s_t-1,a_t-1)     `self._dynamics.img_step`
+  q_theta(o_t|s_t)             `self._decode`
+  q_theta(r_t|s_t)             `self._reward`
+  q_phi(a_t|s_t)               `self._actor`
+  v_psi(s_t)                   `self._value`
+
+Letters in shapes: B batch, T time, H horizon, A action, E environments, F
+feature. Steps are environment steps; gradient steps are called updates.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import time
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # before TensorFlow loads
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import models
+import tools
+import wrappers
+
+# --- Configuration (Appendix A) ---------------------------------------------
+
+
+def define_flags():
+  """All flags: {group: [(name, default, unit and meaning, source)]}.
+
+  A tuple in place of a default lists the choices, the default first.
+  """
+  return {
+    'Run': [
+      ('logdir', pathlib.Path(), 'folder of the run; resumes what is there', ''),
+      ('task', 'dmc_walker_walk', 'name of the task', ''),
+      ('preset', ('release', *PRESETS), 'a set of defaults', ''),
+      ('seed', 0, 'of networks, noise, replay and environments', ''),
+      ('steps', 5e6, 'environment steps of the whole run', 'App. G'),
+      ('eval_every', 1e4, 'environment steps between evaluations', 'release'),
+      ('log_every', 1e3, 'environment steps between log lines', 'release'),
+      ('log_scalars', True, 'log losses and norms', 'release'),
+      ('log_images', True, 'log open-loop predictions', 'release'),
+      ('gpu_growth', True, 'take GPU memory as needed', 'release'),
+      (
+        'precision',
+        ('auto', '16', 'bfloat16', '32'),
+        'of layers; auto: 16 on a GPU, bfloat16 on a CPU that has it, or 32',
+        'release: 16',
+      ),
+      ('save_every', 10.0, 'minutes between checkpoints, at most', ''),
+    ],
+    'Environment': [
+      ('envs', 1, 'environments that run at the same time', 'release'),
+      (
+        'parallel',
+        ('process', 'thread', 'none'),
+        'how environments run',
+        'release: none',
+      ),
+      ('action_repeat', 2, 'environment steps for each action', 'App. A'),
+      ('time_limit', 1000, 'environment steps of an episode', 'section 6'),
+      ('prefill', 5000, 'environment steps of random actions', 'App. A'),
+      ('eval_noise', 0.0, 'exploration amount in evaluations', 'release'),
+      ('clip_rewards', ('none', 'tanh'), 'bound of rewards', 'App. A'),
+    ],
+    'World model': [
+      ('deter_size', 200, 'units of the GRU', 'release'),
+      ('stoch_size', 30, 'dimensions of the latent Gaussian', 'App. A'),
+      ('num_units', 400, 'units of dense layers (paper: 300)', 'release'),
+      ('reward_layers', 2, 'hidden layers (paper: 3)', 'release'),
+      ('pcont_layers', 3, 'hidden layers', 'App. A'),
+      ('value_layers', 3, 'hidden layers', 'App. A'),
+      ('actor_layers', 4, 'hidden layers (paper: 3)', 'release'),
+      ('dense_act', 'elu', 'Keras activation of dense layers', 'App. A'),
+      ('cnn_act', 'relu', 'Keras activation of convolutions', 'release'),
+      ('cnn_depth', 32, 'channels of the first convolution', 'release'),
+      ('pcont', False, 'predict discounts, for early termination', 'App. A'),
+      ('free_nats', 3.0, 'nats of KL that cost nothing', 'App. A'),
+      ('kl_scale', 1.0, 'beta of Eq. 10', 'App. A'),
+      ('pcont_scale', 10.0, 'weight of the discount loss', 'release'),
+      ('weight_decay', 0.0, 'decoupled, for each update and rate', 'release'),
+      (
+        'weight_decay_pattern',
+        r'.*',
+        'regular expression of decaying variables',
+        'release',
+      ),
+    ],
+    'Training': [
+      ('batch_size', 50, 'sequences in a batch', 'App. A'),
+      ('batch_length', 50, 'agent steps in a sequence', 'App. A'),
+      ('train_every', 1000, 'environment steps between trainings', 'App. A'),
+      ('train_steps', 100, 'updates in a training', 'App. A'),
+      ('pretrain', 100, 'updates in the first training', 'release'),
+      ('model_lr', 6e-4, 'learning rate of the world model', 'App. A'),
+      ('value_lr', 8e-5, 'learning rate of the value model', 'App. A'),
+      ('actor_lr', 8e-5, 'learning rate of the action model', 'App. A'),
+      ('grad_clip', 100.0, 'largest gradient norm', 'App. A'),
+      ('opt_eps', 1e-7, 'epsilon of Adam (2019 code: 1e-4)', 'release'),
+      ('dataset_balance', False, 'draw ends of episodes more', 'release'),
+      ('replay_capacity', 0, 'environment steps to draw from; 0: all', ''),
+    ],
+    'Behavior': [
+      ('discount', 0.99, 'gamma, for each agent step', 'App. A'),
+      ('disclam', 0.95, 'lambda of Eq. 6', 'App. A'),
+      ('horizon', 15, 'H, agent steps of imagination', 'App. A'),
+      ('action_dist', ('tanh_normal', 'onehot'), 'action model', 'Eq. 3'),
+      ('action_init_std', 5.0, 'before tanh, at the start', 'release'),
+      (
+        'collect_action',
+        ('sample', 'mode'),
+        'action that exploration noise is added to (paper: mode)',
+        'release',
+      ),
+      (
+        'expl',
+        ('additive_gaussian', 'completely_random', 'epsilon_greedy'),
+        'exploration',
+        'App. A',
+      ),
+      ('expl_amount', 0.3, 'standard deviation, or epsilon', 'App. A'),
+      ('expl_decay', 0.0, 'environment steps that halve it; 0: none', 'release'),
+      ('expl_min', 0.0, 'least amount', 'release'),
+    ],
+  }
+
+
+PRESETS = {
+  'paper': dict(
+    num_units=300,
+    reward_layers=3,
+    pcont_layers=3,
+    value_layers=3,
+    actor_layers=3,
+    collect_action='mode',
+  ),
+  # For machines without a GPU.
+  'cpu': dict(
+    batch_size=16,
+    batch_length=16,
+    cnn_depth=16,
+    num_units=200,
+    model_lr=1e-3,
+    value_lr=3e-4,
+    actor_lr=3e-4,
+    eval_every=5000,
+  ),
+  # A whole run in about a minute, to see that everything works.
+  'debug': dict(
+    steps=800,
+    eval_every=400,
+    log_every=200,
+    time_limit=100,
+    prefill=400,
+    deter_size=16,
+    stoch_size=4,
+    num_units=16,
+    cnn_depth=4,
+    batch_size=4,
+    batch_length=10,
+    train_every=100,
+    train_steps=5,
+    pretrain=5,
+    horizon=5,
+  ),
+}
+
+TOY = dict(
+  action_repeat=1,
+  steps=8000,
+  eval_every=1000,
+  log_every=500,
+  prefill=500,
+  deter_size=64,
+  stoch_size=16,
+  num_units=64,
+  cnn_depth=8,
+  batch_size=16,
+  train_every=50,
+  train_steps=20,
+  model_lr=1e-3,
+  value_lr=3e-4,
+  actor_lr=3e-4,
+)
+
+TASKS = {
+  'toy_reach': dict(TOY, time_limit=50, batch_length=16),
+  'toy_catch': dict(
+    TOY,
+    time_limit=50,
+    batch_length=10,
+    horizon=10,
+    pcont=True,
+    action_dist='onehot',
+    expl='epsilon_greedy',
+  ),
+}
+
+# What may not change when a run resumes: it shapes weights or the replay.
+FIXED = (
+  *('task', 'action_repeat', 'deter_size', 'stoch_size', 'num_units'),
+  *('reward_layers', 'pcont_layers', 'value_layers', 'actor_layers'),
+  *('cnn_depth', 'pcont', 'action_dist'),
+)
+
+
+def define_config(task='dmc_walker_walk', preset='release'):
+  """Defaults of a task and preset: `AttrDict` from flag to value."""
+  config = tools.AttrDict()
+  for flags in define_flags().values():
+    for name, default, _, _ in flags:
+      config[name] = default[0] if isinstance(default, tuple) else default
+  config.update(TASKS.get(task, {}))
+  config.update(PRESETS.get(preset, {}))
+  config.update(task=task, preset=preset)
+  return config
+
+
+def _parse_value(default, text):
+  """Reads `text` as the type of `default`; whole numbers may be 1e6."""
+  if isinstance(default, bool):
+    return {'True': True, 'False': False}[text]
+  if isinstance(default, int):
+    if float(text) != int(float(text)):
+      raise ValueError(text)
+    return int(float(text))
+  return type(default)(text)
+
+
+class _Parser(argparse.ArgumentParser):
+  """Prints one line for an error, and exits with code 2."""
+
+  def error(self, message):
+    raise tools.UserError(message)
+
+
+def parse_flags(argv):
+  """Resolves the command line: defaults < task < preset < given flags.
+
+  Raises:
+    UserError: unknown flag, task or choice, wrong type, impossible value.
+  """
+  parser = _Parser(
+    description='Dreamer: learns to act from images by latent imagination.',
+    epilog='The same command again resumes the run in its logdir.',
+    allow_abbrev=False,
+  )
+  known = {}
+  for group, flags in define_flags().items():
+    section = parser.add_argument_group(group)
+    for name, default, text, source in flags:
+      choices = default if isinstance(default, tuple) else None
+      default = known[name] = default[0] if choices else default
+      shown = '' if name == 'logdir' else f'{default}; '
+      section.add_argument(
+        f'--{name}',
+        metavar='|'.join(choices) if choices else type(default).__name__,
+        help=f'{text} ({shown}{source})'.replace('; )', ')').replace(' ()', ''),
+        required=name == 'logdir',
+      )
+  given, unknown = parser.parse_known_args(argv)
+  for word in unknown:
+    names = [f'--{name}' for name in known]
+    hint = tools.nearest(word.split('=')[0], names) or '; --help lists all'
+    raise tools.UserError(f'unknown argument {word}{hint}')
+  given = {k: v for k, v in vars(given).items() if v is not None}
+  values = {k: _read_flag(k, v) for k, v in given.items()}
+  task = values.get('task', known['task'])
+  config = define_config(task, values.get('preset', known['preset']))
+  config.update(values)
+  _check_config(config)
+  return config
+
+
+def _read_flag(name, text):
+  flags = {f[0]: f[1] for group in define_flags().values() for f in group}
+  default = flags[name]
+  if isinstance(default, tuple):
+    if text not in default:
+      raise tools.UserError(
+        f'--{name} is one of {", ".join(default)}, not {text!r}'
+        + tools.nearest(text, default)
+      )
+    return text
+  try:
+    return _parse_value(default, text)
+  except (ValueError, KeyError, OverflowError):
+    kind = {bool: 'True or False', int: 'a whole number', float: 'a number'}
+    raise tools.UserError(
+      f'--{name} takes {kind[type(default)]}, not {text!r}'
+    ) from None
+
+
+def _check_config(config):
+  """Refuses what would fail later, with the flag's name."""
+  wrappers.check_task(config.task)
+  wrappers.check_parallel(config.task, config.parallel)
+  least = dict.fromkeys(
+    ('envs', 'action_repeat', 'batch_size', 'train_every', 'eval_every'), 1
+  )
+  least.update(dict.fromkeys(('deter_size', 'stoch_size', 'num_units'), 1))
+  least.update(cnn_depth=1, batch_length=2, horizon=2, prefill=0, steps=0)
+  for name, value in least.items():
+    if config[name] < value:
+      raise tools.UserError(f'--{name} is at least {value}, not {config[name]}')
+  rows = config.time_limit // config.action_repeat + 1
+  if config.batch_length > rows:
+    raise tools.UserError(
+      f'--batch_length {config.batch_length} is longer than any episode: '
+      f'{config.time_limit} environment steps with action repeat '
+      f'{config.action_repeat} make {rows} rows. Choose {rows} or less.'
+    )
+
+
+# --- The agent --------------------------------------------------------------
+
+
+def preprocess(obs, config):
+  """Images from uint8 to [-0.5, 0.5] and rewards as the model sees them."""
+  obs = dict(obs)
+  obs['image'] = tf.cast(obs['image'], tf.float32) / 255.0 - 0.5
+  if 'reward' in obs:
+    clip = dict(none=lambda x: x, tanh=tf.tanh)[config.clip_rewards]
+    obs['reward'] = clip(tf.cast(obs['reward'], tf.float32))
+  return obs
+
+
+class Dreamer(tf.Module):
+  """The agent: acts, and learns by Algorithm 1.
+
+  Args:
+    config: from `define_config`.
+    datadir: folder of training episodes; they exist before the first update.
+    actspace: a `gym.spaces.Box` of shape [A] within [-1, 1].
+    logger: `tools.Logger`, or None.
+    stop: `tools.StopSignal`, or None.
+  """
+
+  def __init__(self, config, datadir, actspace, logger=None, stop=None):
+    super().__init__()
+    self._c = config
+    self._datadir = datadir
+    self._logger = logger
+    self._stop = stop or tools.StopSignal()
+    self._actions = actspace.shape[0]
+    self._random = tf.random.Generator.from_seed(config.seed)
+    counter = functools.partial(tf.Variable, dtype=tf.int64, trainable=False)
+    self._step = counter(0)  # environment steps
+    self._updates = counter(0)
+    self._pending = counter(0)  # updates that are due
+    self._should_train = tools.Every(config.train_every)
+    self._should_pretrain = tools.Once()
+    self._should_log = tools.Every(config.log_every)
+    self._metrics = {}
+    self._timer = tools.Stopwatch()
+    self._last_log = None
+    self._dataset = None
+    self._build_model()
+
+  @property
+  def step(self):
+    """Environment steps so far."""
+    return int(self._step.numpy())
+
+  @step.setter
+  def step(self, value):
+    self._step.assign(value)
+
+  @property
+  def updates(self):
+    """Updates so far."""
+    return int(self._updates.numpy())
+
+  @property
+  def seconds_per_update(self):
+    """Mean seconds of an update, None before the third."""
+    return self._timer.mean if self._timer.count >= 3 else None
+
+  def trackable(self):
+    """What a checkpoint holds, by name."""
+    names = '_step _updates _pending _random'.split()
+    names += '_should_train _should_pretrain _should_log'.split()
+    names += self._networks
+    objects = {name.strip('_'): getattr(self, name) for name in names}
+    for opt in ('_model_opt', '_actor_opt', '_value_opt'):
+      objects[opt.strip('_')] = getattr(self, opt).optimizer
+    return objects
+
+  def _build_model(self):
+    c, units = self._c, self._c.num_units
+    self._encode = models.ConvEncoder(c.cnn_depth, c.cnn_act, name='encoder')
+    self._dynamics = models.RSSM(
+      c.stoch_size, c.deter_size, c.deter_size, c.dense_act, name='dynamics'
+    )
+    self._decode = models.ConvDecoder(c.cnn_depth, c.cnn_act, name='decoder')
+    head = functools.partial(models.DenseDecoder, (), units=units)
+    self._reward = head(c.reward_layers, act=c.dense_act, name='reward')
+    self._value = head(c.value_layers, act=c.dense_act, name='value')
+    if c.pcont:
+      self._pcont = head(
+        c.pcont_layers, dist='binary', act=c.dense_act, name='pcont'
+      )
+    self._actor = models.ActionDecoder(
+      self._actions,
+      c.actor_layers,
+      units,
+      c.action_dist,
+      c.dense_act,
+      init_std=c.action_init_std,
+      name='actor',
+    )
+    # Run everything once on zeros, which creates the variables.
+    embed = self._encode(dict(image=tf.zeros([1, 1, 64, 64, 3])))
+    action = tf.zeros([1, self._actions])
+    post, _ = self._dynamics.obs_step(
+      self._dynamics.initial(1), action, embed[:, 0]
+    )
+    feat = self._dynamics.get_feat(post)
+    model = [self._encode, self._dynamics, self._decode, self._reward]
+    model += [self._pcont] if c.pcont else []
+    for net in (*model[2:], self._actor, self._value):
+      net(feat)
+    self._networks = ['_encode', '_dynamics', '_decode', '_reward']
+    self._networks += ['_pcont'] if c.pcont else []
+    self._networks += ['_actor', '_value']
+    adam = functools.partial(
+      tools.Adam,
+      clip=c.grad_clip,
+      wd=c.weight_decay,
+      wdpattern=c.weight_decay_pattern,
+      eps=c.opt_eps,
+      loss_scaling=keras.config.dtype_policy().compute_dtype == 'float16',
+    )
+    self._model_opt = adam('model', model, c.model_lr)
+    self._actor_opt = adam('actor', [self._actor], c.actor_lr)
+    self._value_opt = adam('value', [self._value], c.value_lr)
+
+  def count_parameters(self):
+    """Number of parameters of the three optimizers, by name."""
+    opts = dict(model=self._model_opt, actor=self._actor_opt)
+    opts.update(value=self._value_opt)
+    return {
+      name: sum(int(np.prod(v.shape)) for v in opt.variables)
+      for name, opt in opts.items()
+    }
+
+  # Acting
+
+  def __call__(self, obs, reset, state=None, training=True):
+    """Learns if that is due, then acts.
+
+    Args:
+      obs: dictionary of arrays [E, ...], `image` uint8 among them.
+      reset: bool [E], true where an episode begins.
+      state: what the last call returned; None at the first.
+      training: explore, count steps and learn; else only act.
+
+    Returns:
+      Actions [E, A] and the new state.
+    """
+    if training:
+      self._learn_if_due()
+    else:
+      self._stop.check()
+    if state is None:
+      batch = len(reset)
+      state = self._dynamics.initial(batch), tf.zeros([batch, self._actions])
+    action, state = self.policy(
+      dict(image=obs['image']), reset, state, self._noise(training), training
+    )
+    if training:
+      self._step.assign_add(len(reset) * self._c.action_repeat)
+    return action.numpy(), state
+
+  @tf.function
+  def policy(self, obs, reset, state, noise, training):
+    """One action for each environment (Algorithm 1, interaction).
+
+    Args:
+      obs: {image: uint8 [E, 64, 64, 3]}.
+      reset: bool [E].
+      state: (model state {...: [E, ...]}, last action [E, A]).
+      noise: float scalar, exploration amount.
+      training: sample the action (or `--collect_action mode`), else mode.
+
+    Returns:
+      Action [E, A] and the new state.
+    """
+    keep = tf.cast(tf.logical_not(reset), tf.float32)[:, None]
+    latent, action = tf.nest.map_structure(lambda x: x * keep, state)
+    seeds = tools.make_seeds(3, self._random)
+    embed = self._encode(preprocess(obs, self._c))
+    latent, _ = self._dynamics.obs_step(latent, action, embed, seeds[0])
+    dist = self._actor(self._dynamics.get_feat(latent))
+    if training and self._c.collect_action == 'sample':
+      action = dist.sample(seed=seeds[1])
+    elif self._c.action_dist == 'onehot':
+      action = dist.mode()
+    else:
+      action = dist.mode(seed=seeds[1])
+    action = self._explore(action, noise, seeds[2])
+    return action, (latent, action)
+
+  def _noise(self, training):
+    """Exploration amount at this step, a float32 number."""
+    c = self._c
+    amount = c.expl_amount if training else c.eval_noise
+    if training and c.expl_decay:
+      amount = max(c.expl_min, amount * 0.5 ** (self.step / c.expl_decay))
+    return np.float32(amount)
+
+  def _explore(self, action, noise, seed):
+    """Adds exploration noise to actions [E, A]."""
+    normal = tf.random.stateless_normal(tf.shape(action), seed)
+    if self._c.expl == 'additive_gaussian':
+      return tf.clip_by_value(action + noise * normal, -1.0, 1.0)
+    uniform = tf.random.stateless_uniform(tf.shape(action), seed)
+    if self._c.action_dist == 'onehot':  # the largest of A is a fair draw
+      random = tf.one_hot(tf.argmax(uniform, -1), self._actions)
+    else:
+      random = 2.0 * uniform - 1.0
+    if self._c.expl == 'completely_random':
+      return tf.where(noise > 0, random, action)
+    chance = tf.random.stateless_uniform(
+      tf.shape(action)[:1], tf.bitwise.invert(seed)
+    )
+    return tf.where(chance[:, None] < noise, random, action)
+
+  # Learning
+
+  def _learn_if_due(self):
+    """Makes the updates that are due by the number of steps."""
+    self._stop.check()
+    c = self._c
+    while self._should_train(self.step):
+      count = c.pretrain if self._should_pretrain() else c.train_steps
+      self._pending.assign_add(count)
+    while self._pending.numpy() > 0:
+      self._stop.check()
+      self._update()
+      self._pending.assign_sub(1)
+    if self._should_log(self.step):
+      self._write_summaries()
+
+  def _update(self):
+    """Draws a batch and makes one update; checks that it is finite."""
+    if self._dataset is None:
+      self._dataset = load_dataset(self._datadir, self._c, self.updates)
+    first = self._timer.count == 0
+    batch = next(self._dataset)
+    with self._timer():
+      if first:
+        with self._stop.immediate():  # tracing can take a minute
+          metrics = self.train(batch)
+      else:
+        metrics = self.train(batch)
+      metrics = {k: float(v) for k, v in metrics.items()}
+    self._updates.assign_add(1)
+    for name, value in metrics.items():
+      scaled = name.endswith('_norm') and f'{name[:5]}_skipped' in metrics
+      if not np.isfinite(value) and not scaled:
+        raise tools.NonFiniteError(
+          f'{name} became {value} in update {self.updates}'
+        )
+      if np.isfinite(value):
+        self._metrics.setdefault(name, []).append(value)
+    if self._logger:
+      self._logger.progress(self.step, self.updates)
+
+  @tf.function
+  def train(self, data):
+    """One update of all parameters (Algorithm 1, learning).
+
+    All losses are computed before any variable moves.
+
+    Args:
+      data: batch of `load_dataset`: image uint8 [B, T, 64, 64, 3], action
+        [B, T, A], reward [B, T], discount [B, T].
+
+    Returns:
+      Metrics, a dictionary of float32 scalars.
+    """
+    data = preprocess(data, self._c)
+    model_opt, actor_opt, value_opt = (
+      self._model_opt,
+      self._actor_opt,
+      self._value_opt,
+    )
+    with _watch(model_opt.variables) as model_tape:
+      model_loss, post, metrics = self._model_loss(data)
+    with _watch(actor_opt.variables) as actor_tape:
+      actor_loss, imag, actor_metrics = self._actor_loss(post)
+    with _watch(value_opt.variables) as value_tape:
+      value_loss, value_metrics = self._value_loss(**imag)
+    updates = [
+      (model_opt, model_opt.gradient(model_tape, model_loss)),
+      (actor_opt, actor_opt.gradient(actor_tape, actor_loss)),
+      (value_opt, value_opt.gradient(value_tape, value_loss)),
+    ]
+    metrics.update(**actor_metrics, **value_metrics)
+    for opt, grads in updates:
+      metrics.update(opt.apply(grads))
+    return metrics
+
+  def _model_loss(self, data):
+    """Reconstruction objective J_REC, negated (Eq. 10).
+
+        action[t], image[t], reward[t] are one row: image and reward came
+        after the action.
+
+        image     o_0    o_1    o_2   ...        row 0: the reset, with zero
+        action    a_0 -> a_1 -> a_2 -> ...              action and reward
+        state     s_0 -> s_1 -> s_2 -> ...       s_t sees a_0..a_t, o_0..o_t
+        predicts o_0,r_0 o_1,r_1 o_2,r_2
+
+    Args:
+      data: preprocessed batch, [B, T, ...].
+
+    Returns:
+      Loss, posterior states {...: [B, T, ...]}, metrics.
+    """
+    seeds = tools.make_seeds(data['action'].shape[1], self._random)
+    embed = self._encode(data)
+    post, prior = self._dynamics.observe(embed, data['action'], seed=seeds)
+    feat = self._dynamics.get_feat(post)
+    likes = dict(
+      image=self._decode(feat).log_prob(data['image']),  # J_O of Eq. 10
+      reward=self._reward(feat).log_prob(data['reward']),  # J_R of Eq. 10
+    )
+    if self._c.pcont:  # soft labels 0 and gamma (Appendix A)
+      target = self._c.discount * data['discount']
+      like = self._pcont(feat).log_prob(target)
+      likes['pcont'] = self._c.pcont_scale * like
+    likes = {k: tf.reduce_mean(v) for k, v in likes.items()}
+    prior_dist = self._dynamics.get_dist(prior)
+    post_dist = self._dynamics.get_dist(post)
+    div = tf.reduce_mean(post_dist.kl_divergence(prior_dist))  # J_D of Eq. 10
+    clipped = tf.maximum(div, self._c.free_nats)
+    loss = self._c.kl_scale * clipped - sum(likes.values())  # Eq. 10
+    metrics = {f'{k}_loss': -v for k, v in likes.items()}
+    metrics.update(
+      model_loss=loss,
+      div=div,
+      prior_ent=tf.reduce_mean(prior_dist.entropy()),
+      post_ent=tf.reduce_mean(post_dist.entropy()),
+    )
+    return loss, post, metrics
+
+  def _imagine(self, post):
+    """Imagined features [H, N, F] from posterior states (section 3).
+
+    Starts at every state of the batch, N = B * T (with `pcont` without the
+    last of each sequence, which may be terminal). The start is not part of
+    the result. Also returns the actions' log-probabilities [H, N].
+    """
+    if self._c.pcont:
+      post = {k: v[:, :-1] for k, v in post.items()}
+    start = {
+      k: tf.reshape(tf.stop_gradient(v), [-1, v.shape[-1]])
+      for k, v in post.items()
+    }
+    seeds = tools.make_seeds(2 * self._c.horizon, self._random)
+
+    def step(carry, seeds):
+      state, _ = carry
+      dist = self._actor(tf.stop_gradient(self._dynamics.get_feat(state)))
+      action = dist.sample(seed=seeds[0])  # Eq. 3
+      logprob = tf.stop_gradient(dist.log_prob(action))
+      return self._dynamics.img_step(state, action, seeds[1]), logprob
+
+    states, logprob = tools.static_scan(
+      step,
+      tf.reshape(seeds, [self._c.horizon, 2, 2]),
+      (start, tf.zeros_like(start['stoch'][:, 0])),
+    )
+    return self._dynamics.get_feat(states), logprob
+
+  def _actor_loss(self, post):
+    """Objective of the action model, negated (Eq. 7).
+
+        start   s_0   a posterior state of the batch, not part of imag_feat
+        index    0      1     ...   H-2    H-1
+        state   s_1    s_2    ...  s_{H-1} s_H      imag_feat [H, N, F]
+        reward  r_1    r_2    ...  r_{H-1}  -       of the state it is at
+        value   v_1    v_2    ...  v_{H-1}  v_H     v_H is the bootstrap
+        pcont   g_1    g_2    ...  g_{H-1}  -
+        return  V_1    V_2    ...  V_{H-1}  -       [H-1, N]
+        weight   1     g_1    ... g_1..g_{H-2}      chance to get there
+
+    Args:
+      post: posterior states {...: [B, T, ...]}.
+
+    Returns:
+      Loss, what `_value_loss` takes, metrics.
+    """
+    imag_feat, logprob = self._imagine(post)
+    reward = self._reward(imag_feat).mean()
+    value = self._value(imag_feat).mean()
+    if self._c.pcont:
+      pcont = self._pcont(imag_feat).mean()
+    else:
+      pcont = self._c.discount * tf.ones_like(reward)
+    returns = tools.lambda_return(  # Eq. 6
+      reward[:-1],
+      value[:-1],
+      pcont[:-1],
+      bootstrap=value[-1],
+      lambda_=self._c.disclam,
+      axis=0,
+    )
+    weights = tf.concat([tf.ones_like(pcont[:1]), pcont[:-2]], 0)
+    weights = tf.stop_gradient(tf.math.cumprod(weights, 0))
+    loss = -tf.reduce_mean(weights * returns)  # Eq. 7
+    metrics = dict(
+      actor_loss=loss,
+      action_ent=-tf.reduce_mean(logprob),
+      imag_reward=tf.reduce_mean(reward),
+      imag_return=tf.reduce_mean(returns),
+    )
+    imag = dict(imag_feat=imag_feat, returns=returns, weights=weights)
+    return loss, tf.nest.map_structure(tf.stop_gradient, imag), metrics
+
+  def _value_loss(self, imag_feat, returns, weights):
+    """Objective of the value model (Eq. 8), up to a constant.
+
+        state   s_1  s_2 ... s_{H-1}      imag_feat[:-1]
+        target  V_1  V_2 ... V_{H-1}      `returns`, no gradient
+        weight   1   g_1 ...              as in `_actor_loss`
+
+    The log-probability of a Gaussian of unit variance is -1/2 (v - V)^2.
+    """
+    value = self._value(imag_feat[:-1])
+    loss = -tf.reduce_mean(weights * value.log_prob(returns))  # Eq. 8
+    metrics = dict(value_loss=loss, imag_value=tf.reduce_mean(value.mean()))
+    return loss, metrics
+
+  # Logging
+
+  def _write_summaries(self):
+    now, step = time.time(), self.step
+    metrics = {k: np.mean(v) for k, v in self._metrics.items()}
+    self._metrics.clear()
+    metrics = metrics if self._c.log_scalars else {}
+    if self._last_log:
+      metrics['fps'] = (step - self._last_log[1]) / (now - self._last_log[0])
+    self._last_log = (now, step)
+    if not self._logger:
+      return
+    self._logger.scalars(step, dict(metrics, updates=self.updates), 'agent/')
+    if self._c.log_images:
+      batch = next(load_dataset(self._datadir, self._c, self.updates))
+      video = self.open_loop({k: v[:6] for k, v in batch.items()})
+      self._logger.video(step, 'agent/openl', video.numpy())
+    self._logger.flush()
+
+  @tf.function
+  def open_loop(self, data):
+    """Prediction as in Figure 5: 5 images of context, then imagination.
+
+    Args:
+      data: batch of `load_dataset`, [B, T, ...].
+
+    Returns:
+      Video in [0, 1], float32 [B, T, 3 * 64, 64, 3]: truth, model, error.
+    """
+    data = preprocess(data, self._c)
+    context = min(5, data['action'].shape[1] - 1)
+    embed = self._encode(dict(image=data['image'][:, :context]))
+    action = data['action']
+    post, _ = self._dynamics.observe(embed, action[:, :context])
+    last = {k: v[:, -1] for k, v in post.items()}
+    prior = self._dynamics.imagine(action[:, context:], last)
+    feat = [self._dynamics.get_feat(x) for x in (post, prior)]
+    model = self._decode(tf.concat(feat, 1)).mean() + 0.5
+    truth = data['image'] + 0.5
+    error = (model - truth + 1.0) / 2.0
+    return tf.concat([truth, model, error], 2)
+
+
+def _watch(variables):
+  """A gradient tape on these variables alone."""
+  tape = tf.GradientTape(watch_accessed_variables=False)
+
+  class Watching:
+    def __enter__(self):
+      entered = tape.__enter__()
+      for variable in variables:
+        entered.watch(variable.value)
+      return entered
+
+    def __exit__(self, *args):
+      return tape.__exit__(*args)
+
+  return Watching()
+
+
+# --- Data -------------------------------------------------------------------
+
+
+def count_steps(datadir, config):
+  """Environment steps in the episodes of a folder."""
+  return tools.count_episodes(datadir)[1] * config.action_repeat
+
+
+def load_dataset(directory, config, start=0):
+  """Yields batches of windows for ever: numpy arrays [B, T, ...].
+
+  Images stay uint8; they become floats on the device, in the compiled step.
+
+  Args:
+    directory: folder of episodes.
+    config: `batch_size` B, `batch_length` T, `dataset_balance`, `seed`,
+      `replay_capacity`.
+    start: index of the first batch; batch number n is the same however often
+      the run was interrupted, as long as the episodes are.
+  """
+  capacity = -(-config.replay_capacity // config.action_repeat)
+  windows = tools.load_episodes(
+    directory,
+    rescan=config.batch_size,
+    length=config.batch_length,
+    balance=config.dataset_balance,
+    seed=config.seed,
+    capacity=capacity,
+    start=start,
+  )
+  while True:
+    batch = [next(windows) for _ in range(config.batch_size)]
+    data = {'image': np.stack([x['image'] for x in batch])}
+    for key in ('action', 'reward', 'discount'):
+      data[key] = np.stack([x[key] for x in batch]).astype(np.float32)
+    yield data
+
+
+def summarize_episode(episode, config, datadir, logger, prefix):
+  """Logs a finished episode; `prefix` is train or test."""
+  episodes, steps = tools.count_episodes(datadir)
+  steps *= config.action_repeat
+  length = (len(episode['reward']) - 1) * config.action_repeat
+  score = float(episode['reward'].astype(np.float64).sum())
+  name = dict(train='Episode', test='Evaluation')[prefix]
+  logger.say(f'{name}: return {score:.1f} in {length} steps, at step {steps}.')
+  metrics = {f'{prefix}/return': score, f'{prefix}/length': length}
+  logger.scalars(steps, dict(metrics, episodes=episodes))
+  if prefix == 'test' and config.log_images:
+    logger.video(steps, 'test/policy', episode['image'][None])
+
+
+def make_env(config, index=0, prefix='train', callbacks=()):
+  """Environment number `index` in its worker, recording episodes.
+
+  Each has a random stream of its own, from (seed, index); those of
+  evaluations (`prefix` test) differ from those of training.
+  """
+  stream = [config.seed, index, int(prefix == 'test')]
+  seed = int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
+  make = functools.partial(
+    wrappers.make_task,
+    config.task,
+    config.action_repeat,
+    config.time_limit,
+    seed,
+  )
+  env = wrappers.Async(make, config.parallel)
+  return wrappers.Collect(env, list(callbacks))
+
+
+def random_agent(actspace, seed):
+  """A policy that draws actions uniformly, as `simulate` takes it."""
+  rng = np.random.default_rng(seed)
+
+  def act(obs, reset, state=None):
+    size = (len(reset), *actspace.shape)
+    if getattr(actspace, 'discrete', False):
+      index = rng.integers(actspace.shape[0], size=len(reset))
+      return np.eye(actspace.shape[0], dtype=np.float32)[index], None
+    return rng.uniform(-1, 1, size).astype(np.float32), None
+
+  return act

@@ -1,0 +1,292 @@
+"""The networks of Dreamer (Appendix A), as Keras layers.
+
+Layers compute in the dtype of the Keras policy (`--precision`); what passes
+between networks (states, features, distribution parameters) is float32.
+
+Letters in shapes: B batch, T time, A action; S = 30 stochastic, D = 200
+deterministic state size; feature = S + D.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers as kl
+from tensorflow_probability import distributions as tfd
+
+import tools
+
+
+def float32(x):
+  return tf.cast(x, tf.float32)
+
+
+class RSSM(keras.layers.Layer):
+  """Recurrent state space model (Hafner et al., 2018).
+
+           a_{t-1}                       o_t
+              |                           |
+              v                           v
+      s_{t-1} --> [dense] --> [GRU h_t] --+--> [dense] --> posterior s_t
+      h_{t-1} ----------------^   |
+                                  +----------> [dense] --> prior s_t
+
+  The state of Eq. 1 is the pair of h_t (`deter`) and s_t (`stoch`). The
+  posterior is the paper's representation model, the prior its transition
+  model. A state is a dictionary of float32: mean, std, stoch [..., S] and
+  deter [..., D].
+
+  Args:
+    stoch: S, size of the Gaussian part.
+    deter: D, size of the GRU.
+    hidden: units of the dense layers.
+    act: activation of the dense layers.
+  """
+
+  def __init__(self, stoch=30, deter=200, hidden=200, act='elu', **kwargs):
+    super().__init__(**kwargs)
+    self._stoch_size = stoch
+    self._deter_size = deter
+    self._cell = kl.GRUCell(deter, name='gru')
+    self._img1 = kl.Dense(hidden, act, name='img1')
+    self._img2 = kl.Dense(hidden, act, name='img2')
+    self._img3 = kl.Dense(2 * stoch, name='img3')
+    self._obs1 = kl.Dense(hidden, act, name='obs1')
+    self._obs2 = kl.Dense(2 * stoch, name='obs2')
+
+  def initial(self, batch_size):
+    """The state before an episode: zeros [B, ...]."""
+    stoch = tf.zeros([batch_size, self._stoch_size])
+    deter = tf.zeros([batch_size, self._deter_size])
+    return dict(mean=stoch, std=stoch, stoch=stoch, deter=deter)
+
+  def observe(self, embed, action, state=None, seed=None):
+    """Posterior and prior states along a sequence.
+
+    Args:
+      embed: [B, T, E]; `embed[:, t]` is the image that followed
+      action: [B, T, A] at the same index.
+      state: the state before the sequence; None is `initial`.
+      seed: int32 [T, 2], for each time; None draws them.
+
+    Returns:
+      (posterior, prior), dictionaries of float32 [B, T, ...].
+    """
+    if state is None:
+      state = self.initial(tf.shape(action)[0])
+    seed = tools.make_seeds(tf.shape(action)[1]) if seed is None else seed
+    post, prior = tools.static_scan(
+      lambda carry, x: self.obs_step(carry[0], *x),
+      (_swap(action), _swap(embed), seed),
+      (state, state),
+    )
+    return _map(_swap, post), _map(_swap, prior)
+
+  def imagine(self, action, state=None, seed=None):
+    """Prior states [B, T, ...] for actions [B, T, A], without images."""
+    if state is None:
+      state = self.initial(tf.shape(action)[0])
+    seed = tools.make_seeds(tf.shape(action)[1]) if seed is None else seed
+    prior = tools.static_scan(
+      lambda carry, x: self.img_step(carry, *x), (_swap(action), seed), state
+    )
+    return _map(_swap, prior)
+
+  def get_feat(self, state):
+    """What all heads see: float32 [..., S + D]."""
+    return tf.concat([state['stoch'], state['deter']], -1)
+
+  def get_dist(self, state):
+    """Diagonal Gaussian over the stochastic part, event shape [S]."""
+    return tfd.MultivariateNormalDiag(state['mean'], state['std'])
+
+  def obs_step(self, prev_state, prev_action, embed, seed=None):
+    """Representation model p(s_t | s_{t-1}, a_{t-1}, o_t) (Eq. 1, 9).
+
+    Args:
+      prev_state: state [B, ...].
+      prev_action: [B, A], the action that led to
+      embed: [B, E], the encoded image o_t.
+      seed: int32 [2]; None draws one.
+
+    Returns:
+      (posterior, prior), states [B, ...].
+    """
+    seed = tools.make_seeds(1)[0] if seed is None else seed
+    prior = self.img_step(prev_state, prev_action, seed)
+    x = tf.concat([prior['deter'], float32(embed)], -1)
+    stats = self._stats(self._obs2(self._obs1(x)))
+    # Another stream than the prior's: the two samples are independent.
+    stoch = _sample(stats, tf.bitwise.invert(seed))
+    return dict(stoch=stoch, deter=prior['deter'], **stats), prior
+
+  def img_step(self, prev_state, prev_action, seed=None):
+    """Transition model q(s_t | s_{t-1}, a_{t-1}) (Eq. 1, 9)."""
+    seed = tools.make_seeds(1)[0] if seed is None else seed
+    x = tf.concat([prev_state['stoch'], float32(prev_action)], -1)
+    x, (deter,) = self._cell(self._img1(x), [prev_state['deter']])
+    stats = self._stats(self._img3(self._img2(x)))
+    return dict(stoch=_sample(stats, seed), deter=float32(deter), **stats)
+
+  def _stats(self, x):
+    mean, std = tf.split(float32(x), 2, -1)
+    return dict(mean=mean, std=tf.nn.softplus(std) + 0.1)
+
+
+def _swap(x):
+  """Exchanges batch and time."""
+  return tf.transpose(x, [1, 0, *range(2, x.shape.rank)])
+
+
+def _map(fn, state):
+  return {k: fn(v) for k, v in state.items()}
+
+
+def _sample(stats, seed):
+  """mean + std * eps, eps independent for every entry of the batch."""
+  mean, std = stats['mean'], stats['std']
+  return mean + std * tf.random.stateless_normal(tf.shape(mean), seed)
+
+
+class ConvEncoder(keras.layers.Layer):
+  """Images [..., 64, 64, 3] to embeddings [..., 32 * depth].
+
+  The convolutions of Ha and Schmidhuber (2018): four of 4x4, stride 2.
+  """
+
+  def __init__(self, depth=32, act='relu', **kwargs):
+    super().__init__(**kwargs)
+    self._convs = [
+      kl.Conv2D(factor * depth, 4, 2, activation=act, name=f'h{i + 1}')
+      for i, factor in enumerate((1, 2, 4, 8))
+    ]
+
+  def call(self, obs):
+    """Dictionary with `image` in [-0.5, 0.5]; other keys are not used."""
+    image = obs['image']
+    x = tf.reshape(image, [-1, *image.shape[-3:]])
+    for conv in self._convs:
+      x = conv(x)
+    size = int(np.prod(x.shape[1:]))
+    return tf.reshape(x, tf.concat([tf.shape(image)[:-3], [size]], 0))
+
+
+class ConvDecoder(keras.layers.Layer):
+  """Observation model q(o_t | s_t) (Eq. 9): features to images.
+
+  The mirror of the encoder (Ha and Schmidhuber, 2018): a dense layer, then
+  transposed convolutions 1 -> 5 -> 13 -> 30 -> 64 with stride 2.
+  """
+
+  def __init__(self, depth=32, act='relu', shape=(64, 64, 3), **kwargs):
+    super().__init__(**kwargs)
+    self._shape = shape
+    self._dense = kl.Dense(32 * depth, name='h1')
+    self._convs = [
+      kl.Conv2DTranspose(4 * depth, 5, 2, activation=act, name='h2'),
+      kl.Conv2DTranspose(2 * depth, 5, 2, activation=act, name='h3'),
+      kl.Conv2DTranspose(depth, 6, 2, activation=act, name='h4'),
+      kl.Conv2DTranspose(shape[-1], 6, 2, name='h5'),
+    ]
+
+  def call(self, features):
+    """Gaussian of unit variance with event shape [64, 64, 3]."""
+    x = self._dense(features)
+    x = tf.reshape(x, [-1, 1, 1, x.shape[-1]])
+    for conv in self._convs:
+      x = conv(x)
+    shape = tf.concat([tf.shape(features)[:-1], self._shape], 0)
+    mean = float32(tf.reshape(x, shape))
+    mean.set_shape([*features.shape[:-1], *self._shape])
+    return tfd.Independent(tfd.Normal(mean, 1.0), len(self._shape))
+
+
+class DenseDecoder(keras.layers.Layer):
+  """A head on features: reward q(r_t | s_t) (Eq. 9), value v (Eq. 2), pcont.
+
+  Args:
+    shape: event shape, () for a scalar.
+    layers: hidden layers.
+    units: their units.
+    dist: 'normal', a Gaussian of unit variance, or 'binary', a Bernoulli.
+    act: activation.
+  """
+
+  def __init__(self, shape, layers, units, dist='normal', act='elu', **kwargs):
+    super().__init__(**kwargs)
+    if dist not in ('normal', 'binary'):
+      raise ValueError(f"dist is 'normal' or 'binary', not {dist!r}")
+    self._shape = shape
+    self._dist = dist
+    self._hidden = [
+      kl.Dense(units, act, name=f'h{i + 1}') for i in range(layers)
+    ]
+    self._out = kl.Dense(int(np.prod(shape)), name='out')
+
+  def call(self, features):
+    """Distribution with batch shape [...] for features [..., F]."""
+    x = features
+    for layer in self._hidden:
+      x = layer(x)
+    x = float32(self._out(x))
+    x = tf.reshape(x, tf.concat([tf.shape(features)[:-1], self._shape], 0))
+    x.set_shape([*features.shape[:-1], *self._shape])
+    if self._dist == 'binary':
+      base = tfd.Bernoulli(logits=x, dtype=tf.float32)
+    else:
+      base = tfd.Normal(x, 1.0)
+    return tfd.Independent(base, len(self._shape))
+
+
+class ActionDecoder(keras.layers.Layer):
+  """Action model q(a_t | s_t) (Eq. 2).
+
+  Args:
+    size: A.
+    layers, units, act: the hidden layers.
+    dist: 'tanh_normal' for the tanh-transformed Gaussian of Eq. 3, 'onehot'
+      for discrete actions (Appendix A, "Discrete control").
+    min_std: smallest standard deviation before tanh.
+    init_std: standard deviation where the network puts out zero.
+    mean_scale: bound of the mean before tanh (Appendix A: 5).
+  """
+
+  def __init__(
+    self,
+    size,
+    layers,
+    units,
+    dist='tanh_normal',
+    act='elu',
+    min_std=1e-4,
+    init_std=5.0,
+    mean_scale=5.0,
+    **kwargs,
+  ):
+    super().__init__(**kwargs)
+    if dist not in ('tanh_normal', 'onehot'):
+      raise ValueError(f"dist is 'tanh_normal' or 'onehot', not {dist!r}")
+    self._dist = dist
+    self._min_std = min_std
+    self._raw_init_std = float(np.log(np.expm1(init_std)))
+    self._mean_scale = mean_scale
+    self._hidden = [
+      kl.Dense(units, act, name=f'h{i + 1}') for i in range(layers)
+    ]
+    self._out = kl.Dense(size if dist == 'onehot' else 2 * size, name='out')
+
+  def call(self, features):
+    """Distribution over actions [..., A] for features [..., F]."""
+    x = features
+    for layer in self._hidden:
+      x = layer(x)
+    x = float32(self._out(x))
+    if self._dist == 'onehot':
+      return tools.OneHotDist(logits=x)
+    # Eq. 3: a = tanh(mu + sigma * eps)
+    mean, std = tf.split(x, 2, -1)
+    mean = self._mean_scale * tf.tanh(mean / self._mean_scale)
+    std = tf.nn.softplus(std + self._raw_init_std) + self._min_std
+    dist = tfd.TransformedDistribution(
+      tfd.Normal(mean, std), tools.TanhBijector()
+    )
+    return tools.SampleDist(tfd.Independent(dist, 1))

@@ -1,0 +1,1168 @@
+"""Tests of the environments, their wrappers and their worker processes.
+
+Everything here is real: processes, simulator and rendering. Tasks that render
+do so in worker processes, for TensorFlow may live in the process of the tests.
+"""
+
+import functools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import types
+
+import numpy as np
+import pytest
+
+import wrappers
+
+# Importing gym first would print its notice.
+gym = wrappers.gym
+
+ROOT = os.path.dirname(os.path.abspath(wrappers.__file__))
+
+# Table of Appendix G.
+PAPER_TASKS = [
+  'dmc_acrobot_swingup',
+  'dmc_cartpole_balance',
+  'dmc_cartpole_balance_sparse',
+  'dmc_cartpole_swingup',
+  'dmc_cartpole_swingup_sparse',
+  'dmc_cheetah_run',
+  'dmc_cup_catch',
+  'dmc_finger_spin',
+  'dmc_finger_turn_easy',
+  'dmc_finger_turn_hard',
+  'dmc_hopper_hop',
+  'dmc_hopper_stand',
+  'dmc_pendulum_swingup',
+  'dmc_quadruped_run',
+  'dmc_quadruped_walk',
+  'dmc_reacher_easy',
+  'dmc_reacher_hard',
+  'dmc_walker_run',
+  'dmc_walker_stand',
+  'dmc_walker_walk',
+]
+
+
+# ---------------------------------------------------------------------------
+# Environments for the tests; module-level, so that they pickle
+# ---------------------------------------------------------------------------
+
+
+class Call:
+  """Environment whose `reset` returns what a function returns in the worker."""
+
+  observation_space = action_space = None
+
+  def __init__(self, function, *args):
+    self._function = functools.partial(function, *args)
+
+  def reset(self):
+    return self._function()
+
+  def close(self):
+    pass
+
+
+class Counting:
+  """Shows how many steps were taken altogether; episodes of `length` steps."""
+
+  observation_space = gym.spaces.Dict(
+    {
+      'image': gym.spaces.Box(0, 255, (2, 2, 3), np.uint8),
+      'count': gym.spaces.Box(0, 2**31 - 1, (), np.int64),
+      'float': gym.spaces.Box(-np.inf, np.inf, (3,), np.float64),
+    }
+  )
+  action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+  def __init__(self, length=7, info=None):
+    self.count = 0
+    self.actions = []
+    self._length = length
+    self._info = info or {}
+    self._step = 0
+
+  def reset(self):
+    self._step = 0
+    return self._observe()
+
+  def step(self, action):
+    self.actions.append(np.array(action))
+    self.count += 1
+    self._step += 1
+    done = self._step >= self._length
+    return self._observe(), 0.5 * self.count, done, dict(self._info)
+
+  def close(self):
+    pass
+
+  def _observe(self):
+    return {
+      'image': np.full((2, 2, 3), self.count % 256, np.uint8),
+      'count': np.array(self.count, np.int64),
+      'float': np.full(3, self.count / 4, np.float64),
+    }
+
+
+class Faulty:
+  """Fails, hangs or dies, as the action says."""
+
+  observation_space = gym.spaces.Dict({})
+  action_space = gym.spaces.Discrete(3)
+
+  def reset(self):
+    return {}
+
+  def step(self, action):
+    if action == 'fail':
+      raise KeyError('wheel')
+    if action == 'die':
+      os.write(2, b'many words\n' * 2000 + b'last words\n')
+      os._exit(3)
+    if action == 'sleep':
+      time.sleep(60)
+    return {}, 0.0, False, {'pid': os.getpid()}
+
+  def close(self):
+    pass
+
+
+class Closing(Counting):
+  """Writes into a file that it was closed."""
+
+  def __init__(self, path):
+    super().__init__()
+    self._path = path
+
+  def close(self):
+    with open(self._path, 'a') as file:
+      file.write('closed once\n')
+
+
+def fail(kind, message):
+  raise kind(message)
+
+
+def environ(*names):
+  return {name: os.environ.get(name) for name in names}
+
+
+def noisy():
+  os.write(1, b'noise on stdout\n')
+  os.write(2, b'noise on stderr\n')
+  return Counting()
+
+
+def in_worker(function, *args):
+  """Returns what a function returns in a fresh worker process."""
+  env = wrappers.Async(functools.partial(Call, function, *args))
+  try:
+    return env.reset()
+  finally:
+    env.close()
+
+
+def rollout(env, actions):
+  """Returns [(obs, reward, done, info)] of the reset and of each action."""
+  rows = [(env.reset(), 0.0, False, {})]
+  rows += [env.step(action) for action in actions]
+  return rows
+
+
+def same(first, second):
+  """Whether two rollouts agree in every bit of observation and reward."""
+  return all(
+    x[1:3] == y[1:3] and all((x[0][k] == y[0][k]).all() for k in x[0])
+    for x, y in zip(first, second, strict=True)
+  )
+
+
+def run_script(code, *args, **kwargs):
+  """Runs Python code in a fresh interpreter, from the repository's root."""
+  command = [sys.executable, '-c', textwrap.dedent(code), *args]
+  return subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, timeout=60, **kwargs
+  )
+
+
+def alive(pid):
+  """Whether a process runs; one that only waits to be reaped does not."""
+  try:
+    with open(f'/proc/{pid}/stat') as file:
+      return file.read().rpartition(')')[2].split()[0] != 'Z'
+  except (FileNotFoundError, ProcessLookupError):
+    return False
+
+
+def wait_until(condition, seconds=5):
+  end = time.time() + seconds
+  while not condition():
+    if time.time() > end:
+      return False
+    time.sleep(0.02)
+  return True
+
+
+# ---------------------------------------------------------------------------
+# Control suite
+# ---------------------------------------------------------------------------
+
+
+def measure_task(task):
+  """Plays a task in different ways with the same actions; runs in a worker."""
+  # Away from the bounds, which the simulator would enforce on its own.
+  actions = np.random.RandomState(0).uniform(-0.9, 0.9, (4, 100))
+  make = functools.partial(wrappers.make_task, task, 2, 8)
+  env = make(seed=3)
+  space = env.action_space
+  actions = actions[:, : space.shape[0]].astype(np.float32)
+  raw = wrappers.DeepMindControl(task.removeprefix('dmc_'), seed=3)
+  low, high = raw.action_space.low, raw.action_space.high
+  scaled = low + (actions.astype(np.float64) + 1) * (high - low) / 2
+  return {
+    'action_space': space,
+    'observation_space': env.observation_space,
+    'raw_bounds': (low, high),
+    'spec': raw._env.action_spec(),
+    'raw': rollout(raw, np.repeat(scaled, 2, 0)),
+    'rows': rollout(env, actions),
+    'again': rollout(make(seed=3), actions),
+    'other': rollout(make(seed=4), actions),
+  }
+
+
+@pytest.fixture(scope='module', params=PAPER_TASKS)
+def played(request):
+  return in_worker(measure_task, request.param)
+
+
+class TestControlSuite:
+  def test_spaces(self, played):
+    space = played['action_space']
+    assert (space.low == -1).all() and (space.high == 1).all()
+    assert space.dtype == np.float32 and not hasattr(space, 'discrete')
+    low, high = played['raw_bounds']
+    np.testing.assert_allclose(low, played['spec'].minimum)
+    np.testing.assert_allclose(high, played['spec'].maximum)
+    image = played['observation_space']['image']
+    assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+
+  def test_observations_fit_their_space(self, played):
+    space = played['observation_space']
+    assert set(space) > {'image', 'reward'}
+    for obs, reward, _, _ in played['rows']:
+      assert set(obs) == set(space)
+      for key, value in obs.items():
+        assert isinstance(value, np.ndarray), key
+        assert value.shape == space[key].shape, key
+        assert value.dtype == space[key].dtype, key
+        assert space[key].contains(value), key
+        assert key == 'image' or value.dtype == np.float32
+      assert obs['reward'] == np.float32(reward)
+      assert obs['image'].std() > 5
+
+  def test_seed(self, played):
+    assert same(played['rows'], played['again'])
+    pairs = zip(played['rows'], played['other'], strict=True)
+    assert all((x[0]['image'] != y[0]['image']).any() for x, y in pairs)
+
+  def test_repeat_and_scaling(self, played):
+    # The same actions, scaled by hand and each given twice.
+    raw, rows = played['raw'], played['rows']
+    for step in range(len(rows)):
+      obs, expected = rows[step][0], raw[2 * step][0]
+      for key in expected:
+        if key == 'image':
+          difference = np.abs(obs[key].astype(int) - expected[key])
+          assert difference.mean() < 0.1
+        else:
+          np.testing.assert_allclose(obs[key], expected[key], 1e-3, 1e-4)
+    for step in range(1, len(rows)):
+      expected = raw[2 * step - 1][1] + raw[2 * step][1]
+      assert rows[step][1] == pytest.approx(expected, abs=1e-4)
+
+  def test_time_limit_keeps_the_discount(self, played):
+    # 8 environment steps are 4 agent steps.
+    assert [row[2] for row in played['rows']] == [False] * 4 + [True]
+    assert [row[3]['discount'] for row in played['rows'][1:]] == [1] * 4
+    assert not any(row[2] for row in played['raw'])
+
+
+def suite_names():
+  from dm_control import suite
+
+  return set(suite.ALL_TASKS)
+
+
+def load_tasks(names):
+  return {name: wrappers.make_task(name).reset()['image'] for name in names}
+
+
+def test_task_names_are_those_of_the_suite():
+  assert set(wrappers.DMC_TASKS.values()) == in_worker(suite_names)
+  names = wrappers.task_names()
+  assert len(names) == len(set(names)) == 51 + 1 + 2
+  assert set(PAPER_TASKS) < set(names)
+
+
+def test_domains_of_many_words():
+  names = ['ball_in_cup_catch', 'point_mass_easy', 'humanoid_CMU_stand']
+  names = [f'dmc_{name}' for name in [*names, 'lqr_lqr_2_1', 'cup_catch']]
+  images = in_worker(load_tasks, names)
+  assert all(images[name].shape == (64, 64, 3) for name in names)
+
+
+def unbounded():
+  env = wrappers.make_task('dmc_lqr_lqr_2_1', seed=0)
+  return env.action_space, rollout(env, np.full((5, 1), 0.5, np.float32))
+
+
+def test_actions_without_bounds_are_not_scaled():
+  space, rows = in_worker(unbounded)
+  assert np.isinf(space.low).all() and np.isinf(space.high).all()
+  assert all(np.abs(obs['position']).max() < 10 for obs, _, _, _ in rows)
+
+
+def whole_episode():
+  env = wrappers.make_task('dmc_pendulum_swingup', 20, 1000, seed=0)
+  env.reset()
+  rows = [env.step(np.zeros(1, np.float32))]
+  while not rows[-1][2]:
+    rows.append(env.step(np.zeros(1, np.float32)))
+  return len(rows), rows[-1][3]['discount']
+
+
+def test_whole_episode_of_the_suite():
+  assert in_worker(whole_episode) == (50, 1)
+
+
+def test_camera_and_size():
+  assert in_worker(cameras) == [(32, 48, 3), True, False]
+
+
+def cameras():
+  # Camera 2 is the default of the quadruped alone.
+  make = functools.partial(wrappers.DeepMindControl, 'quadruped_walk', seed=0)
+  images = [make(camera=camera).reset()['image'] for camera in (None, 2, 0)]
+  small = make(size=(32, 48)).reset()['image']
+  return [
+    small.shape,
+    bool((images[0] == images[1]).all()),
+    bool((images[0] == images[2]).all()),
+  ]
+
+
+def test_bad_actions():
+  env = wrappers.Async(
+    functools.partial(wrappers.make_task, 'dmc_pendulum_swingup')
+  )
+  env.reset()
+  for action in ([np.nan], [np.inf]):
+    with pytest.raises(wrappers.WorkerError, match='not finite'):
+      env.step(np.array(action, np.float32))
+  with pytest.raises(wrappers.WorkerError, match='shape'):
+    env.step(np.zeros(2, np.float32))
+  # The environment itself is none the worse for it.
+  assert env.step(np.zeros(1, np.float32))[0]['image'].shape == (64, 64, 3)
+  env.close()
+
+
+# ---------------------------------------------------------------------------
+# OpenGL
+# ---------------------------------------------------------------------------
+
+
+def pendulum():
+  return Call(pendulum_report, wrappers.make_task('dmc_pendulum_swingup'))
+
+
+def pendulum_report(env):
+  return env.reset()['image'].std(), os.environ['MUJOCO_GL']
+
+
+def render_pendulum():
+  env = wrappers.Async(pendulum)
+  try:
+    return env.reset()
+  finally:
+    env.close()
+
+
+NO_EGL = ('__EGL_VENDOR_LIBRARY_DIRS', '/nonexistent')
+
+
+class TestOpenGL:
+  @pytest.fixture(autouse=True)
+  def unset(self, monkeypatch):
+    monkeypatch.delenv('MUJOCO_GL', raising=False)
+    monkeypatch.delenv('PYOPENGL_PLATFORM', raising=False)
+
+  def test_egl_comes_first(self):
+    contrast, chosen = render_pendulum()
+    assert contrast > 5 and chosen == 'egl'
+
+  def test_the_choice_of_the_user_is_kept(self, monkeypatch):
+    monkeypatch.setenv('MUJOCO_GL', 'osmesa')
+    contrast, chosen = render_pendulum()
+    assert contrast > 5 and chosen == 'osmesa'
+
+  def test_without_egl_osmesa_is_used(self, monkeypatch):
+    monkeypatch.setenv(*NO_EGL)
+    contrast, chosen = render_pendulum()
+    assert contrast > 5 and chosen == 'osmesa'
+
+  def test_nothing_works(self, monkeypatch, capfd):
+    monkeypatch.setenv(*NO_EGL)
+    # dm_control refuses OSMesa where PyOpenGL was told to use EGL.
+    monkeypatch.setenv('PYOPENGL_PLATFORM', 'egl')
+    self.assert_render_error('osmesa', capfd)
+
+  @pytest.mark.parametrize('value', ['garbage', 'off'])
+  def test_bad_choice_of_the_user(self, monkeypatch, capfd, value):
+    monkeypatch.setenv('MUJOCO_GL', value)
+    self.assert_render_error(value, capfd)
+
+  def test_broken_choice_of_the_user(self, monkeypatch, capfd):
+    monkeypatch.setenv('MUJOCO_GL', 'egl')
+    monkeypatch.setenv(*NO_EGL)
+    self.assert_render_error('egl', capfd)
+
+  def assert_render_error(self, value, capfd):
+    with pytest.raises(wrappers.RenderError) as caught:
+      render_pendulum()
+    message = str(caught.value)
+    for part in ('libegl1', 'libgl1-mesa-dri', 'libosmesa6', 'MUJOCO_GL'):
+      assert part in message
+    assert f'MUJOCO_GL is {value}' in message
+    assert 'Traceback' not in message
+    assert 'Traceback' in caught.value.traceback
+    assert capfd.readouterr() == ('', '')
+
+
+# ---------------------------------------------------------------------------
+# Task names and strategies
+# ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'wrong, near',
+  [
+    ('dmc_walker_wlak', 'dmc_walker_walk'),
+    ('walker_walk', 'dmc_walker_walk'),
+    ('dmc_cartpole_balence', 'dmc_cartpole_balance'),
+    ('dmc_Humanoid_cmu_run', 'dmc_humanoid_CMU_run'),
+    ('toy_reech', 'toy_reach'),
+    ('catch', 'toy_catch'),
+    ('atari_pong', 'not available in this version'),
+    ('dmlab_maze', 'not available in this version'),
+    ('gym_CartPole-v1', 'not available in this version'),
+    ('???', 'dmc_<domain>_<task>'),
+    ('', 'dmc_<domain>_<task>'),
+  ],
+)
+def test_wrong_task(wrong, near):
+  for function in (wrappers.check_task, wrappers.make_task):
+    with pytest.raises(wrappers.TaskError) as caught:
+      function(wrong)
+    assert repr(wrong) in str(caught.value) and near in str(caught.value)
+
+
+def test_right_tasks():
+  for name in wrappers.task_names():
+    wrappers.check_task(name)
+
+
+def test_rendering_is_refused_beside_tensorflow(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'tensorflow', types.ModuleType('tensorflow'))
+  wrappers.check_parallel('dmc_walker_walk', 'process')
+  wrappers.check_parallel('toy_reach', 'none')
+  for strategy in ('thread', 'none'):
+    with pytest.raises(wrappers.TaskError, match='--parallel process'):
+      wrappers.check_parallel('dmc_walker_walk', strategy)
+  with pytest.raises(wrappers.TaskError, match='--parallel process'):
+    wrappers.make_task('dmc_walker_walk')
+  monkeypatch.delitem(sys.modules, 'tensorflow')
+  wrappers.check_parallel('dmc_walker_walk', 'none')
+  with pytest.raises(wrappers.TaskError, match='process, thread, none'):
+    wrappers.check_parallel('toy_reach', 'fork')
+
+
+def test_importing_is_quiet_and_light():
+  done = run_script("""
+    import sys
+    import wrappers
+    heavy = {'tensorflow', 'keras', 'dm_control', 'mujoco', 'OpenGL'}
+    print(sorted(heavy & set(sys.modules)))
+  """)
+  assert (done.returncode, done.stdout, done.stderr) == (0, '[]\n', '')
+
+
+# ---------------------------------------------------------------------------
+# Toy tasks
+# ---------------------------------------------------------------------------
+
+
+def reach_returns(policy, episodes=100):
+  env = wrappers.make_task('toy_reach', 1, 1000, seed=0)
+  returns = []
+  for _ in range(episodes):
+    env.reset()
+    rewards, done = [], False
+    while not done:
+      _, reward, done, info = env.step(policy(env.state))
+      rewards.append(reward)
+      assert info['discount'] == 1
+    assert len(rewards) == 50
+    assert min(rewards) >= 0 and max(rewards) <= 1
+    returns.append(sum(rewards))
+  return returns
+
+
+def reach_best(state):
+  way = (state[2:] - state[:2]) / wrappers.ToyReach.SPEED
+  return np.clip(way, -1, 1).astype(np.float32)
+
+
+class TestToyReach:
+  def test_random_earns_little_of_the_best(self):
+    rng = np.random.RandomState(0)
+    random = reach_returns(lambda state: rng.uniform(-1, 1, 2))
+    still = reach_returns(lambda state: np.zeros(2, np.float32))
+    best = reach_returns(reach_best)
+    print(f'random {np.mean(random):.1f}, best {np.mean(best):.1f} of 50')
+    assert np.mean(random) < 0.4 * np.mean(best)
+    assert np.mean(still) < 0.4 * np.mean(best)
+    assert 44 < np.mean(best) < 50
+
+  def test_best_arrives_within_a_third_of_the_episode(self):
+    env = wrappers.ToyReach(seed=0)
+    steps = []
+    for _ in range(50):
+      env.reset()
+      taken = 0
+      while np.abs(env.state[2:] - env.state[:2]).max() > 1e-6:
+        reward = env.step(reach_best(env.state))[1]
+        taken += 1
+      assert reward == pytest.approx(1)
+      steps.append(taken)
+    assert 8 <= np.mean(steps) <= 15 and max(steps) <= 17
+
+  def test_reward_grows_as_the_dot_nears(self):
+    env = wrappers.ToyReach(seed=1)
+    env.reset()
+    rewards = [env.step(reach_best(env.state))[1] for _ in range(5)]
+    assert (np.diff(rewards) > 0).all()
+
+  def test_image_shows_dot_and_target(self):
+    env = wrappers.ToyReach(seed=0)
+    for _ in range(20):
+      image = env.reset()['image'].astype(int)
+      assert env.observation_space['image'].contains(image.astype(np.uint8))
+      for channel, place in ((1, env.state[:2]), (0, env.state[2:])):
+        rows, columns = np.nonzero(image[..., channel] > 200)
+        assert len(rows) > 40
+        center = (columns.mean() - 31.5, rows.mean() - 31.5)
+        # The dot may cover a part of the target.
+        assert np.allclose(center, 26 * place, atol=0.6 if channel else 3)
+
+  def test_actions_are_limited(self):
+    env = wrappers.ToyReach(seed=0)
+    env.reset()
+    before = env.state[:2]
+    env.step(np.array([100.0, -100.0]))
+    moved = np.abs(env.state[:2] - before)
+    assert (moved <= wrappers.ToyReach.SPEED + 1e-9).all()
+    with pytest.raises(ValueError, match='not finite'):
+      env.step(np.array([np.nan, 0]))
+    with pytest.raises(ValueError, match='shape'):
+      env.step(np.zeros(3))
+
+
+def catch_episode(env, policy):
+  env.reset()
+  rows = [env.step(np.eye(3)[policy(env.state)])]
+  while not rows[-1][2]:
+    rows.append(env.step(np.eye(3)[policy(env.state)]))
+  return rows
+
+
+class TestToyCatch:
+  def test_episodes(self):
+    env = wrappers.make_task('toy_catch', 1, 1000, seed=0)
+    rng = np.random.RandomState(0)
+    best, random = [], []
+    for _ in range(100):
+      rows = catch_episode(env, lambda s: 1 + int(np.sign(s[0] - s[1])))
+      best.append(rows[-1][1])
+      rows = catch_episode(env, lambda s: rng.randint(3))
+      random.append(rows[-1][1])
+      assert len(rows) == wrappers.ToyCatch.LENGTH
+      assert all(row[1] == 0 for row in rows[:-1])
+      discounts = [row[3]['discount'] for row in rows]
+      assert discounts == [1] * (len(rows) - 1) + [0]
+    assert set(best) == {1.0}
+    assert set(random) == {-1.0, 1.0} and np.mean(random) < 0
+
+  def test_time_limit_is_no_true_end(self):
+    rows = catch_episode(
+      wrappers.make_task('toy_catch', 1, 5, seed=0), lambda s: 1
+    )
+    assert len(rows) == 5 and rows[-1][3]['discount'] == 1
+
+  def test_starts_differ(self):
+    env = wrappers.ToyCatch(seed=0)
+    states = np.array([(env.reset(), env.state)[1] for _ in range(200)])
+    assert (states.min(0) < 12).all() and (states.max(0) > 52).all()
+    assert abs(np.corrcoef(states.T)[0, 1]) < 0.2
+
+  def test_image_shows_ball_and_paddle(self):
+    env = wrappers.ToyCatch(seed=0)
+    image = env.reset()['image']
+    ball, paddle = env.state
+    assert image[..., 0].max(0).argmax() == pytest.approx(ball - 4, abs=1)
+    assert np.nonzero(image[60, :, 1] == 255)[0].mean() + 0.5 == paddle
+    tops = [image[..., 0].max(1).argmax()]
+    tops += [env.step(1)[0]['image'][..., 0].max(1).argmax() for _ in range(9)]
+    assert set(np.diff(tops)) <= {3, 4}
+    with pytest.raises(ValueError, match='not 0, 1 or 2'):
+      env.step(3)
+
+
+@pytest.mark.parametrize('task', ['toy_reach', 'toy_catch'])
+def test_toys_are_seeded(task):
+  space = wrappers.make_task(task).action_space
+  space.seed(0)
+  actions = [space.sample() for _ in range(10)]
+  make = functools.partial(wrappers.make_task, task, 1, 1000)
+  first, again, other, fresh, fresh2 = (
+    rollout(make(seed), actions) for seed in (3, 3, 4, None, None)
+  )
+  assert same(first, again)
+  assert not same(first, other)
+  assert not same(fresh, fresh2)
+
+
+@pytest.mark.parametrize('task', ['toy_reach', 'toy_catch'])
+def test_toys_with_repeat(task):
+  env = wrappers.make_task(task, 2, 1000, seed=0)
+  plain = wrappers.make_task(task, 1, 1000, seed=0)
+  length = {'toy_reach': 50, 'toy_catch': 16}[task]
+  action = np.eye(3, dtype=np.float32)[0] if task == 'toy_catch' else [0.3, 0.4]
+  rows = rollout(env, [action] * (length // 2))
+  singles = rollout(plain, [action] * length)
+  assert rows[-1][2] and not rows[-2][2]
+  for step in range(1, len(rows)):
+    expected = singles[2 * step - 1][1] + singles[2 * step][1]
+    assert rows[step][1] == pytest.approx(expected)
+    assert (rows[step][0]['image'] == singles[2 * step][0]['image']).all()
+
+
+# ---------------------------------------------------------------------------
+# Wrappers
+# ---------------------------------------------------------------------------
+
+
+class TestWrappers:
+  def test_repeat_sums_and_stops(self):
+    env = wrappers.ActionRepeat(Counting(length=5), 3)
+    env.reset()
+    obs, reward, done, info = env.step(np.zeros(2))
+    assert (obs['count'], reward, done) == (3, 0.5 + 1 + 1.5, False)
+    assert 'discount' not in info
+    obs, reward, done, _ = env.step(np.zeros(2))
+    assert (obs['count'], reward, done) == (5, 2 + 2.5, True)
+    with pytest.raises(ValueError, match='action repeat'):
+      wrappers.ActionRepeat(Counting(), 0)
+
+  def test_repeat_multiplies_discounts(self):
+    env = wrappers.ActionRepeat(Counting(info={'discount': 0.5}), 3)
+    env.reset()
+    assert env.step(np.zeros(2))[3]['discount'] == 0.125
+
+  def test_time_limit(self):
+    env = wrappers.TimeLimit(Counting(length=9), 4)
+    with pytest.raises(RuntimeError, match='reset'):
+      env.step(np.zeros(2))
+    for _ in range(2):
+      rows = rollout(env, [np.zeros(2)] * 4)
+      assert [row[2] for row in rows] == [False] * 4 + [True]
+      assert rows[-1][3]['discount'] == 1
+      with pytest.raises(RuntimeError, match='reset'):
+        env.step(np.zeros(2))
+    with pytest.raises(ValueError, match='time limit'):
+      wrappers.TimeLimit(Counting(), 0)
+
+  @pytest.mark.parametrize('length', [3, 4])
+  def test_true_end_before_or_at_the_limit(self, length):
+    env = wrappers.TimeLimit(Counting(length, {'discount': 0.0}), 4)
+    rows = rollout(env, [np.zeros(2)] * length)
+    assert rows[-1][2] and rows[-1][3]['discount'] == 0
+    env = wrappers.TimeLimit(Counting(length), 4)
+    rows = rollout(env, [np.zeros(2)] * length)
+    assert rows[-1][2] and rows[-1][3].get('discount', 0) == 0
+
+  def test_normalize_actions(self):
+    inner = Counting()
+    inner.action_space = gym.spaces.Box(
+      np.array([-2, 0, -np.inf, 1], np.float32),
+      np.array([4, 10, np.inf, np.inf], np.float32),
+    )
+    env = wrappers.NormalizeActions(inner)
+    assert env.action_space.low.tolist() == [-1, -1, -np.inf, 1]
+    assert env.action_space.high.tolist() == [1, 1, np.inf, np.inf]
+    env.reset()
+    for action in ([-1, 1, 7, 8], [0, 0, 0, 2], [0.5, -0.5, -3, 1]):
+      env.step(np.array(action, np.float32))
+    expected = [[-2, 10, 7, 8], [1, 5, 0, 2], [2.5, 2.5, -3, 1]]
+    assert np.array(inner.actions).tolist() == expected
+
+  def test_one_hot(self):
+    env = wrappers.OneHotAction(wrappers.ToyCatch(seed=0))
+    space = env.action_space
+    assert space.discrete and space.shape == (3,)
+    assert isinstance(space, gym.spaces.Box) and space.dtype == np.float32
+    samples = np.array([space.sample() for _ in range(60)])
+    assert (samples.sum(1) == 1).all() and (samples.sum(0) > 5).all()
+    assert all(space.contains(sample) for sample in samples)
+    env.reset()
+    paddle = env.state[1]
+    for index in range(3):
+      env.step(np.eye(3, dtype=np.float32)[index])
+      paddle += 4 * (index - 1)
+      assert env.state[1] == paddle
+    for wrong in ([1, 1, 0], [0, 0, 0], [0.5, 0.5, 0], [2, -1, 0], [1, 0], 1):
+      with pytest.raises(ValueError, match='one-hot'):
+        env.step(np.array(wrong, np.float32))
+    with pytest.raises(ValueError, match='one-hot'):
+      env.step(np.array([np.nan, 1, 0], np.float32))
+    with pytest.raises(TypeError, match='Discrete'):
+      wrappers.OneHotAction(Counting())
+
+  def test_reward_obs(self):
+    env = wrappers.RewardObs(Counting())
+    rows = rollout(env, [np.zeros(2)] * 3)
+    assert [float(row[0]['reward']) for row in rows] == [0, 0.5, 1, 1.5]
+    for obs, _, _, _ in rows:
+      assert obs['reward'].dtype == np.float32
+      assert env.observation_space['reward'].contains(obs['reward'])
+    assert 'reward' not in Counting.observation_space.spaces
+
+  def test_obs_dict(self):
+    inner = Counting()
+    inner.observation_space = inner.observation_space['image']
+    inner._observe = lambda: np.zeros((2, 2, 3), np.uint8)
+    env = wrappers.ObsDict(inner, 'image')
+    assert set(env.observation_space) == {'image'}
+    assert env.observation_space.contains(env.reset())
+    assert env.observation_space.contains(env.step(np.zeros(2))[0])
+
+  def test_attributes_and_pickling(self):
+    env = wrappers.make_task('toy_catch', seed=3)
+    assert env.state.shape == (2,)
+    assert not hasattr(env, '_missing') and not hasattr(env, 'missing')
+    env.reset()
+    copy = pickle.loads(pickle.dumps(env))
+    assert (copy.state == env.state).all() and copy.action_space.discrete
+
+
+# ---------------------------------------------------------------------------
+# Collect
+# ---------------------------------------------------------------------------
+
+
+def collect(env, steps, blocking=True, precision=32):
+  """Plays random actions; returns episodes, actions and the last info."""
+  episodes = []
+  env = wrappers.Collect(env, [episodes.append], precision)
+  rng = np.random.RandomState(0)
+  actions = []
+  done = True
+  action = np.zeros(2, np.float32)
+  for _ in range(steps):
+    if done:
+      env.reset() if blocking else env.reset(blocking=False)()
+    # One array for all steps, as a careless caller might have.
+    action[:] = rng.uniform(-1, 1, 2)
+    actions.append(action.copy())
+    if blocking:
+      _, _, done, info = env.step(action)
+    else:
+      promise = env.step(action, blocking=False)
+      action[:] = 9
+      _, _, done, info = promise()
+      assert promise()[2] == done
+  return episodes, np.array(actions), info
+
+
+class TestCollect:
+  @pytest.mark.parametrize('blocking', [True, False])
+  @pytest.mark.parametrize('strategy', [None, 'none', 'thread', 'process'])
+  def test_every_row_once_in_order(self, strategy, blocking):
+    env = wrappers.Async(Counting, strategy) if strategy else Counting()
+    episodes, actions, info = collect(env, 21, blocking)
+    env.close()
+    assert len(episodes) == 3 and info['episode'] is episodes[-1]
+    for index, episode in enumerate(episodes):
+      first = 7 * index
+      counts = np.arange(first, first + 8)
+      assert list(episode) == [
+        *('image', 'count', 'float', 'action', 'reward', 'discount')
+      ]
+      np.testing.assert_array_equal(episode['count'], counts)
+      np.testing.assert_array_equal(episode['image'][:, 1, 1, 2], counts)
+      np.testing.assert_array_equal(episode['float'][:, 0], counts / 4)
+      # Row 0 is the reset.
+      np.testing.assert_array_equal(episode['action'][0], [0, 0])
+      assert (episode['reward'][0], episode['discount'][0]) == (0, 1)
+      np.testing.assert_array_equal(
+        episode['action'][1:], actions[first : first + 7]
+      )
+      np.testing.assert_array_equal(episode['reward'][1:], counts[1:] / 2)
+      # Without a discount in info, a done episode has truly ended.
+      assert episode['discount'].tolist() == [1] * 7 + [0]
+
+  @pytest.mark.parametrize(
+    'precision, floating, integer',
+    [(32, np.float32, np.int32), (16, np.float16, np.int16)],
+  )
+  def test_types(self, precision, floating, integer):
+    episode = collect(Counting(), 7, precision=precision)[0][0]
+    assert episode['image'].dtype == np.uint8
+    assert episode['count'].dtype == integer
+    for key in ('float', 'action', 'reward', 'discount'):
+      assert episode[key].dtype == floating, key
+
+  def test_reward_is_there_once(self):
+    episode = collect(wrappers.RewardObs(Counting()), 7)[0][0]
+    assert list(episode).count('reward') == 1
+    np.testing.assert_array_equal(episode['reward'], np.arange(8) / 2)
+
+  def test_discount_comes_from_info(self):
+    episode = collect(Counting(info={'discount': 0.25}), 7)[0][0]
+    assert episode['discount'].tolist() == [1] + [0.25] * 7
+
+  def test_reset_drops_an_unfinished_episode(self):
+    episodes = []
+    env = wrappers.Collect(Counting(length=2), [episodes.append])
+    env.reset()
+    env.step(np.zeros(2))
+    env.reset()
+    env.step(np.zeros(2))
+    env.step(np.zeros(2))
+    assert [x['count'].tolist() for x in episodes] == [[1, 2, 3]]
+    with pytest.raises(RuntimeError, match='reset'):
+      env.step(np.zeros(2))
+
+  def test_one_hot_actions(self):
+    env = wrappers.Async(functools.partial(wrappers.make_task, 'toy_catch', 1))
+    episodes = []
+    collected = wrappers.Collect(env, [episodes.append])
+    collected.reset()
+    done = False
+    while not done:
+      done = collected.step(np.eye(3, dtype=np.float32)[2])[2]
+    env.close()
+    assert episodes[0]['action'].tolist() == [[0, 0, 0]] + [[0, 0, 1]] * 16
+    assert episodes[0]['discount'].tolist() == [1] * 16 + [0]
+    assert abs(episodes[0]['reward'][-1]) == 1
+    assert episodes[0]['image'].shape == (17, 64, 64, 3)
+
+  def test_unknown_types_are_refused(self):
+    env = Counting(length=1)
+    env._observe = lambda: {'text': np.array('word')}
+    with pytest.raises(TypeError, match='Cannot store'):
+      collect(env, 1)
+
+
+# ---------------------------------------------------------------------------
+# Workers
+# ---------------------------------------------------------------------------
+
+
+def async_rollout(strategy, blocking, task='toy_reach'):
+  make = functools.partial(wrappers.make_task, task, 1, 15, 5)
+  env = wrappers.Async(make, strategy)
+  space = env.action_space
+  space.seed(1)
+  rows = [(env.reset(blocking=True), 0.0, False, {})]
+  for _ in range(15):
+    result = env.step(space.sample(), blocking)
+    rows.append(result if blocking else result())
+  spaces = env.observation_space, space
+  env.close()
+  return rows, spaces
+
+
+class TestAsync:
+  @pytest.mark.parametrize('task', ['toy_reach', 'toy_catch'])
+  def test_strategies_agree(self, task):
+    reference, spaces = async_rollout('none', True, task)
+    for strategy in wrappers.STRATEGIES:
+      for blocking in (True, False):
+        rows, found = async_rollout(strategy, blocking, task)
+        assert same(rows, reference)
+        assert found == spaces
+        assert getattr(found[1], 'discrete', False) == (task == 'toy_catch')
+
+  def test_strategies_agree_on_rendered_frames(self):
+    # In a process of its own, where there is no TensorFlow.
+    done = run_script(
+      """
+      import functools
+      import numpy as np
+      import wrappers
+      make = functools.partial(
+          wrappers.make_task, 'dmc_pendulum_swingup', seed=0)
+      frames = []
+      for strategy in ('thread', 'process'):
+        env = wrappers.Async(make, strategy)
+        env.reset()
+        steps = [env.step(np.ones(1, np.float32)) for _ in range(5)]
+        frames.append(np.array([step[0]['image'] for step in steps]))
+        env.close()
+      print((frames[0] == frames[1]).all(), frames[0].std() > 5)
+    """,
+      env={**os.environ, 'MUJOCO_GL': 'egl'},
+    )
+    assert done.stdout == 'True True\n', done.stderr
+
+  def test_promises_in_any_order(self):
+    env = wrappers.Async(Counting)
+    env.reset()
+    promises = [env.step(np.zeros(2), blocking=False) for _ in range(4)]
+    order = [2, 0, 3, 1, 2]
+    assert [promises[i]()[0]['count'] for i in order] == [3, 1, 4, 2, 3]
+    env.close()
+
+  def test_steps_overlap(self):
+    envs = [wrappers.Async(functools.partial(Call, nap)) for _ in range(3)]
+    for env in envs:
+      assert env.observation_space is None
+    start = time.time()
+    promises = [env.reset(blocking=False) for env in envs]
+    assert [promise() for promise in promises] == ['rested'] * 3
+    assert time.time() - start < 1.2
+    for env in envs:
+      env.close()
+
+  def test_starting_does_not_wait(self):
+    start = time.time()
+    env = wrappers.Async(functools.partial(time.sleep, 30))
+    env.close()
+    assert time.time() - start < 2
+
+  def test_unknown_strategy(self):
+    with pytest.raises(ValueError, match='fork'):
+      wrappers.Async(Counting, 'fork')
+
+  def test_what_does_not_pickle_fails_at_once(self):
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+      wrappers.Async(lambda: Counting())
+
+  @pytest.mark.parametrize('strategy', wrappers.STRATEGIES)
+  def test_error_in_constructor(self, strategy):
+    make = functools.partial(fail, OSError, 'no such world')
+    env = wrappers.Async(make, strategy)
+    for _ in range(2):
+      with pytest.raises(wrappers.WorkerError) as caught:
+        env.reset()
+      assert str(caught.value).startswith('no such world')
+      assert 'Traceback' not in str(caught.value)
+      assert 'in fail' in caught.value.traceback
+    with pytest.raises(wrappers.WorkerError, match='no such world'):
+      _ = env.action_space
+    env.close()
+
+  @pytest.mark.parametrize('strategy', wrappers.STRATEGIES)
+  @pytest.mark.parametrize('kind', [wrappers.TaskError, wrappers.RenderError])
+  def test_own_errors_arrive_as_themselves(self, strategy, kind):
+    env = wrappers.Async(functools.partial(fail, kind, 'oh'), strategy)
+    with pytest.raises(kind) as caught:
+      env.reset()
+    assert type(caught.value) is kind and str(caught.value) == 'oh'
+    env.close()
+
+  @pytest.mark.parametrize('strategy', wrappers.STRATEGIES)
+  def test_error_in_step(self, strategy):
+    env = wrappers.Async(Faulty, strategy)
+    env.reset()
+    promise = env.step('fail', blocking=False)
+    for _ in range(2):
+      with pytest.raises(wrappers.WorkerError) as caught:
+        promise()
+      assert str(caught.value).startswith("'wheel'")
+      assert 'KeyError' in str(caught.value)
+      assert 'in step' in caught.value.traceback
+    assert env.step('go')[2] is False
+    env.close()
+
+  @pytest.mark.parametrize('strategy', wrappers.STRATEGIES)
+  def test_closed(self, strategy):
+    env = wrappers.Async(Counting, strategy)
+    env.reset()
+    env.close()
+    env.close()
+    with pytest.raises(wrappers.WorkerError, match='closed'):
+      env.reset()
+
+
+def nap():
+  time.sleep(0.5)
+  return 'rested'
+
+
+class TestProcess:
+  def test_killed(self):
+    env = wrappers.Async(Faulty)
+    pid = env.step('go')[3]['pid']
+    assert pid != os.getpid()
+    os.kill(pid, signal.SIGKILL)
+    for _ in range(2):
+      with pytest.raises(wrappers.WorkerError, match='SIGKILL'):
+        env.step('go')
+    env.close()
+
+  def test_killed_while_others_wait(self):
+    env = wrappers.Async(Faulty)
+    pid = env.step('go')[3]['pid']
+    promises = [env.step('sleep', blocking=False), env.reset(blocking=False)]
+    os.kill(pid, signal.SIGKILL)
+    for promise in promises:
+      with pytest.raises(wrappers.WorkerError, match='SIGKILL'):
+        promise()
+    env.close()
+
+  def test_exit_code_and_last_words(self, capfd):
+    env = wrappers.Async(Faulty)
+    with pytest.raises(wrappers.WorkerError) as caught:
+      env.step('die')
+    assert 'exit code 3' in str(caught.value)
+    assert 'last words' in caught.value.traceback
+    env.close()
+    assert capfd.readouterr() == ('', '')
+
+  def test_dies_in_constructor(self):
+    env = wrappers.Async(functools.partial(os.abort))
+    with pytest.raises(wrappers.WorkerError, match='SIGABRT'):
+      env.reset()
+    env.close()
+
+  def test_close_leaves_no_process(self):
+    env = wrappers.Async(Faulty)
+    pid = env.step('go')[3]['pid']
+    assert alive(pid)
+    env.close()
+    assert not os.path.exists(f'/proc/{pid}')
+
+  @pytest.mark.parametrize('strategy', wrappers.STRATEGIES)
+  def test_close_closes_the_environment(self, strategy, tmp_path):
+    path = tmp_path / 'closed'
+    env = wrappers.Async(functools.partial(Closing, path), strategy)
+    env.reset()
+    assert not path.exists()
+    env.close()
+    assert path.read_text() == 'closed once\n'
+
+  def test_close_ends_a_busy_worker(self):
+    env = wrappers.Async(Faulty)
+    pid = env.step('go')[3]['pid']
+    promise = env.step('sleep', blocking=False)
+    start = time.time()
+    env.close()
+    assert time.time() - start < 4
+    assert not os.path.exists(f'/proc/{pid}')
+    with pytest.raises(wrappers.WorkerError, match='closed'):
+      promise()
+
+  def test_forgotten_environments_are_closed(self):
+    env = wrappers.Async(Faulty)
+    pid = env.step('go')[3]['pid']
+    del env
+    assert wait_until(lambda: not alive(pid))
+
+  def test_signals_are_for_the_trainer(self):
+    env = wrappers.Async(Faulty)
+    pid = env.step('go')[3]['pid']
+    os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGTERM)
+    assert env.step('go')[3]['pid'] == pid
+    assert os.getsid(pid) != os.getsid(0)
+    env.close()
+
+  def test_nothing_leaks_to_the_terminal(self, capfd):
+    env = wrappers.Async(noisy)
+    env.reset()
+    env.close()
+    assert capfd.readouterr() == ('', '')
+
+  def test_one_thread_each(self):
+    names = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
+    assert in_worker(environ, *names) == dict.fromkeys(names, '1')
+
+  def test_worker_never_imports_tensorflow(self):
+    assert in_worker(modules_after_task, 'dmc_pendulum_swingup') == []
+
+  def test_make_task_pickles(self):
+    make = functools.partial(wrappers.make_task, 'toy_reach', seed=1)
+    copy = pickle.loads(pickle.dumps(make))
+    assert same([(copy().reset(), 0, 0)], [(make().reset(), 0, 0)])
+
+
+def modules_after_task(task):
+  wrappers.make_task(task).reset()
+  return sorted({'tensorflow', 'keras', 'dreamer'} & set(sys.modules))
+
+
+# Deliberately without a guard for __main__: a worker must not run this again.
+TRAINER = """
+import functools, os, sys, time
+print('started', flush=True)
+sys.modules['tensorflow'] = object()
+import wrappers
+env = wrappers.Async(functools.partial(wrappers.make_task, 'toy_reach'))
+env.reset()
+with open('/proc/self/task/%d/children' % os.getpid()) as file:
+  print(file.read(), flush=True)
+if sys.argv[1] == 'wait':
+  time.sleep(60)
+if sys.argv[1] == 'fail':
+  raise RuntimeError('oh')
+"""
+
+
+def start_trainer(tmp_path, mode):
+  script = tmp_path / 'trainer.py'
+  script.write_text(TRAINER)
+  trainer = subprocess.Popen(
+    [sys.executable, str(script), mode],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, 'PYTHONPATH': ROOT},
+  )
+  assert trainer.stdout.readline() == 'started\n'
+  (pid,) = trainer.stdout.readline().split()
+  return trainer, int(pid)
+
+
+def test_killed_trainer_leaves_no_worker(tmp_path):
+  trainer, pid = start_trainer(tmp_path, 'wait')
+  assert alive(pid)
+  trainer.kill()
+  trainer.wait()
+  assert wait_until(lambda: not alive(pid))
+
+
+@pytest.mark.parametrize('mode, code', [('end', 0), ('fail', 1)])
+def test_trainer_without_close_leaves_no_worker(tmp_path, mode, code):
+  trainer, pid = start_trainer(tmp_path, mode)
+  stdout, stderr = trainer.communicate(timeout=20)
+  assert trainer.returncode == code and 'started' not in stdout
+  assert (stderr == '') == (mode == 'end')
+  assert wait_until(lambda: not alive(pid))

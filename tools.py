@@ -1,0 +1,797 @@
+"""Everything of Dreamer that needs neither a network nor an environment.
+
+Returns and scans, distributions, the optimizer, replay in `.npz` files, the
+simulation loop, checkpoints, logging and schedules.
+
+Letters in shapes: B batch, T time, H horizon, A action, E environments.
+Units: an *environment step* is one step of the simulator, an *agent step* is
+one action (`action_repeat` environment steps), an *update* is one gradient
+step of all three optimizers.
+"""
+
+import contextlib
+import datetime
+import difflib
+import functools
+import io
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import struct
+import sys
+import time
+import uuid
+import zipfile
+
+import imageio.v3 as imageio
+import keras
+import numpy as np
+import tensorflow as tf
+import tqdm
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
+
+
+class UserError(Exception):
+  """Bad input: the message says what was wrong and what to do (exit code 2)."""
+
+
+class NonFiniteError(Exception):
+  """A loss or gradient became NaN or infinite; nothing was saved since."""
+
+
+class Stopped(Exception):  # noqa: N818 (a request, not an error)
+  """Ctrl-C or SIGTERM asked the run to save and leave."""
+
+
+class AttrDict(dict):
+  """A dictionary whose keys are attributes too."""
+
+  __setattr__ = dict.__setitem__
+
+  def __getattr__(self, name):
+    try:
+      return self[name]
+    except KeyError:
+      raise AttributeError(name) from None
+
+
+def nearest(word, choices, count=3):
+  """The choices most like `word`, as a phrase for an error message."""
+  found = difflib.get_close_matches(word, list(choices), count, cutoff=0.5)
+  return f'; did you mean {" or ".join(found)}?' if found else ''
+
+
+# --- Schedules --------------------------------------------------------------
+
+
+class Every(tf.Module):
+  """True at the first call and then once for every `every` steps passed.
+
+  Steps that were skipped are made up for: after a jump of 3 * every, three
+  calls in a row are true. The state is a variable, so checkpoints hold it.
+  """
+
+  def __init__(self, every):
+    super().__init__()
+    self._every = every
+    self._last = tf.Variable(-1, dtype=tf.int64, trainable=False)
+
+  def __call__(self, step):
+    last = int(self._last.numpy())
+    if last < 0:
+      self._last.assign(step)
+      return True
+    if self._every and step >= last + self._every:
+      self._last.assign(last + self._every)
+      return True
+    return False
+
+
+class Once(tf.Module):
+  """True at the first call of a run, resumed or not, and never again."""
+
+  def __init__(self):
+    super().__init__()
+    self._fresh = tf.Variable(True, trainable=False)
+
+  def __call__(self):
+    fresh = bool(self._fresh.numpy())
+    self._fresh.assign(False)
+    return fresh
+
+
+# --- Scans and returns ------------------------------------------------------
+
+
+def static_scan(fn, inputs, start, reverse=False):
+  """Runs `carry = fn(carry, inputs[t])` over the leading axis.
+
+  Args:
+    fn: maps (carry, input at one time) to the next carry, same structure.
+    inputs: nested tensors, each [T, ...].
+    start: nested tensors, the carry before the first input.
+    reverse: run from the last input to the first.
+
+  Returns:
+    The carries, stacked: nested [T, ...], in the order of the inputs.
+  """
+  return tf.scan(fn, inputs, start, reverse=reverse)
+
+
+def lambda_return(reward, value, pcont, bootstrap, lambda_, axis):
+  """V_lambda of Eq. 6, computed backwards.
+
+      index            0      1     ...    N-1
+      reward          r_0    r_1    ...  r_{N-1}
+      pcont           g_0    g_1    ...  g_{N-1}
+      value           v_0    v_1    ...  v_{N-1}   bootstrap = v_N
+
+      V(n) = r_n + g_n * ((1 - lambda) * v_{n+1} + lambda * V(n+1)),  V(N) = v_N
+
+  Unrolled, this is Eq. 6: the (1 - lambda) lambda^{k-1} weighted mean of the
+  k-step estimates V_N^k of Eq. 5, the longest of which takes the remaining
+  weight. Special cases: `lambda_=1` gives V_N^k to the end of the horizon
+  (Eq. 5 with the largest k), `lambda_=0` gives V_N^1; `lambda_=1, pcont=1`
+  and a zero bootstrap give V_R (Eq. 4), the plain sum of rewards.
+
+  Args:
+    reward, value: float tensors of one shape, N along `axis`.
+    pcont: the discount at each index, a tensor of the same shape or a number.
+    bootstrap: the value after the last index, without `axis`; None is zero.
+    lambda_: number in [0, 1].
+    axis: the time axis.
+
+  Returns:
+    Tensor of the shape of `reward`.
+  """
+  if isinstance(pcont, (int, float)):
+    pcont = pcont * tf.ones_like(reward)
+  order = list(range(reward.shape.rank))
+  order[0], order[axis] = order[axis], order[0]
+  reward, value, pcont = (tf.transpose(x, order) for x in (reward, value, pcont))
+  if bootstrap is None:
+    bootstrap = tf.zeros_like(value[-1])
+  next_value = tf.concat([value[1:], bootstrap[None]], 0)
+  one_step = reward + pcont * (1 - lambda_) * next_value
+  returns = static_scan(
+    lambda carry, x: x[0] + x[1] * lambda_ * carry,  # Eq. 6
+    (one_step, pcont),
+    bootstrap,
+    reverse=True,
+  )
+  return tf.transpose(returns, order)
+
+
+# --- Randomness and distributions -------------------------------------------
+
+
+def make_seeds(count, generator=None):
+  """Draws `count` seeds for stateless sampling: int32 [count, 2].
+
+  From `generator`, whose state a checkpoint holds, or else from TensorFlow's
+  global one.
+  """
+  draw = generator.uniform if generator else tf.random.uniform
+  return draw([count, 2], tf.int32.min, tf.int32.max, dtype=tf.int32)
+
+
+class TanhBijector(tfb.Bijector):
+  """y = tanh(x), with finite log-probabilities for saturated actions.
+
+  In floating point tanh(x) is exactly 1 from x = 9 or so on, and its inverse
+  infinite. The inverse clips to the largest number below 1, so that any
+  action in [-1, 1] has a finite log-probability.
+  """
+
+  def __init__(self, validate_args=False, name='tanh'):
+    super().__init__(
+      forward_min_event_ndims=0, validate_args=validate_args, name=name
+    )
+
+  def _forward(self, x):
+    return tf.tanh(x)
+
+  def _inverse(self, y):
+    limit = np.nextafter(y.dtype.as_numpy_dtype(1), y.dtype.as_numpy_dtype(0))
+    return tf.atanh(tf.clip_by_value(y, -limit, limit))
+
+  def _forward_log_det_jacobian(self, x):
+    # ln(1 - tanh(x)^2), in a form that does not round to ln(0).
+    return 2.0 * (np.log(2.0).astype(np.float32) - x - tf.nn.softplus(-2.0 * x))
+
+
+class SampleDist:
+  """A distribution with mean, mode and entropy estimated from samples.
+
+  For tanh-transformed Gaussians, which have none of the three in closed form.
+  """
+
+  def __init__(self, dist, samples=100):
+    self._dist = dist
+    self._samples = samples
+
+  def __getattr__(self, name):
+    return getattr(self._dist, name)
+
+  def mean(self, seed=None):
+    return tf.reduce_mean(self._dist.sample(self._samples, seed=seed), 0)
+
+  def mode(self, seed=None):
+    """For each batch entry, the most likely of its own samples."""
+    sample = self._dist.sample(self._samples, seed=seed)  # [S, ..., A]
+    best = tf.argmax(self._dist.log_prob(sample), 0)  # [...]
+    sample = tf.experimental.numpy.moveaxis(sample, 0, -2)  # [..., S, A]
+    return tf.gather(sample, best, axis=-2, batch_dims=best.shape.rank)
+
+  def entropy(self, seed=None):
+    sample = self._dist.sample(self._samples, seed=seed)
+    return -tf.reduce_mean(self._dist.log_prob(sample), 0)
+
+
+class OneHotDist(tfd.OneHotCategorical):
+  """One-hot categorical with straight-through gradients (section 3).
+
+  Samples are one-hot; their gradient is that of the probabilities.
+  """
+
+  def __init__(self, logits=None, probs=None):
+    super().__init__(logits=logits, probs=probs, dtype=tf.float32)
+
+  def mode(self):
+    probs = self.probs_parameter()
+    hard = tf.one_hot(tf.argmax(probs, -1), probs.shape[-1])
+    return tf.stop_gradient(hard - probs) + probs
+
+  def sample(self, sample_shape=(), seed=None):
+    hard = tf.stop_gradient(super().sample(sample_shape, seed=seed))
+    probs = tf.broadcast_to(self.probs_parameter(), tf.shape(hard))
+    return tf.stop_gradient(hard - probs) + probs
+
+
+# --- Optimizer --------------------------------------------------------------
+
+
+class Adam:
+  """Adam with global norm clipping, decoupled weight decay and loss scaling.
+
+  Args:
+    name: prefix of the metrics.
+    modules: Keras layers, built; their trainable variables are optimized.
+    lr: learning rate.
+    clip: gradients are scaled down to this global norm; None for no limit.
+    wd: decoupled weight decay (AdamW), 0 for none.
+    wdpattern: regular expression; only variables whose path matches decay.
+    eps: Adam's epsilon.
+    loss_scaling: scale the loss dynamically, for float16.
+  """
+
+  def __init__(
+    self,
+    name,
+    modules,
+    lr,
+    clip=None,
+    wd=None,
+    wdpattern=r'.*',
+    eps=1e-7,
+    loss_scaling=False,
+  ):
+    self._name = name
+    self.variables = [v for m in modules for v in m.trainable_variables]
+    # Clipping belongs into the inner optimizer: LossScaleOptimizer divides
+    # by the scale inside `apply`, so outside the norm is still scaled.
+    self.optimizer = keras.optimizers.Adam(
+      lr,
+      epsilon=eps,
+      global_clipnorm=clip or None,
+      weight_decay=wd or None,
+      name=name,
+    )
+    if wd:
+      skip = [v for v in self.variables if not re.search(wdpattern, v.path)]
+      self.optimizer.exclude_from_weight_decay(skip)
+    self._scaling = loss_scaling
+    if loss_scaling:
+      self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+    self.optimizer.build(self.variables)
+
+  def gradient(self, tape, loss):
+    """Gradients of the loss, times the loss scale where there is one."""
+    assert loss.dtype == tf.float32 and loss.shape == (), loss
+    scale = self.optimizer.scale_loss(tf.ones_like(loss))
+    variables = [v.value for v in self.variables]
+    return tape.gradient(loss, variables, output_gradients=scale)
+
+  def apply(self, grads):
+    """Moves the variables; returns the norm before clipping as a metric."""
+    scale = self.optimizer.scale_loss(tf.constant(1.0))
+    norm = tf.linalg.global_norm(grads) / scale
+    metrics = {f'{self._name}_grad_norm': norm}
+    if self._scaling:
+      finite = tf.math.is_finite(norm)
+      metrics[f'{self._name}_loss_scale'] = scale
+      metrics[f'{self._name}_skipped'] = 1.0 - tf.cast(finite, tf.float32)
+    self.optimizer.apply(grads, self.variables)
+    return metrics
+
+  def __call__(self, tape, loss):
+    return self.apply(self.gradient(tape, loss))
+
+
+# --- Files ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+  """Yields a binary file that appears under `path` whole or not at all."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    with temporary.open('wb') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+      os.fsync(folder)
+    finally:
+      os.close(folder)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def warn(message):
+  tqdm.tqdm.write(f'Warning: {message}', file=sys.stdout)
+  sys.stdout.flush()
+
+
+# --- Replay -----------------------------------------------------------------
+
+
+def save_episodes(directory, episodes):
+  """Writes episodes as `{timestamp}-{uuid}-{length}.npz`; returns the paths.
+
+  `length` counts rows: the reset and one row for each agent step. Files are
+  not compressed, so that windows can be read from their place in the file.
+  """
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  paths = []
+  for episode in episodes:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    stamp = now.strftime('%Y%m%dT%H%M%S%f')
+    name = f'{stamp}-{uuid.uuid4().hex}-{len(episode["reward"])}.npz'
+    with atomic_write(directory / name) as file:
+      np.savez(file, **episode)
+    paths.append(directory / name)
+  return paths
+
+
+def episode_length(path):
+  """Rows of an episode file, the reset included, from its name."""
+  try:
+    return int(pathlib.Path(path).stem.rsplit('-', 1)[-1])
+  except ValueError:
+    return 0
+
+
+def count_episodes(directory):
+  """Number of episodes in a folder, and of agent steps in them."""
+  lengths = [episode_length(p) for p in pathlib.Path(directory).glob('*.npz')]
+  return len(lengths), sum(n - 1 for n in lengths if n)
+
+
+class EpisodeFile:
+  """One episode on disk, read a window at a time.
+
+  The members of an uncompressed `.npz` file lie in it as they are in memory.
+  Where they start is looked up once; a window is then one read for each key
+  and the page cache keeps what is hot. (Reads rather than memory maps: a map
+  holds a file descriptor for each episode and a truncated file would kill the
+  process.) Compressed files, as the 2020 release wrote them, are read whole.
+  """
+
+  def __init__(self, path):
+    self.path = pathlib.Path(path)
+    self.length = episode_length(path)
+    self._members = None
+
+  def read(self, start, stop):
+    """Rows [start, stop): dictionary of arrays. ValueError if broken."""
+    try:
+      if self._members is None:
+        self._members = self._locate()
+      if not self._members:
+        whole = _load_compressed(self.path)
+        return {k: v[start:stop] for k, v in whole.items()}
+      with self.path.open('rb') as file:
+        return {
+          key: self._read(file, start, stop, *member)
+          for key, member in self._members.items()
+        }
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, struct.error) as e:
+      raise ValueError(f'{type(e).__name__}: {e}') from e
+
+  def _locate(self):
+    """Maps each key to (offset, dtype, row shape); empty if compressed."""
+    members = {}
+    with zipfile.ZipFile(self.path) as archive, self.path.open('rb') as file:
+      infos = archive.infolist()
+      if any(i.compress_type != zipfile.ZIP_STORED for i in infos):
+        self._check({k: v.shape for k, v in _load_compressed(self.path).items()})
+        return {}
+      shapes = {}
+      for info in infos:
+        file.seek(info.header_offset + 26)  # lengths in the local header
+        file.seek(sum(struct.unpack('<HH', file.read(4))), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        read_header = getattr(
+          np.lib.format, f'read_array_header_{version[0]}_{version[1]}'
+        )
+        shape, fortran, dtype = read_header(file)
+        if dtype.hasobject or (fortran and len(shape) > 1):
+          raise ValueError(f'{info.filename} is not a plain array')
+        key = info.filename.removesuffix('.npy')
+        shapes[key] = shape
+        members[key] = file.tell(), dtype, shape[1:]
+    self._check(shapes)
+    return members
+
+  def _check(self, shapes):
+    missing = {'image', 'action', 'reward', 'discount'} - set(shapes)
+    if missing:
+      raise ValueError(f'it lacks {", ".join(sorted(missing))}')
+    for key, shape in shapes.items():
+      if not shape or shape[0] != self.length:
+        raise ValueError(f'{key} has shape {shape}, not {self.length} rows')
+
+  @staticmethod
+  def _read(file, start, stop, offset, dtype, shape):
+    row = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    file.seek(offset + start * row)
+    data = file.read((stop - start) * row)
+    if len(data) != (stop - start) * row:
+      raise ValueError('it is cut short')
+    return np.frombuffer(data, dtype).reshape((stop - start, *shape))
+
+
+@functools.lru_cache(maxsize=16)
+def _load_compressed(path):
+  with np.load(path, allow_pickle=False) as episode:
+    return {k: episode[k] for k in episode.files}
+
+
+class Replay:
+  """The episodes of a folder, and windows drawn from them.
+
+  Args:
+    directory: folder of episode files; `rescan` looks for new ones.
+    capacity: agent steps to draw from, the newest; 0 for all.
+  """
+
+  def __init__(self, directory, capacity=0):
+    self._directory = pathlib.Path(directory)
+    self._capacity = capacity
+    self._episodes = {}
+    self._recent = []
+    self._changed = None
+
+  def rescan(self):
+    changed = self._directory.stat().st_mtime_ns
+    if changed == self._changed:
+      return
+    self._changed = changed
+    names = sorted(p.name for p in self._directory.glob('*.npz'))
+    known = self._episodes
+    self._episodes = {
+      n: known.get(n) or EpisodeFile(self._directory / n) for n in names
+    }
+    self._recent, steps = [], 0
+    for name in reversed(names):
+      if self._capacity and steps >= self._capacity:
+        break
+      self._recent.append(self._episodes[name])
+      steps += self._episodes[name].length - 1
+    self._recent.reverse()
+
+  def window(self, rng, length=None, balance=False):
+    """One window: dictionary of arrays [length, ...].
+
+    An episode is drawn uniformly, then a window of it: any that fits, the
+    one that ends in the last row included. With `balance`, draws that do not
+    fit count as the last window, so that ends of episodes come more often.
+    Without `length` it is the whole episode.
+    """
+    while True:
+      fit = [e for e in self._recent if e.length >= (length or 1)]
+      if not fit:
+        longest = max([e.length for e in self._recent], default=0)
+        raise UserError(
+          f'batch_length {length} is longer than any episode in '
+          f'{self._directory}: the longest has {longest} rows. '
+          f'Choose --batch_length {max(longest, 2)} or less.'
+        )
+      episode = fit[rng.integers(len(fit))]
+      total = length or episode.length
+      last = episode.length - total
+      start = int(rng.integers((episode.length if balance else last) + 1))
+      start = min(start, last)
+      try:
+        return episode.read(start, start + total)
+      except ValueError as error:
+        self._set_aside(episode, error)
+
+  def _set_aside(self, episode, error):
+    target = episode.path.with_suffix('.npz.broken')
+    with contextlib.suppress(FileNotFoundError):
+      episode.path.rename(target)
+    warn(f'set aside the broken episode {target}: {error}')
+    self._changed = None
+    self.rescan()
+
+
+def load_episodes(
+  directory, rescan, length=None, balance=False, seed=0, capacity=0, start=0
+):
+  """Yields windows of episodes for ever.
+
+  Windows come in blocks of `rescan`, for each of which new episodes are
+  looked for and a random stream is begun from (seed, block). So a reader
+  that stopped after n blocks goes on with `start=n`.
+
+  Args:
+    directory: folder of episode files.
+    rescan: windows in a block.
+    length: rows in a window; None for whole episodes.
+    balance: see `Replay.window`.
+    seed, start: the random stream.
+    capacity: agent steps to draw from, the newest; 0 for all.
+
+  Raises:
+    UserError: no episode is long enough.
+  """
+  replay = Replay(directory, capacity)
+  for block in itertools.count(start):
+    replay.rescan()
+    rng = np.random.default_rng([seed, block])
+    for _ in range(rescan):
+      yield replay.window(rng, length, balance)
+
+
+# --- Simulation -------------------------------------------------------------
+
+
+def simulate(agent, envs, steps=0, episodes=0, state=None):
+  """Runs an agent in environments, all of them at the same time.
+
+  Stops when the episodes that ended hold `steps` agent steps, or when
+  `episodes` of them ended; what is under way then goes on at the next call
+  with the state returned here.
+
+  Args:
+    agent: maps (obs, reset, agent_state) to (action, agent_state), where obs
+      is a dictionary of arrays [E, ...], reset [E] is true where an episode
+      begins, and action is [E, A].
+    envs: E environments whose `reset` and `step` take `blocking=False` and
+      then return a function that waits for the result.
+    steps: agent steps; 0 for no limit.
+    episodes: episodes; 0 for no limit.
+    state: what the last call returned, or None to begin anew.
+
+  Returns:
+    The state: surplus of steps and episodes, and where each environment is.
+  """
+  if state is None:
+    state = (0, 0, np.ones(len(envs), bool), [0] * len(envs), {}, None)
+  step, episode, done, length, obs, agent_state = state
+  while (steps and step < steps) or (episodes and episode < episodes):
+    waiting = {i: envs[i].reset(blocking=False) for i in np.flatnonzero(done)}
+    obs.update({i: promise() for i, promise in waiting.items()})
+    batch = {k: np.stack([obs[i][k] for i in range(len(envs))]) for k in obs[0]}
+    action, agent_state = agent(batch, done, agent_state)
+    action = np.asarray(action)
+    assert len(action) == len(envs), (action.shape, len(envs))
+    waiting = [
+      e.step(a, blocking=False) for e, a in zip(envs, action, strict=True)
+    ]
+    for index, promise in enumerate(waiting):
+      obs[index], _, done[index], _ = promise()
+      length[index] += 1
+      if done[index]:
+        step, episode = step + length[index], episode + 1
+        length[index] = 0
+  return max(0, step - steps), max(0, episode - episodes), *(
+    done,
+    length,
+    obs,
+    agent_state,
+  )
+
+
+# --- Logging ----------------------------------------------------------------
+
+
+def encode_gif(frames, fps):
+  """Encodes uint8 frames [T, H, W, 3] as an animated GIF that loops."""
+  buffer = io.BytesIO()
+  imageio.imwrite(
+    buffer, frames, extension='.gif', loop=0, duration=1000 / fps
+  )
+  return buffer.getvalue()
+
+
+def video_summary(name, video, step=None, fps=20):
+  """Writes videos [B, T, H, W, C], uint8 or in [0, 1], as one GIF summary.
+
+  The B videos stand side by side. TensorBoard shows GIFs under IMAGES.
+  """
+  if np.issubdtype(video.dtype, np.floating):
+    video = np.clip(255 * video, 0, 255).astype(np.uint8)
+  count, length, height, width, channels = video.shape
+  frames = video.transpose((1, 2, 0, 3, 4))
+  frames = frames.reshape((length, height, count * width, channels))
+  summary = tf.compat.v1.Summary()
+  image = tf.compat.v1.Summary.Image(height=height, width=count * width)
+  image.colorspace = channels
+  image.encoded_image_string = encode_gif(frames, fps)
+  summary.value.add(tag=name, image=image)
+  tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step)
+
+
+class Logger:
+  """Writes `metrics.jsonl` and TensorBoard events, and talks to the user.
+
+  On a terminal there is one progress bar with lines above it; elsewhere there
+  are plain lines, flushed. All of it goes to standard output.
+
+  Args:
+    logdir: folder of the run.
+    total: environment steps of the whole run, for the progress bar.
+    step: environment steps so far.
+  """
+
+  def __init__(self, logdir, total, step=0):
+    logdir = pathlib.Path(logdir)
+    self._metrics = logdir / 'metrics.jsonl'
+    self._cut_half_line()
+    self._writer = tf.summary.create_file_writer(
+      str(logdir), max_queue=1000, flush_millis=20000
+    )
+    self._bar = tqdm.tqdm(
+      total=total,
+      initial=step,
+      unit=' steps',
+      file=sys.stdout,
+      disable=not sys.stdout.isatty(),
+      dynamic_ncols=True,
+      smoothing=0.05,
+    )
+
+  def _cut_half_line(self):
+    """A run killed while writing leaves half a line; the next cuts it off."""
+    if not self._metrics.exists():
+      return
+    content = self._metrics.read_bytes()
+    whole = content[: content.rfind(b'\n') + 1]
+    if len(whole) < len(content):
+      with atomic_write(self._metrics) as file:
+        file.write(whole)
+
+  def say(self, line):
+    self._bar.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+  def progress(self, step, updates):
+    self._bar.n = min(step, self._bar.total)
+    self._bar.set_postfix_str(f'{updates} updates', refresh=False)
+    self._bar.update(0)
+    self._bar.refresh(nolock=False) if not self._bar.disable else None
+
+  def scalars(self, step, values, prefix=''):
+    """Writes numbers under `step` (environment steps).
+
+    In the events `prefix` goes before their names, in the file it does not.
+    """
+    values = {k: float(v) for k, v in values.items()}
+    with self._metrics.open('a') as file:
+      file.write(json.dumps({'step': step, **values}) + '\n')
+    with self._writer.as_default(step):
+      for key, value in values.items():
+        tf.summary.scalar(prefix + key, value)
+
+  def video(self, step, name, video):
+    with self._writer.as_default(step):
+      video_summary(name, video, step)
+    self.flush()
+
+  def flush(self):
+    self._writer.flush()
+
+  def close(self):
+    self._bar.close()
+    self._writer.close()
+
+
+# --- Checkpoints and signals ------------------------------------------------
+
+
+class Checkpoints:
+  """Keeps the newest two checkpoints of trackable objects in a folder."""
+
+  def __init__(self, directory, **objects):
+    self._checkpoint = tf.train.Checkpoint(**objects)
+    self._manager = tf.train.CheckpointManager(
+      self._checkpoint, str(directory), max_to_keep=2
+    )
+
+  def save(self, number):
+    """Saves under `number` (updates)."""
+    return self._manager.save(checkpoint_number=number)
+
+  def restore(self):
+    """Restores the newest, all of it; returns its path, None if none."""
+    latest = self._manager.latest_checkpoint
+    if latest:
+      status = self._checkpoint.restore(latest)
+      status.assert_existing_objects_matched()
+    return latest
+
+
+class StopSignal:
+  """Lets a run end at a safe place after Ctrl-C or SIGTERM.
+
+  The first signal is noted, and `check` then raises `Stopped`; inside
+  `immediate`, where nothing has changed since the last checkpoint, it is
+  raised at once. A second signal always is.
+  """
+
+  def __init__(self):
+    self._requested = False
+    self._immediate = False
+
+  def install(self):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, self._handle)
+
+  def check(self):
+    if self._requested:
+      raise Stopped
+
+  @contextlib.contextmanager
+  def immediate(self):
+    self._immediate = True
+    try:
+      self.check()
+      yield
+    finally:
+      self._immediate = False
+
+  def _handle(self, number, frame):
+    again, self._requested = self._requested, True
+    if self._immediate or again:
+      raise Stopped
+
+
+class Stopwatch:
+  """Seconds of a kind of work, without its first call (which traces)."""
+
+  def __init__(self):
+    self.count = 0
+    self.seconds = 0.0
+
+  @contextlib.contextmanager
+  def __call__(self):
+    start = time.perf_counter()
+    yield
+    self.count += 1
+    if self.count > 1:
+      self.seconds += time.perf_counter() - start
+
+  @property
+  def mean(self):
+    return self.seconds / max(1, self.count - 1)

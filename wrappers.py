@@ -1,0 +1,979 @@
+"""Environments, their wrappers, and the worker processes that they live in.
+
+An environment here has `observation_space` (a `gym.spaces.Dict`),
+`action_space`, `reset() -> obs`, `step(action) -> (obs, reward, done, info)`
+and `close()`. `obs['image']` is uint8 [64, 64, 3]. `info['discount']`, where
+present, is the factor that applies to everything after this step: 0 if the
+task really ended there, 1 if only a time limit did.
+
+An *environment step* is one step of the simulator, an *agent step* one action
+of the agent; the action repeat lies between the two.
+
+This module never imports TensorFlow, nor anything that does: Mesa's software
+OpenGL and TensorFlow crash in one process, so `Async` keeps environments in
+workers that import this module and the simulator, and nothing else.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import difflib
+import functools
+import importlib.util
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import weakref
+from multiprocessing import connection as mp_connection
+
+import numpy as np
+
+# Under NumPy 2, gym prints a notice on stderr when it is imported.
+with contextlib.redirect_stderr(io.StringIO()):
+  import gym
+  import gym.spaces
+
+STRATEGIES = ('process', 'thread', 'none')
+
+# What dm_control.suite.ALL_TASKS holds. It is written out because importing
+# dm_control loads OpenGL, which the training process must not do.
+_SUITE = {
+  'acrobot': 'swingup swingup_sparse',
+  'ball_in_cup': 'catch',
+  'cartpole': (
+    'balance balance_sparse swingup swingup_sparse two_poles three_poles'
+  ),
+  'cheetah': 'run',
+  'dog': 'stand walk trot run fetch',
+  'finger': 'spin turn_easy turn_hard',
+  'fish': 'upright swim',
+  'hopper': 'stand hop',
+  'humanoid': 'stand walk run run_pure_state',
+  'humanoid_CMU': 'stand walk run',
+  'lqr': 'lqr_2_1 lqr_6_2',
+  'manipulator': 'bring_ball bring_peg insert_ball insert_peg',
+  'pendulum': 'swingup',
+  'point_mass': 'easy hard',
+  'quadruped': 'walk run escape fetch',
+  'reacher': 'easy hard',
+  'stacker': 'stack_2 stack_4',
+  'swimmer': 'swimmer6 swimmer15',
+  'walker': 'stand walk run',
+}
+DMC_TASKS = {
+  f'{domain}_{task}': (domain, task)
+  for domain, tasks in _SUITE.items()
+  for task in tasks.split()
+}
+# The paper and the 2020 release call this domain 'cup'.
+DMC_TASKS['cup_catch'] = ('ball_in_cup', 'catch')
+
+
+class TaskError(ValueError):
+  """A task name, or a way to run a task, that does not exist here."""
+
+
+class RenderError(RuntimeError):
+  """OpenGL does not work; the message says what to install."""
+
+
+class WorkerError(RuntimeError):
+  """An environment failed or its worker died.
+
+  Attributes:
+    traceback: text of the worker's traceback, or its last output if it died.
+  """
+
+  traceback = ''
+
+
+# ---------------------------------------------------------------------------
+# Tasks by name
+# ---------------------------------------------------------------------------
+
+
+def task_names():
+  """Returns the names of all tasks that `make_task` accepts, as a list."""
+  return [f'dmc_{name}' for name in DMC_TASKS] + ['toy_reach', 'toy_catch']
+
+
+def check_task(task):
+  """Raises TaskError, with the nearest names, unless `task` is a real one."""
+  names = task_names()
+  if task in names:
+    return
+  prefix = task.partition('_')[0]
+  if prefix in ('atari', 'dmlab', 'gym'):
+    raise TaskError(
+      f'Task {task!r}: {prefix}_* tasks are not available in this version '
+      'yet; there are dmc_<domain>_<task>, toy_reach and toy_catch.'
+    )
+  lower = {name.lower(): name for name in names}
+  near = difflib.get_close_matches(task.lower(), lower, n=3, cutoff=0.5)
+  if near:
+    hint = 'the nearest are ' + ', '.join(lower[name] for name in near)
+  else:
+    hint = 'there are dmc_<domain>_<task>, toy_reach and toy_catch'
+  raise TaskError(f'There is no task {task!r}; {hint}.')
+
+
+def check_parallel(task, strategy):
+  """Raises TaskError where `strategy` is unknown or would crash for `task`.
+
+  Tasks that render cannot share a process with TensorFlow, so 'thread' and
+  'none' are refused for them in a process that has imported it.
+  """
+  if strategy not in STRATEGIES:
+    raise TaskError(
+      f'There is no parallel strategy {strategy!r}; choose one of '
+      f'{", ".join(STRATEGIES)}.'
+    )
+  renders = task.startswith('dmc_')
+  if strategy != 'process' and renders and 'tensorflow' in sys.modules:
+    raise TaskError(
+      f'Task {task!r} renders with OpenGL, which crashes in one process with '
+      f'TensorFlow: use --parallel process instead of {strategy}.'
+    )
+
+
+def make_task(task, action_repeat=2, time_limit=1000, seed=None):
+  """Makes the environment of a task, with the wrappers that it needs.
+
+  Args:
+    task: a name from `task_names()`.
+    action_repeat: environment steps per agent step.
+    time_limit: longest episode in environment steps.
+    seed: int; the same seed gives the same trajectory. None: a fresh one.
+
+  Returns:
+    An environment with actions in [-1, 1], or one-hot where they are discrete,
+    and observations 'image', 'reward' and whatever else the task shows.
+
+  Raises:
+    TaskError: there is no such task.
+    RenderError: the task renders, and OpenGL does not work.
+  """
+  check_task(task)
+  if task == 'toy_reach':
+    env = ToyReach(seed)
+  elif task == 'toy_catch':
+    env = ToyCatch(seed)
+  else:
+    env = DeepMindControl(task.removeprefix('dmc_'), seed=seed)
+  env = ActionRepeat(env, action_repeat)
+  if isinstance(env.action_space, gym.spaces.Discrete):
+    env = OneHotAction(env)
+  else:
+    env = NormalizeActions(env)
+  env = TimeLimit(env, time_limit // action_repeat)
+  return RewardObs(env)
+
+
+# ---------------------------------------------------------------------------
+# Environments
+# ---------------------------------------------------------------------------
+
+
+class DeepMindControl:
+  """A task of the DeepMind control suite, seen through a camera.
+
+  Observations are 'image', uint8 [*size, 3], and the task's own arrays in
+  float32. Actions are float32 within the bounds that the suite gives.
+
+  Args:
+    name: '<domain>_<task>', such as 'walker_walk' or 'ball_in_cup_catch'.
+    size: height and width of the image in pixels.
+    camera: index of the camera; None takes 0, or 2 for the quadruped, whose
+      camera 0 does not follow it.
+    seed: int or None, for the start states and whatever else is random.
+
+  Raises:
+    TaskError: no such task, or TensorFlow lives in this process already.
+    RenderError: OpenGL does not work.
+  """
+
+  def __init__(self, name, size=(64, 64), camera=None, seed=None):
+    check_task(f'dmc_{name}')
+    check_parallel(f'dmc_{name}', 'none')
+    domain, task = DMC_TASKS[name]
+    if camera is None:
+      camera = 2 if domain == 'quadruped' else 0
+    self._size = tuple(size)
+    self._camera = camera
+    suite = _import_suite()
+    self._env = suite.load(domain, task, task_kwargs={'random': seed})
+    self.observation_space = self._observation_space()
+    self.action_space = self._action_space()
+    try:
+      self.render()
+    except Exception as error:
+      raise _render_error(error) from error
+
+  def reset(self):
+    self._now = self._env.reset()
+    return self.observe()
+
+  def step(self, action):
+    reward, done, info = self.advance(action)
+    return self.observe(), reward, done, info
+
+  def advance(self, action):
+    """Steps like `step`, but spares the rendering; see `observe`."""
+    action = _check_action(action, self.action_space)
+    self._now = now = self._env.step(action)
+    discount = 1 if now.discount is None else now.discount
+    info = {'discount': np.float32(discount)}
+    return float(now.reward or 0), now.last(), info
+
+  def observe(self):
+    """Returns the observation of the present state."""
+    obs = {
+      key: np.asarray(value, np.float32)
+      for key, value in self._now.observation.items()
+    }
+    obs['image'] = self.render()
+    return obs
+
+  def render(self):
+    """Returns the image of the present state, uint8 [*size, 3]."""
+    return self._env.physics.render(*self._size, camera_id=self._camera)
+
+  def close(self):
+    self._env.close()
+
+  def _observation_space(self):
+    parts = {
+      key: gym.spaces.Box(-np.inf, np.inf, spec.shape, np.float32)
+      for key, spec in self._env.observation_spec().items()
+    }
+    parts['image'] = _image_space(self._size)
+    return gym.spaces.Dict(parts)
+
+  def _action_space(self):
+    spec = self._env.action_spec()
+    low = np.broadcast_to(spec.minimum, spec.shape).astype(np.float32)
+    high = np.broadcast_to(spec.maximum, spec.shape).astype(np.float32)
+    # The suite writes 1e10, MuJoCo's largest number, where there is no bound.
+    low = np.where(low <= -1e9, -np.inf, low).astype(np.float32)
+    high = np.where(high >= 1e9, np.inf, high).astype(np.float32)
+    return gym.spaces.Box(low, high, dtype=np.float32)
+
+
+def _import_suite():
+  """Imports dm_control, telling trouble with OpenGL from all other trouble."""
+  if importlib.util.find_spec('dm_control') is None:
+    raise ImportError('This task needs dm_control: pip install dm-control')
+  try:
+    from dm_control import suite
+
+    return suite
+  except Exception as error:
+    places = [x.filename for x in traceback.extract_tb(error.__traceback__)]
+    graphics = ('_render', 'OpenGL', 'gl_context')
+    if any(name in place for name in graphics for place in places):
+      raise _render_error(error) from error
+    raise
+
+
+def _render_error(error):
+  chosen = os.environ.get('MUJOCO_GL') or 'unset'
+  reason = str(error).strip().split('\n')[0].rstrip('.')
+  reason = reason or type(error).__name__
+  return RenderError(
+    f'Cannot render with OpenGL (MUJOCO_GL is {chosen}): {reason}. '
+    'Install the Debian packages libegl1 and libgl1-mesa-dri and set '
+    'MUJOCO_GL=egl, or install libosmesa6 and set MUJOCO_GL=osmesa. '
+    'If MUJOCO_GL is not set, both are tried.'
+  )
+
+
+class ToyReach:
+  """Steer a green dot onto a red target; an image task without a simulator.
+
+  The two actions in [-1, 1] are the velocity to the right and downwards. The
+  reward in [0, 1] grows as the dot nears the target. An episode takes 50 steps
+  and then ends by time, with discount 1.
+  """
+
+  LENGTH = 50
+  # Places lie in [-1, 1]^2; the way to the target takes about ten steps.
+  SPEED = 0.12
+
+  def __init__(self, seed=None):
+    self.observation_space = gym.spaces.Dict({'image': _image_space()})
+    self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+    self._random = np.random.RandomState(seed)
+    self._dot = self._target = np.zeros(2)
+    self._step = 0
+
+  @property
+  def state(self):
+    """Places of dot and target, float64 [4]: x, y, x, y in [-1, 1]."""
+    return np.concatenate([self._dot, self._target])
+
+  def reset(self):
+    self._step = 0
+    # Not too near, or there would be nothing to do.
+    while True:
+      self._dot, self._target = self._random.uniform(-1, 1, (2, 2))
+      if self._distance() > 0.6:
+        return self._observe()
+
+  def step(self, action):
+    action = _check_action(action, self.action_space)
+    velocity = self.SPEED * np.clip(action.astype(np.float64), -1, 1)
+    self._dot = np.clip(self._dot + velocity, -1, 1)
+    self._step += 1
+    # The cube keeps a slope everywhere, and yet little for being far away.
+    reward = (1 - self._distance() / np.sqrt(8)) ** 3
+    done = self._step >= self.LENGTH
+    return self._observe(), float(reward), done, {'discount': np.float32(1)}
+
+  def close(self):
+    pass
+
+  def _distance(self):
+    return np.linalg.norm(self._dot - self._target)
+
+  def _observe(self):
+    image = np.zeros((64, 64, 3), np.uint8)
+    _draw_disc(image, 31.5 + 26 * self._target, 5, (255, 60, 60))
+    _draw_disc(image, 31.5 + 26 * self._dot, 5, (60, 255, 60))
+    return {'image': image}
+
+
+class ToyCatch:
+  """Move a paddle under a falling ball; an image task without a simulator.
+
+  The three actions are left, stay and right. The ball lands after 16 steps:
+  reward 1 on the paddle or -1 beside it, and discount 0, as the episode truly
+  ends. All other rewards are 0.
+  """
+
+  LENGTH = 16
+  SPEED = 4  # Pixels per step.
+
+  def __init__(self, seed=None):
+    self.observation_space = gym.spaces.Dict({'image': _image_space()})
+    self.action_space = gym.spaces.Discrete(3)
+    self._random = np.random.RandomState(seed)
+    self._ball = self._paddle = 32
+    self._step = 0
+
+  @property
+  def state(self):
+    """Columns of ball and paddle in pixels, int64 [2]."""
+    return np.array([self._ball, self._paddle])
+
+  def reset(self):
+    self._step = 0
+    self._ball = self._random.randint(4, 60)
+    self._paddle = self._random.randint(8, 56)
+    return self._observe()
+
+  def step(self, action):
+    if not self.action_space.contains(action):
+      raise ValueError(f'Action {action!r} is not 0, 1 or 2.')
+    self._paddle += self.SPEED * (int(action) - 1)
+    self._paddle = int(np.clip(self._paddle, 8, 56))
+    self._step += 1
+    done = self._step >= self.LENGTH
+    caught = abs(self._ball - self._paddle) <= 8
+    reward = (1.0 if caught else -1.0) if done else 0.0
+    info = {'discount': np.float32(0 if done else 1)}
+    return self._observe(), reward, done, info
+
+  def close(self):
+    pass
+
+  def _observe(self):
+    image = np.zeros((64, 64, 3), np.uint8)
+    left = self._paddle - 8
+    image[58:62, left : left + 16] = (60, 255, 60)
+    row = 4 + 52 * self._step / self.LENGTH
+    _draw_disc(image, (self._ball, row), 4, (255, 60, 60))
+    return {'image': image}
+
+
+def _image_space(size=(64, 64)):
+  return gym.spaces.Box(0, 255, (*size, 3), np.uint8)
+
+
+def _draw_disc(image, center, radius, color):
+  """Paints a disc; `center` is (column, row) in pixels."""
+  rows, columns = np.ogrid[: image.shape[0], : image.shape[1]]
+  inside = (columns - center[0]) ** 2 + (rows - center[1]) ** 2 <= radius**2
+  image[inside] = color
+
+
+def _check_action(action, space):
+  action = np.asarray(action)
+  if action.shape != space.shape:
+    raise ValueError(
+      f'Action of shape {action.shape} where {space.shape} is needed.'
+    )
+  if not np.isfinite(action).all():
+    raise ValueError(f'Action {action} is not finite.')
+  return action
+
+
+# ---------------------------------------------------------------------------
+# Wrappers
+# ---------------------------------------------------------------------------
+
+
+class Wrapper:
+  """Hands everything that a subclass does not define to the inner `env`."""
+
+  def __init__(self, env):
+    self._env = env
+
+  def __getattr__(self, name):
+    # Private names are not handed on: while a wrapper is being unpickled it
+    # has no `_env` yet, and looking for it here would never end.
+    if name.startswith('_'):
+      raise AttributeError(name)
+    return getattr(self._env, name)
+
+
+class ActionRepeat(Wrapper):
+  """Repeats each action for `amount` environment steps.
+
+  Rewards add up and discounts multiply; stops where the episode ends. An `env`
+  with `advance` and `observe` renders only what is returned.
+  """
+
+  def __init__(self, env, amount):
+    super().__init__(env)
+    if amount < 1:
+      raise ValueError(f'The action repeat must be at least 1, not {amount}.')
+    self._amount = amount
+
+  def step(self, action):
+    unseen = hasattr(self._env, 'advance')
+    total, discount = 0.0, 1.0
+    for _ in range(self._amount):
+      if unseen:
+        reward, done, info = self._env.advance(action)
+      else:
+        obs, reward, done, info = self._env.step(action)
+      total += reward
+      discount *= info.get('discount', 1.0)
+      if done:
+        break
+    if unseen:
+      obs = self._env.observe()
+    if 'discount' in info:
+      info = {**info, 'discount': np.float32(discount)}
+    return obs, total, done, info
+
+
+class NormalizeActions(Wrapper):
+  """Maps actions in [-1, 1] to the bounds of `env`, where these are finite."""
+
+  def __init__(self, env):
+    super().__init__(env)
+    space = env.action_space
+    self._bounded = np.isfinite(space.low) & np.isfinite(space.high)
+    self._low = np.where(self._bounded, space.low, -1)
+    self._high = np.where(self._bounded, space.high, 1)
+    self.action_space = gym.spaces.Box(
+      np.where(self._bounded, -1, space.low).astype(np.float32),
+      np.where(self._bounded, 1, space.high).astype(np.float32),
+      dtype=np.float32,
+    )
+
+  def step(self, action):
+    action = np.asarray(action)
+    scaled = (action + 1) / 2 * (self._high - self._low) + self._low
+    return self._env.step(np.where(self._bounded, scaled, action))
+
+
+class TimeLimit(Wrapper):
+  """Ends episodes after `duration` agent steps.
+
+  An episode that only this limit ends keeps the discount of the environment,
+  or 1 if that gives none: what comes after it would still have counted.
+  """
+
+  def __init__(self, env, duration):
+    super().__init__(env)
+    if duration < 1:
+      raise ValueError(f'The time limit must be 1 step at least: {duration}.')
+    self._duration = duration
+    self._step = None
+
+  def reset(self):
+    self._step = 0
+    return self._env.reset()
+
+  def step(self, action):
+    if self._step is None:
+      raise RuntimeError('The episode is over: call reset() first.')
+    obs, reward, done, info = self._env.step(action)
+    self._step += 1
+    if self._step >= self._duration:
+      info = {'discount': np.float32(0 if done else 1), **info}
+      done = True
+    if done:
+      self._step = None
+    return obs, reward, done, info
+
+
+class ObsDict(Wrapper):
+  """Puts the observation of `env` under `key` of a dictionary."""
+
+  def __init__(self, env, key='obs'):
+    super().__init__(env)
+    self._key = key
+    self.observation_space = gym.spaces.Dict({key: env.observation_space})
+
+  def reset(self):
+    return {self._key: self._env.reset()}
+
+  def step(self, action):
+    obs, reward, done, info = self._env.step(action)
+    return {self._key: obs}, reward, done, info
+
+
+class OneHotBox(gym.spaces.Box):
+  """Space of the one-hot vectors of length `count`, float32.
+
+  `discrete` tells it from other boxes, in workers and after pickling too.
+  """
+
+  discrete = True
+
+  def __init__(self, count):
+    super().__init__(0.0, 1.0, (count,), np.float32)
+
+  def sample(self, mask=None):
+    index = self.np_random.integers(self.shape[0])
+    return np.eye(self.shape[0], dtype=self.dtype)[index]
+
+  def contains(self, x):
+    x = np.asarray(x)
+    if x.shape != self.shape:
+      return False
+    return bool(np.isin(x, (0, 1)).all() and x.sum() == 1)
+
+
+class OneHotAction(Wrapper):
+  """Takes one-hot vectors where `env` takes numbers, gym's Discrete.
+
+  `step` raises ValueError for a vector that is not one-hot.
+  """
+
+  def __init__(self, env):
+    super().__init__(env)
+    if not isinstance(env.action_space, gym.spaces.Discrete):
+      raise TypeError(f'{env.action_space} is not a Discrete action space.')
+    self.action_space = OneHotBox(int(env.action_space.n))
+
+  def step(self, action):
+    if not self.action_space.contains(action):
+      raise ValueError(f'Action {action} is not a one-hot vector.')
+    return self._env.step(int(np.argmax(action)))
+
+
+class RewardObs(Wrapper):
+  """Adds the reward to the observation, float32 []; it is 0 after a reset."""
+
+  def __init__(self, env):
+    super().__init__(env)
+    parts = dict(env.observation_space.spaces)
+    parts['reward'] = gym.spaces.Box(-np.inf, np.inf, (), np.float32)
+    self.observation_space = gym.spaces.Dict(parts)
+
+  def reset(self):
+    return {**self._env.reset(), 'reward': np.zeros((), np.float32)}
+
+  def step(self, action):
+    obs, reward, done, info = self._env.step(action)
+    return {**obs, 'reward': np.array(reward, np.float32)}, reward, done, info
+
+
+class Collect(Wrapper):
+  """Records episodes, in the trainer's process, around an `Async` or plain env.
+
+  Row t of an episode holds the observation *after* action[t], with reward[t]
+  and discount[t]. Row 0 is the reset: zero action, reward 0, discount 1.
+
+      row          0       1       2     ...   T
+      image       o_0     o_1     o_2    ...  o_T
+      action       0      a_0     a_1    ...  a_{T-1}     (o_0, a_0) -> o_1
+      reward       0      r_1     r_2    ...  r_T
+
+  When an episode is done, its rows are stacked to arrays [T + 1, ...], given to
+  every callback as `callback(episode)` and put into `info['episode']`. Without
+  `info['discount']` the discount is 1 - done.
+
+  Args:
+    env: an `Async` or an environment.
+    callbacks: functions of one argument, the episode.
+    precision: bits of the stored floats and signed integers, 16, 32 or 64.
+  """
+
+  def __init__(self, env, callbacks=None, precision=32):
+    super().__init__(env)
+    self._callbacks = list(callbacks or ())
+    self._float = {16: np.float16, 32: np.float32, 64: np.float64}[precision]
+    self._int = {16: np.int16, 32: np.int32, 64: np.int64}[precision]
+    self._rows = None
+
+  def reset(self, blocking=True):
+    """Starts an episode; returns obs, or without blocking a promise of it."""
+    promise = functools.cache(
+      functools.partial(self._record_reset, self._send('reset'))
+    )
+    return promise() if blocking else promise
+
+  def step(self, action, blocking=True):
+    """Returns obs, reward, done, info, or without blocking a promise of them.
+
+    The promise, a function without arguments, records the step when it is
+    called; further calls give the same answer and record nothing.
+    """
+    if self._rows is None:
+      raise RuntimeError('No episode has begun: call reset() first.')
+    # The caller may write over its array before the promise is called.
+    action = np.array(action)
+    promise = functools.cache(
+      functools.partial(self._record_step, action, self._send('step', action))
+    )
+    return promise() if blocking else promise
+
+  def _send(self, method, *args):
+    method = getattr(self._env, method)
+    if isinstance(self._env, Async):
+      return method(*args, blocking=False)
+    result = method(*args)
+    return lambda: result
+
+  def _record_reset(self, promise):
+    obs = promise()
+    space = self._env.action_space
+    action = np.zeros(space.shape, space.dtype)
+    self._rows = [{**obs, 'action': action, 'reward': 0.0, 'discount': 1.0}]
+    return obs
+
+  def _record_step(self, action, promise):
+    obs, reward, done, info = promise()
+    discount = info.get('discount', 1.0 - float(done))
+    self._rows.append(
+      {**obs, 'action': action, 'reward': reward, 'discount': discount}
+    )
+    if done:
+      episode = self._stack(self._rows)
+      self._rows = None
+      for callback in self._callbacks:
+        callback(episode)
+      info = {**info, 'episode': episode}
+    return obs, reward, done, info
+
+  def _stack(self, rows):
+    return {
+      key: self._convert(np.array([row[key] for row in rows]))
+      for key in rows[0]
+    }
+
+  def _convert(self, value):
+    if value.dtype in (np.uint8, np.bool_):
+      return value
+    if np.issubdtype(value.dtype, np.floating):
+      return value.astype(self._float)
+    if np.issubdtype(value.dtype, np.integer):
+      return value.astype(self._int)
+    raise TypeError(f'Cannot store observations of type {value.dtype}.')
+
+
+# ---------------------------------------------------------------------------
+# Workers
+# ---------------------------------------------------------------------------
+
+
+class Async:
+  """An environment that steps in a worker, while the caller does other things.
+
+  With 'process' the worker is a fresh Python that imports what `constructor`
+  needs and nothing of the caller's main module. Workers start while the caller
+  goes on; the first use waits. If MUJOCO_GL is not set, they try EGL, then
+  OSMesa. 'thread' uses a thread of this process; 'none' steps at once.
+
+  Args:
+    constructor: makes the environment; a function without arguments, which
+      must pickle for 'process', e.g. `partial(make_task, 'toy_reach')`.
+    strategy: 'process', 'thread' or 'none'.
+
+  Every use raises WorkerError if the environment failed or its worker died,
+  but TaskError and RenderError arrive as what they are. All of them carry the
+  worker's traceback as text in `traceback`.
+  """
+
+  def __init__(self, constructor, strategy='process'):
+    if strategy not in STRATEGIES:
+      raise ValueError(f'Strategy {strategy!r} is not one of {STRATEGIES}.')
+    if strategy == 'process':
+      self._worker = _ProcessWorker(constructor)
+    elif strategy == 'thread':
+      executor = concurrent.futures.ThreadPoolExecutor(1, 'environment')
+      self._worker = _LocalWorker(constructor, executor)
+    else:
+      self._worker = _LocalWorker(constructor, _Immediate())
+
+  @property
+  def observation_space(self):
+    return self._worker.spaces()[0]
+
+  @property
+  def action_space(self):
+    return self._worker.spaces()[1]
+
+  def reset(self, blocking=True):
+    """Returns obs, or without blocking a function without arguments for it."""
+    promise = self._worker.call('reset')
+    return promise() if blocking else promise
+
+  def step(self, action, blocking=True):
+    """Returns obs, reward, done, info, or without blocking a promise of them.
+
+    The promise is a function without arguments that waits for the answer.
+    """
+    promise = self._worker.call('step', action)
+    return promise() if blocking else promise
+
+  def close(self):
+    """Closes the environment and ends the worker; may be called repeatedly."""
+    self._worker.close()
+
+
+def _attempt(function, *args):
+  """Returns (True, result), or (False, error as text) if `function` fails."""
+  try:
+    return True, function(*args)
+  except Exception as error:
+    known = (TaskError, RenderError, WorkerError)
+    kind = next((x.__name__ for x in known if isinstance(error, x)), '')
+    message = str(error) or type(error).__name__
+    if not kind:
+      message += f' ({type(error).__name__} in the environment)'
+    return False, (kind, message, traceback.format_exc())
+
+
+def _resolve(answer):
+  """Returns the result in an answer of `_attempt`, or raises its error."""
+  success, payload = answer
+  if success:
+    return payload
+  kind, message, trace = payload
+  classes = {'TaskError': TaskError, 'RenderError': RenderError}
+  error = classes.get(kind, WorkerError)(message)
+  error.traceback = trace
+  error.add_note(f'In the environment worker:\n{trace}')
+  raise error
+
+
+class _Immediate(concurrent.futures.Executor):
+  """Runs what is submitted at once, in the caller's thread."""
+
+  def submit(self, function, *args):
+    future = concurrent.futures.Future()
+    future.set_result(function(*args))
+    return future
+
+
+class _LocalWorker:
+  """Runs an environment in an executor of this process."""
+
+  def __init__(self, constructor, executor):
+    self._executor = executor
+    self._env = executor.submit(_attempt, constructor)
+    self._closed = False
+
+  def spaces(self):
+    env = _resolve(self._env.result())
+    return env.observation_space, env.action_space
+
+  def call(self, method, *args):
+    if self._closed:
+      raise WorkerError('The environment is closed.')
+    env = _resolve(self._env.result())
+    future = self._executor.submit(_attempt, getattr(env, method), *args)
+    return lambda: _resolve(future.result())
+
+  def close(self):
+    if self._closed:
+      return
+    self._closed = True
+    success, env = self._env.result()
+    if success:
+      self._executor.submit(_attempt, env.close).result()
+    self._executor.shutdown()
+
+
+class _ProcessWorker:
+  """Runs an environment in a process of its own.
+
+  This is not `multiprocessing.Process`, which would import the trainer's main
+  module, and with it TensorFlow, into the worker.
+  """
+
+  def __init__(self, constructor):
+    self._pending = collections.deque()
+    self._connection, other = mp_connection.Pipe()
+    # Standard input is a file, so that the worker can read it again if it has
+    # to start over with another OpenGL.
+    order = tempfile.TemporaryFile()
+    self._log = tempfile.TemporaryFile()
+    with other, order:
+      pickle.dump(sys.path, order)
+      pickle.dump(constructor, order)
+      order.seek(0)
+      self._process = _start_worker(other, order, self._log)
+    self._ready = self._expect()
+    self._end = weakref.finalize(
+      self, _end_worker, self._process, self._connection, self._ready
+    )
+
+  def spaces(self):
+    return self._wait(self._ready)
+
+  def call(self, method, *args):
+    if not self._end.alive:
+      raise WorkerError('The environment is closed.')
+    self._wait(self._ready)
+    # A worker that died is noticed when the answer fails to come.
+    with contextlib.suppress(OSError):
+      self._connection.send((method, args))
+    return functools.partial(self._wait, self._expect())
+
+  def close(self):
+    self._end()
+
+  def _expect(self):
+    future = concurrent.futures.Future()
+    self._pending.append(future)
+    return future
+
+  def _wait(self, future):
+    """Takes answers, which come in the order of the calls, up to this one."""
+    while not future.done():
+      try:
+        answer = self._connection.recv()
+      except (EOFError, OSError):
+        answer = self._obituary()
+      self._pending.popleft().set_result(answer)
+    return _resolve(future.result())
+
+  def _obituary(self):
+    """Returns the answer of a worker that can give none any more."""
+    if not self._end.alive:
+      return False, ('', 'The environment is closed.', '')
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(5)
+    code = self._process.returncode
+    if code is not None and code < 0:
+      cause = f'was killed by signal {signal.Signals(-code).name}'
+    else:
+      cause = f'ended with exit code {code}'
+    size = os.fstat(self._log.fileno()).st_size
+    # The worker shares the position in this file; reading must not move it.
+    tail = os.pread(self._log.fileno(), 4000, max(0, size - 4000))
+    tail = tail.decode(errors='replace').strip()
+    message = f'The environment worker {cause}.'
+    if tail:
+      message += f' Its last output:\n{tail}'
+    return False, ('', message, tail)
+
+
+_WORKER_CODE = """
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from {module} import _work
+_work(*sys.argv[1:])
+"""
+
+
+def _worker_command(handle, fallback):
+  code = _WORKER_CODE.format(module=__name__)
+  return [sys.executable, '-c', code, str(handle), fallback]
+
+
+def _start_worker(connection, order, log):
+  env = dict(os.environ)
+  # The trainer has the cores; several workers with a pool each would only
+  # stand in each other's way.
+  for name in ('OMP', 'OPENBLAS', 'MKL'):
+    env[f'{name}_NUM_THREADS'] = '1'
+  fallback = ''
+  if not env.get('MUJOCO_GL'):
+    env['MUJOCO_GL'], fallback = 'egl', 'osmesa'
+  return subprocess.Popen(
+    _worker_command(connection.fileno(), fallback),
+    stdin=order,
+    stdout=log,
+    stderr=log,
+    env=env,
+    pass_fds=[connection.fileno()],
+    # Ctrl-C in a terminal is for the trainer alone.
+    start_new_session=True,
+  )
+
+
+def _end_worker(process, connection, ready):
+  """Ends a worker: kindly, or by force if it has not begun or is stuck."""
+  with contextlib.suppress(OSError):
+    connection.send(None)
+  try:
+    process.wait(2 if ready.done() else 0)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.wait()
+  connection.close()
+
+
+def _work(handle, fallback):
+  """Main function of a worker process.
+
+  Args:
+    handle: file descriptor of the connection to the trainer, as text.
+    fallback: value of MUJOCO_GL to start over with if rendering fails, or ''.
+  """
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  environment = dict(os.environ)
+  connection = mp_connection.Connection(int(handle))
+  success, env = _attempt(_construct)
+  if not success and env[0] == 'RenderError' and fallback:
+    environment['MUJOCO_GL'] = fallback
+    os.lseek(0, 0, os.SEEK_SET)
+    command = _worker_command(handle, '')
+    os.execve(command[0], command, environment)
+  # The trainer is gone, killed perhaps, when the connection breaks.
+  with contextlib.suppress(EOFError, OSError):
+    if success:
+      connection.send((True, (env.observation_space, env.action_space)))
+      _serve(connection, env)
+      env.close()
+    else:
+      connection.send((False, env))
+  # Without the interpreter's clean-up, in which OpenGL libraries complain.
+  os._exit(0)
+
+
+def _construct():
+  return pickle.load(sys.stdin.buffer)()
+
+
+def _serve(connection, env):
+  while (request := connection.recv()) is not None:
+    method, args = request
+    answer = _attempt(getattr(env, method), *args)
+    sent, failure = _attempt(connection.send, answer)
+    if not sent:
+      connection.send((False, failure))
