@@ -377,6 +377,7 @@ class Dreamer(tf.Module):
     self._timer = tools.Stopwatch()
     self._last_log = None
     self._dataset = None
+    self.after_update = lambda: None  # called between updates
     self._build_model()
 
   @property
@@ -561,6 +562,7 @@ class Dreamer(tf.Module):
       self._stop.check()
       self._update()
       self._pending.assign_sub(1)
+      self.after_update()
     if self._should_log(self.step):
       self._write_summaries()
 
@@ -899,3 +901,306 @@ def random_agent(actspace, seed):
     return rng.uniform(-1, 1, size).astype(np.float32), None
 
   return act
+
+
+# --- The run ----------------------------------------------------------------
+
+
+def setup_precision(precision):
+  """Sets the Keras dtype policy; returns its name."""
+  if precision == 'auto':
+    if tf.config.list_physical_devices('GPU'):
+      precision = '16'
+    else:
+      precision = 'bfloat16' if _has_bfloat16() else '32'
+  policy = {
+    '16': 'mixed_float16',
+    'bfloat16': 'mixed_bfloat16',
+    '32': 'float32',
+  }[precision]
+  keras.config.set_dtype_policy(policy)
+  return policy
+
+
+def _has_bfloat16():
+  """Whether this CPU multiplies bfloat16 in hardware."""
+  try:
+    flags = pathlib.Path('/proc/cpuinfo').read_text().split()
+  except OSError:
+    return False
+  return 'avx512_bf16' in flags or 'amx_bf16' in flags
+
+
+def setup_logdir(config):
+  """Makes the logdir or checks that this run may resume there.
+
+  Raises:
+    UserError: it cannot be written, holds something else, or holds a run
+      whose weights or replay have another shape.
+  """
+  logdir = config.logdir
+  try:
+    logdir.mkdir(parents=True, exist_ok=True)
+    with tools.atomic_write(logdir / 'writable') as file:
+      file.write(b'')
+    (logdir / 'writable').unlink()
+  except OSError as error:
+    raise tools.UserError(
+      f'cannot write to --logdir {logdir}: {error.strerror}'
+    ) from None
+  path = logdir / 'config.json'
+  now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+  record = dict(started=now)
+  if path.exists():
+    try:
+      record = json.loads(path.read_text())
+      saved = record['config']
+    except (ValueError, KeyError, TypeError):
+      raise tools.UserError(
+        f'{path} is not readable as the configuration of a run; move it away '
+        'to start anew with the episodes beside it'
+      ) from None
+    _check_resume(config, saved)
+  else:
+    others = {p.name for p in logdir.iterdir()} - {'episodes'}
+    if others:
+      raise tools.UserError(
+        f'--logdir {logdir} holds something else ({", ".join(sorted(others)[:3])}'
+        ' ...) and no config.json; choose a new folder'
+      )
+  record['config'] = {k: _plain(v) for k, v in config.items()}
+  record['versions'] = _versions()
+  with tools.atomic_write(path) as file:
+    file.write((json.dumps(record, indent=2) + '\n').encode())
+
+
+def _plain(value):
+  return str(value) if isinstance(value, pathlib.Path) else value
+
+
+def _versions():
+  packages = (
+    *('tensorflow', 'keras', 'tensorflow-probability', 'dm-control'),
+    *('mujoco', 'gym', 'numpy'),
+  )
+  versions = {p: importlib.metadata.version(p) for p in packages}
+  return dict(versions, python=sys.version.split()[0])
+
+
+def _check_resume(config, saved):
+  for name in FIXED:
+    if name in saved and saved[name] != config[name]:
+      raise tools.UserError(
+        f'--logdir {config.logdir} holds a run with --{name} {saved[name]}, '
+        f'not {config[name]}. Resume it with the flags that it was started '
+        f'with (see {config.logdir / "config.json"}) or choose a new folder.'
+      )
+
+
+def prefill_dataset(config, envs, logger, stop):
+  """Fills the replay with episodes of random actions, to `--prefill` steps."""
+  datadir = config.logdir / 'episodes'
+  done = count_steps(datadir, config)
+  missing = config.prefill - done
+  if missing <= 0:
+    return
+  logger.say(f'Prefill: {missing} environment steps of random actions.')
+  act = random_agent(envs[0].action_space, [config.seed, done])
+
+  def checked(*args):
+    stop.check()
+    return act(*args)
+
+  tools.simulate(checked, envs, steps=-(-missing // config.action_repeat))
+
+
+class _Estimate:
+  """Says once, without a GPU and at release sizes, what a run takes here."""
+
+  def __init__(self, agent, config, logger):
+    self._agent, self._config, self._logger = agent, config, logger
+    large = config.batch_size * config.batch_length >= 1000
+    self._wanted = large and not tf.config.list_physical_devices('GPU')
+
+  def __call__(self):
+    seconds = self._agent.seconds_per_update
+    if not self._wanted or seconds is None:
+      return
+    self._wanted = False
+    c = self._config
+    hours = seconds * c.train_steps * 1e5 / c.train_every / 3600
+    self._logger.say(
+      f'An update takes {seconds:.1f} s here, so 1e5 environment steps take '
+      f'about {hours:.0f} hours of updates. Without a GPU, --preset cpu (in a '
+      'new logdir) is the one that learns in an hour or two.'
+    )
+
+
+def run(config):
+  """Trains, from an empty logdir or from where the last run stopped."""
+  setup_logdir(config)
+  stop = tools.StopSignal()
+  stop.install()
+  datadir = config.logdir / 'episodes'
+  datadir.mkdir(exist_ok=True)
+  step = count_steps(datadir, config)
+  logger = tools.Logger(config.logdir, int(config.steps), step)
+  envs = []
+  try:
+    summarize = functools.partial(
+      summarize_episode, config=config, datadir=datadir, logger=logger
+    )
+    store = [
+      lambda episode: tools.save_episodes(datadir, [episode]),
+      functools.partial(summarize, prefix='train'),
+    ]
+    envs += [make_env(config, i, 'train', store) for i in range(config.envs)]
+    test = [functools.partial(summarize, prefix='test')]
+    envs.append(make_env(config, 0, 'test', test))
+    _train(config, datadir, envs[:-1], envs[-1:], logger, stop)
+  finally:
+    for env in envs:
+      env.close()
+    logger.close()
+
+
+def _train(config, datadir, train_envs, test_envs, logger, stop):
+  """The loop of Algorithm 1: collect, learn, evaluate, save."""
+  keras.utils.set_random_seed(config.seed)
+  if config.gpu_growth:
+    for gpu in tf.config.list_physical_devices('GPU'):
+      tf.config.experimental.set_memory_growth(gpu, True)
+  policy = setup_precision(config.precision)
+  _announce(config, policy, logger)
+  _check_actions(config, train_envs[0].action_space)
+  prefill_dataset(config, train_envs, logger, stop)
+  with stop.immediate():
+    agent = Dreamer(config, datadir, train_envs[0].action_space, logger, stop)
+    should_eval = tools.Every(config.eval_every)
+    checkpoints = tools.Checkpoints(
+      config.logdir / 'checkpoints',
+      should_eval=should_eval,
+      **agent.trackable(),
+    )
+    for name, count in agent.count_parameters().items():
+      logger.say(f'Found {count} {name} parameters.')
+    _resume(agent, checkpoints, config, datadir, logger)
+  estimate = _Estimate(agent, config, logger)
+  saver = _Saver(checkpoints, agent, config.save_every)
+  agent.after_update = lambda: (estimate(), saver.save_if_due())
+  try:
+    state = None
+    while agent.step < config.steps:
+      if should_eval(agent.step):
+        _evaluate(agent, test_envs)
+      wanted = min(config.eval_every, config.steps - agent.step)
+      state = tools.simulate(
+        agent, train_envs, -(-int(wanted) // config.action_repeat), state=state
+      )
+      saver.save()
+    if should_eval(agent.step):
+      _evaluate(agent, test_envs)
+    saver.save()
+    logger.say(f'Finished at step {agent.step}, {agent.updates} updates.')
+  except tools.Stopped:
+    saver.save()
+    logger.say(
+      f'Stopped at step {agent.step}, {agent.updates} updates; saved to '
+      f'{config.logdir}. The same command resumes.'
+    )
+
+
+class _Saver:
+  """Saves checkpoints, never twice for the same update."""
+
+  def __init__(self, checkpoints, agent, minutes):
+    self._checkpoints, self._agent = checkpoints, agent
+    self._seconds = 60 * minutes
+    self._time = time.time()
+
+  def save(self):
+    self._checkpoints.save(self._agent.updates)
+    self._time = time.time()
+
+  def save_if_due(self):
+    if time.time() > self._time + self._seconds:
+      self.save()
+
+
+def _announce(config, policy, logger):
+  logger.say(f'Logdir {config.logdir}, task {config.task}, dtypes {policy}.')
+  defaults = define_config()
+  changed = [
+    f'{k}={v}'
+    for k, v in config.items()
+    if v != defaults[k] and k not in ('logdir', 'task')
+  ]
+  if changed:
+    logger.say('Other than the defaults: ' + ', '.join(changed) + '.')
+
+
+def _check_actions(config, actspace):
+  discrete = getattr(actspace, 'discrete', False)
+  if discrete != (config.action_dist == 'onehot'):
+    kind, fit = (
+      ('discrete', 'onehot') if discrete else ('continuous', 'tanh_normal')
+    )
+    raise tools.UserError(
+      f'{config.task} has {kind} actions: --action_dist is {fit} there, '
+      f'not {config.action_dist}'
+    )
+  if config.expl == 'additive_gaussian' and discrete:
+    raise tools.UserError(
+      f'{config.task} has discrete actions: --expl is epsilon_greedy there'
+    )
+
+
+def _resume(agent, checkpoints, config, datadir, logger):
+  """Restores the newest checkpoint; steps are those of whole episodes."""
+  restored = checkpoints.restore()
+  before, agent.step = agent.step, count_steps(datadir, config)
+  if not restored:
+    return
+  line = f'Resumed at step {agent.step}, {agent.updates} updates.'
+  if agent.step < before:
+    dropped = before - agent.step
+    line += f' ({dropped} steps of unfinished episodes were dropped.)'
+  logger.say(line)
+
+
+def _evaluate(agent, envs):
+  """One episode without learning, exploration noise or stored rows."""
+  tools.simulate(
+    functools.partial(agent, training=False), envs, episodes=len(envs)
+  )
+
+
+def main(argv=None):
+  """Parses the command line, runs, and turns errors into exit codes.
+
+  Returns:
+    0 when finished or stopped on request, 2 for bad input, 1 for a run that
+    cannot go on.
+  """
+  try:
+    run(parse_flags(argv))
+    return 0
+  except tools.Stopped:
+    print('Stopped before the first update; the same command resumes.')
+    return 0
+  except (tools.UserError, wrappers.TaskError, wrappers.RenderError) as error:
+    print(f'dreamer.py: error: {error}', file=sys.stderr)
+    return 2
+  except wrappers.WorkerError as error:
+    print(f'dreamer.py: error: environment: {error}', file=sys.stderr)
+    return 2
+  except tools.NonFiniteError as error:
+    print(
+      f'dreamer.py: error: {error}. The last checkpoint is intact.',
+      file=sys.stderr,
+    )
+    return 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())

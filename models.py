@@ -97,7 +97,7 @@ class RSSM(keras.layers.Layer):
 
   def get_dist(self, state):
     """Diagonal Gaussian over the stochastic part, event shape [S]."""
-    return tfd.MultivariateNormalDiag(state['mean'], state['std'])
+    return tfd.Independent(tfd.Normal(state['mean'], state['std']), 1)
 
   def obs_step(self, prev_state, prev_action, embed, seed=None):
     """Representation model p(s_t | s_{t-1}, a_{t-1}, o_t) (Eq. 1, 9).

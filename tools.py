@@ -689,8 +689,7 @@ class Logger:
   def progress(self, step, updates):
     self._bar.n = min(step, self._bar.total)
     self._bar.set_postfix_str(f'{updates} updates', refresh=False)
-    self._bar.update(0)
-    self._bar.refresh(nolock=False) if not self._bar.disable else None
+    self._bar.refresh()
 
   def scalars(self, step, values, prefix=''):
     """Writes numbers under `step` (environment steps).
