@@ -4,7 +4,7 @@
 
 Symbols of the paper and their names here:
 
-  s_t   model state            `post`, `prior`, `state`: {mean, std, stoch, deter}
+  s_t   model state            `post`, `prior`: {mean, std, stoch, deter}
   o_t   image                  `data['image']`, `obs['image']`
   a_t   action                 `action`
   r_t   reward                 `reward`
@@ -33,15 +33,17 @@ import pathlib
 import sys
 import time
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # before TensorFlow loads
-
-import keras
 import numpy as np
-import tensorflow as tf
 
-import models
-import tools
 import wrappers
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # before TensorFlow loads
+with wrappers.quiet_stderr():
+  import keras
+  import tensorflow as tf
+
+  import models
+  import tools
 
 # --- Configuration (Appendix A) ---------------------------------------------
 
@@ -53,13 +55,23 @@ def define_flags():
   """
   return {
     'Run': [
-      ('logdir', pathlib.Path(), 'folder of the run; resumes what is there', ''),
+      (
+        'logdir',
+        pathlib.Path(),
+        'folder of the run; resumes what is there',
+        '',
+      ),
       ('task', 'dmc_walker_walk', 'name of the task', ''),
       ('preset', ('release', *PRESETS), 'a set of defaults', ''),
       ('seed', 0, 'of networks, noise, replay and environments', ''),
-      ('steps', 5e6, 'environment steps of the whole run', 'App. G'),
-      ('eval_every', 1e4, 'environment steps between evaluations', 'release'),
-      ('log_every', 1e3, 'environment steps between log lines', 'release'),
+      ('steps', 5_000_000, 'environment steps of the whole run', 'App. G'),
+      (
+        'eval_every',
+        10_000,
+        'environment steps between evaluations',
+        'release',
+      ),
+      ('log_every', 1000, 'environment steps between log lines', 'release'),
       ('log_scalars', True, 'log losses and norms', 'release'),
       ('log_images', True, 'log open-loop predictions', 'release'),
       ('gpu_growth', True, 'take GPU memory as needed', 'release'),
@@ -141,7 +153,12 @@ def define_flags():
         'App. A',
       ),
       ('expl_amount', 0.3, 'standard deviation, or epsilon', 'App. A'),
-      ('expl_decay', 0.0, 'environment steps that halve it; 0: none', 'release'),
+      (
+        'expl_decay',
+        0.0,
+        'environment steps that halve it; 0: none',
+        'release',
+      ),
       ('expl_min', 0.0, 'least amount', 'release'),
     ],
   }
@@ -339,7 +356,7 @@ def _check_config(config):
 
 def preprocess(obs, config):
   """Images from uint8 to [-0.5, 0.5] and rewards as the model sees them."""
-  obs = dict(obs)
+  obs = {k: tf.convert_to_tensor(v) for k, v in obs.items()}
   obs['image'] = tf.cast(obs['image'], tf.float32) / 255.0 - 0.5
   if 'reward' in obs:
     clip = dict(none=lambda x: x, tanh=tf.tanh)[config.clip_rewards]
@@ -401,9 +418,8 @@ class Dreamer(tf.Module):
 
   def trackable(self):
     """What a checkpoint holds, by name."""
-    names = '_step _updates _pending _random'.split()
-    names += '_should_train _should_pretrain _should_log'.split()
-    names += self._networks
+    names = ['_step', '_updates', '_pending', '_random', *self._networks]
+    names += ['_should_train', '_should_pretrain', '_should_log']
     objects = {name.strip('_'): getattr(self, name) for name in names}
     for opt in ('_model_opt', '_actor_opt', '_value_opt'):
       objects[opt.strip('_')] = getattr(self, opt).optimizer
@@ -962,11 +978,11 @@ def setup_logdir(config):
       ) from None
     _check_resume(config, saved)
   else:
-    others = {p.name for p in logdir.iterdir()} - {'episodes'}
+    others = sorted({p.name for p in logdir.iterdir()} - {'episodes'})
     if others:
       raise tools.UserError(
-        f'--logdir {logdir} holds something else ({", ".join(sorted(others)[:3])}'
-        ' ...) and no config.json; choose a new folder'
+        f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '
+        'no config.json; choose a new folder'
       )
   record['config'] = {k: _plain(v) for k, v in config.items()}
   record['versions'] = _versions()
@@ -1044,7 +1060,7 @@ def run(config):
   datadir = config.logdir / 'episodes'
   datadir.mkdir(exist_ok=True)
   step = count_steps(datadir, config)
-  logger = tools.Logger(config.logdir, int(config.steps), step)
+  logger = tools.Logger(config.logdir, config.steps, step)
   envs = []
   try:
     summarize = functools.partial(
@@ -1095,7 +1111,7 @@ def _train(config, datadir, train_envs, test_envs, logger, stop):
         _evaluate(agent, test_envs)
       wanted = min(config.eval_every, config.steps - agent.step)
       state = tools.simulate(
-        agent, train_envs, -(-int(wanted) // config.action_repeat), state=state
+        agent, train_envs, -(-wanted // config.action_repeat), state=state
       )
       saver.save()
     if should_eval(agent.step):

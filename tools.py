@@ -77,7 +77,7 @@ class Every(tf.Module):
 
   def __init__(self, every):
     super().__init__()
-    self._every = every
+    self._every = int(every)
     self._last = tf.Variable(-1, dtype=tf.int64, trainable=False)
 
   def __call__(self, step):
@@ -152,7 +152,9 @@ def lambda_return(reward, value, pcont, bootstrap, lambda_, axis):
     pcont = pcont * tf.ones_like(reward)
   order = list(range(reward.shape.rank))
   order[0], order[axis] = order[axis], order[0]
-  reward, value, pcont = (tf.transpose(x, order) for x in (reward, value, pcont))
+  reward, value, pcont = (
+    tf.transpose(x, order) for x in (reward, value, pcont)
+  )
   if bootstrap is None:
     bootstrap = tf.zeros_like(value[-1])
   next_value = tf.concat([value[1:], bootstrap[None]], 0)
@@ -363,7 +365,7 @@ def save_episodes(directory, episodes):
   directory.mkdir(parents=True, exist_ok=True)
   paths = []
   for episode in episodes:
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     stamp = now.strftime('%Y%m%dT%H%M%S%f')
     name = f'{stamp}-{uuid.uuid4().hex}-{len(episode["reward"])}.npz'
     with atomic_write(directory / name) as file:
@@ -423,7 +425,9 @@ class EpisodeFile:
     with zipfile.ZipFile(self.path) as archive, self.path.open('rb') as file:
       infos = archive.infolist()
       if any(i.compress_type != zipfile.ZIP_STORED for i in infos):
-        self._check({k: v.shape for k, v in _load_compressed(self.path).items()})
+        self._check(
+          {k: v.shape for k, v in _load_compressed(self.path).items()}
+        )
         return {}
       shapes = {}
       for info in infos:
@@ -605,11 +609,15 @@ def simulate(agent, envs, steps=0, episodes=0, state=None):
       if done[index]:
         step, episode = step + length[index], episode + 1
         length[index] = 0
-  return max(0, step - steps), max(0, episode - episodes), *(
-    done,
-    length,
-    obs,
-    agent_state,
+  return (
+    max(0, step - steps),
+    max(0, episode - episodes),
+    *(
+      done,
+      length,
+      obs,
+      agent_state,
+    ),
   )
 
 
@@ -619,9 +627,7 @@ def simulate(agent, envs, steps=0, episodes=0, state=None):
 def encode_gif(frames, fps):
   """Encodes uint8 frames [T, H, W, 3] as an animated GIF that loops."""
   buffer = io.BytesIO()
-  imageio.imwrite(
-    buffer, frames, extension='.gif', loop=0, duration=1000 / fps
-  )
+  imageio.imwrite(buffer, frames, extension='.gif', loop=0, duration=1000 / fps)
   return buffer.getvalue()
 
 

@@ -20,7 +20,6 @@ import contextlib
 import difflib
 import functools
 import importlib.util
-import io
 import os
 import pickle
 import signal
@@ -33,8 +32,28 @@ from multiprocessing import connection as mp_connection
 
 import numpy as np
 
-# Under NumPy 2, gym prints a notice on stderr when it is imported.
-with contextlib.redirect_stderr(io.StringIO()):
+
+@contextlib.contextmanager
+def quiet_stderr():
+  """Drops what libraries write to standard error, from C++ too.
+
+  For imports: gym prints a notice under NumPy 2, TensorFlow several lines
+  before its log level counts. Exceptions pass.
+  """
+  sys.stderr.flush()
+  kept = os.dup(2)
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(nowhere, 2)
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
+
+
+with quiet_stderr():
   import gym
   import gym.spaces
 

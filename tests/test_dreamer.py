@@ -1,0 +1,592 @@
+"""The agent: its losses by hand, what moves what, flags, whole runs."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
+import gym
+import keras
+import numpy as np
+import tensorflow as tf
+import tools
+
+ROOT = pathlib.Path(dreamer.__file__).parent
+SMALL = {
+  'deter_size': 8,
+  'stoch_size': 3,
+  'num_units': 8,
+  'cnn_depth': 2,
+  'batch_size': 2,
+  'batch_length': 5,
+  'horizon': 4,
+}
+
+
+@pytest.fixture
+def precision():
+  """Sets a precision for one test."""
+  before = keras.config.dtype_policy()
+  yield dreamer.setup_precision
+  keras.config.set_dtype_policy(before)
+
+
+def random_episode(rng, rows=12, size=2):
+  return {
+    'image': rng.integers(0, 256, (rows, 64, 64, 3), dtype=np.uint8),
+    'action': rng.uniform(-1, 1, (rows, size)).astype(np.float32),
+    'reward': rng.uniform(0, 1, rows).astype(np.float32),
+    'discount': np.ones(rows, np.float32),
+  }
+
+
+def make_agent(folder, size=2, **changes):
+  """A small agent with three episodes to learn from."""
+  keras.utils.set_random_seed(0)
+  config = dreamer.define_config()
+  config.update(SMALL, logdir=pathlib.Path(folder), **changes)
+  datadir = config.logdir / 'episodes'
+  rng = np.random.default_rng(0)
+  tools.save_episodes(datadir, [random_episode(rng, 12, size) for _ in '123'])
+  space = gym.spaces.Box(-1, 1, (size,), np.float32)
+  return dreamer.Dreamer(config, datadir, space)
+
+
+def batch_of(agent):
+  return next(dreamer.load_dataset(agent._datadir, agent._c))
+
+
+def weights(opt):
+  return [v.numpy().copy() for v in opt.variables]
+
+
+def moved(opt, before):
+  return any((a != b).any() for a, b in zip(weights(opt), before, strict=True))
+
+
+def zero_weights(agent):
+  for net in agent._networks:
+    for variable in getattr(agent, net).variables:
+      variable.assign(tf.zeros_like(variable))
+
+
+def set_bias(head, value):
+  bias = head._out.bias
+  bias.assign(tf.fill(bias.shape, tf.cast(value, bias.dtype)))
+
+
+def test_parameter_counts_of_walker(tmp_path):
+  config = dreamer.define_config('dmc_walker_walk')
+  space = gym.spaces.Box(-1, 1, (6,), np.float32)
+  agent = dreamer.Dreamer(config, tmp_path, space)
+  assert agent.count_parameters() == {
+    'model': 5296820,
+    'actor': 578412,
+    'value': 413601,
+  }
+
+
+def test_release_defaults():
+  config = dreamer.define_config()
+  expected = {
+    'steps': 5e6, 'eval_every': 1e4, 'log_every': 1e3, 'envs': 1,
+    'action_repeat': 2, 'time_limit': 1000, 'prefill': 5000,
+    'deter_size': 200, 'stoch_size': 30, 'num_units': 400,
+    'dense_act': 'elu', 'cnn_act': 'relu', 'cnn_depth': 32, 'pcont': False,
+    'free_nats': 3.0, 'kl_scale': 1.0, 'pcont_scale': 10.0,
+    'weight_decay': 0.0, 'batch_size': 50, 'batch_length': 50,
+    'train_every': 1000, 'train_steps': 100, 'pretrain': 100,
+    'model_lr': 6e-4, 'value_lr': 8e-5, 'actor_lr': 8e-5,
+    'grad_clip': 100.0, 'discount': 0.99, 'disclam': 0.95, 'horizon': 15,
+    'action_init_std': 5.0, 'expl': 'additive_gaussian',
+    'expl_amount': 0.3, 'precision': 'auto', 'parallel': 'process',
+  }  # fmt: skip
+  assert {k: config[k] for k in expected} == expected
+
+
+# --- Losses with an answer worked out on paper ------------------------------
+
+
+def test_model_loss_by_hand(tmp_path):
+  """With zero weights every prediction is 0 and posterior equals prior."""
+  agent = make_agent(tmp_path, free_nats=1.5, kl_scale=2.0)
+  zero_weights(agent)
+  batch = batch_of(agent)
+  loss, _, metrics = agent._model_loss(dreamer.preprocess(batch, agent._c))
+  image = batch['image'].astype(np.float64) / 255 - 0.5
+  norm = 0.5 * np.log(2 * np.pi)
+  image_loss = (0.5 * image**2 + norm).sum((2, 3, 4)).mean()
+  reward = batch['reward'].astype(np.float64)
+  reward_loss = (0.5 * reward**2 + norm).mean()
+  assert np.isclose(metrics['image_loss'], image_loss, rtol=1e-5)
+  assert np.isclose(metrics['reward_loss'], reward_loss, rtol=1e-5)
+  assert np.isclose(metrics['div'], 0.0, atol=1e-6)
+  # The KL of 0 is raised to the free nats, then scaled.
+  assert np.isclose(loss, image_loss + reward_loss + 2.0 * 1.5, rtol=1e-5)
+
+
+def test_free_nats_clip_the_mean_and_not_each_element(tmp_path):
+  """One state far away, others equal: the mean KL counts, not the parts."""
+  agent = make_agent(tmp_path, free_nats=0.5)
+  zero_weights(agent)
+  bias = agent._dynamics._obs2.bias  # moves the posterior mean by 1
+  bias.assign(tf.constant([1.0, 0, 0, 0, 0, 0]))
+  batch = dreamer.preprocess(batch_of(agent), agent._c)
+  loss, _, metrics = agent._model_loss(batch)
+  std = np.log(2.0) + 0.1
+  kl = 0.5 / std**2
+  assert np.isclose(metrics['div'], kl, rtol=1e-5)
+  rest = metrics['image_loss'] + metrics['reward_loss']
+  assert np.isclose(loss - rest, kl, rtol=1e-3)
+
+
+def test_pcont_loss_by_hand(tmp_path):
+  agent = make_agent(tmp_path, pcont=True)
+  zero_weights(agent)
+  set_bias(agent._pcont, 0.7)
+  batch = batch_of(agent)
+  batch['discount'][0, -1] = 0.0
+  _, _, metrics = agent._model_loss(dreamer.preprocess(batch, agent._c))
+  prob = 1 / (1 + np.exp(-0.7))
+  target = 0.99 * batch['discount']  # soft labels 0 and gamma
+  like = target * np.log(prob) + (1 - target) * np.log(1 - prob)
+  assert np.isclose(metrics['pcont_loss'], -10 * like.mean(), rtol=1e-5)
+
+
+def constant_agent(folder, reward, value, **changes):
+  """Reward and value models that say the same everywhere."""
+  agent = make_agent(folder, **changes)
+  zero_weights(agent)
+  set_bias(agent._reward, reward)
+  set_bias(agent._value, value)
+  return agent
+
+
+def test_actor_and_value_loss_by_hand(tmp_path):
+  agent = constant_agent(tmp_path, 1.0, 10.0, discount=0.9, disclam=0.5)
+  post = agent._model_loss(dreamer.preprocess(batch_of(agent), agent._c))[1]
+  loss, imag, _ = agent._actor_loss(post)
+  # Horizon 4: rewards 1, bootstrap 10; backwards by Eq. 6:
+  third = 1 + 0.9 * (0.5 * 10 + 0.5 * 10)  # 10
+  second = 1 + 0.9 * (0.5 * 10 + 0.5 * third)
+  first = 1 + 0.9 * (0.5 * 10 + 0.5 * second)
+  returns = np.array([first, second, third])
+  discounts = np.array([1.0, 0.9, 0.81])
+  assert np.allclose(imag['returns'], returns[:, None], rtol=1e-5)
+  assert np.allclose(imag['weights'], discounts[:, None], rtol=1e-5)
+  assert np.isclose(loss, -(discounts * returns).mean(), rtol=1e-5)
+  assert imag['imag_feat'].shape == (4, 2 * 5, 8 + 3)
+  value_loss, _ = agent._value_loss(**imag)
+  error = 0.5 * (returns - 10) ** 2 + 0.5 * np.log(2 * np.pi)  # Eq. 8
+  assert np.isclose(value_loss, (discounts * error).mean(), rtol=1e-5)
+
+
+def test_pcont_weights_and_starts(tmp_path):
+  agent = constant_agent(tmp_path, 1.0, 2.0, pcont=True, disclam=1.0)
+  set_bias(agent._pcont, np.log(0.8 / 0.2))
+  post = agent._model_loss(dreamer.preprocess(batch_of(agent), agent._c))[1]
+  _, imag, _ = agent._actor_loss(post)
+  # The last state of each sequence may be terminal: 4 of 5 are starts.
+  assert imag['imag_feat'].shape[:2] == (4, 2 * 4)
+  assert np.allclose(imag['weights'][:, 0], [1.0, 0.8, 0.64], rtol=1e-5)
+  first = 1 + 0.8 * (1 + 0.8 * (1 + 0.8 * 2))
+  assert np.allclose(imag['returns'][0], first, rtol=1e-5)
+
+
+def test_imagination_leaves_the_start_state_out(tmp_path):
+  """The first imagined feature is one transition away from the posterior."""
+  agent = make_agent(tmp_path)
+  post = agent._model_loss(dreamer.preprocess(batch_of(agent), agent._c))[1]
+  feat, _ = agent._imagine(post)
+  deter = feat[..., agent._c.stoch_size :]
+  start = tf.reshape(post['deter'], [-1, 8])
+  assert not np.allclose(deter[0], start)
+  assert not np.allclose(deter[1], deter[0])
+
+
+def test_actor_gradient_is_that_of_a_finite_difference(tmp_path):
+  """Through reward, value and dynamics, with the noise held fixed."""
+  agent = make_agent(tmp_path, horizon=3)
+  post = agent._model_loss(dreamer.preprocess(batch_of(agent), agent._c))[1]
+  state = agent._random.state.numpy()
+  bias = agent._actor._out.bias
+
+  def loss():
+    agent._random.state.assign(state)
+    return agent._actor_loss(post)[0]
+
+  with tf.GradientTape() as tape:
+    value = loss()
+  grad = tape.gradient(value, bias.value).numpy()
+  base, numeric = bias.numpy(), np.zeros_like(grad)
+  for i in range(len(base)):
+    for sign in (1, -1):
+      changed = base.copy()
+      changed[i] += sign * 1e-2
+      bias.assign(changed)
+      numeric[i] += sign * float(loss()) / 2e-2
+  bias.assign(base)
+  assert np.abs(grad).max() > 1e-4
+  np.testing.assert_allclose(grad, numeric, rtol=0.05, atol=2e-4)
+
+
+# --- What moves what --------------------------------------------------------
+
+
+def test_each_loss_moves_its_own_networks(tmp_path):
+  agent = make_agent(tmp_path)
+  batch = batch_of(agent)
+  opts = {'model': agent._model_opt, 'actor': agent._actor_opt}
+  opts['value'] = agent._value_opt
+  rates = {k: float(o.optimizer.learning_rate) for k, o in opts.items()}
+  for name in opts:
+    for other, opt in opts.items():
+      opt.optimizer.learning_rate = rates[other] if other == name else 0.0
+    before = {k: weights(o) for k, o in opts.items()}
+    metrics = agent.train(batch)
+    assert {k for k in opts if moved(opts[k], before[k])} == {name}
+    assert float(metrics[f'{name}_grad_norm']) > 0
+  assert agent.train.experimental_get_tracing_count() == 1
+
+
+def test_acting_and_evaluating_move_nothing(tmp_path):
+  agent = make_agent(tmp_path)
+  before = weights(agent._model_opt) + weights(agent._actor_opt)
+  image = np.zeros((2, 64, 64, 3), np.uint8)
+  reset = np.array([True, True])
+  state = None
+  for _ in range(3):
+    action, state = agent({'image': image}, reset, state, training=False)
+    reset = np.array([False, True])
+  assert action.shape == (2, 2)
+  assert (np.abs(action) <= 1).all()
+  assert agent.step == 0
+  assert agent.updates == 0
+  after = weights(agent._model_opt) + weights(agent._actor_opt)
+  assert all((a == b).all() for a, b in zip(before, after, strict=True))
+
+
+def test_reset_forgets_the_state(tmp_path):
+  """After a reset an environment acts as if it had just begun."""
+  agent = make_agent(tmp_path)
+  image = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3))
+  obs = {'image': image.astype(np.uint8)}
+  zero = np.float32(0)
+  start = agent._dynamics.initial(1), tf.zeros([1, 2])
+  used = tf.nest.map_structure(lambda x: x + 1.0, start)
+  deters = [
+    agent.policy(obs, np.array([flag]), state, zero, False)[1][0]['deter']
+    for flag, state in [(True, used), (False, start), (False, used)]
+  ]
+  assert np.allclose(deters[0], deters[1])
+  assert not np.allclose(deters[0], deters[2])
+
+
+def test_exploration_noise(tmp_path):
+  agent = make_agent(tmp_path)
+  seed = tf.constant([1, 2])
+  action = tf.zeros([20000, 2])
+  noisy = agent._explore(action, np.float32(0.3), seed).numpy()
+  assert abs(noisy.std() - 0.3) < 0.01
+  assert abs(np.corrcoef(noisy.T)[0, 1]) < 0.03
+  assert (agent._explore(action, np.float32(0), seed).numpy() == 0).all()
+  agent._c.update(expl='epsilon_greedy', action_dist='onehot')
+  greedy = tf.one_hot(tf.zeros(20000, tf.int32), 2)
+  mixed = agent._explore(greedy, np.float32(0.4), seed).numpy()
+  assert set(np.unique(mixed)) == {0.0, 1.0}
+  assert (mixed.sum(-1) == 1).all()
+  assert abs(mixed[:, 1].mean() - 0.2) < 0.02  # half of random is the same
+  agent._c.update(expl_decay=100.0, expl_min=0.1)
+  agent.step = 100
+  assert np.isclose(agent._noise(True), 0.15)
+  agent.step = 1000
+  assert np.isclose(agent._noise(True), 0.1)
+
+
+def test_same_seed_same_updates(tmp_path):
+  results = []
+  for name in ('a', 'b'):
+    agent = make_agent(tmp_path / name)
+    episodes = sorted((tmp_path / 'a' / 'episodes').glob('*.npz'))
+    agent._datadir = episodes[0].parent
+    for number in range(2):
+      data = dreamer.load_dataset(agent._datadir, agent._c, number)
+      metrics = agent.train(next(data))
+    results.append(float(metrics['actor_loss']))
+  assert results[0] == results[1]
+  agent._c.seed = 5
+  other = batch_of(agent)
+  agent._c.seed = 0
+  assert (other['action'] != batch_of(agent)['action']).any()
+
+
+@pytest.mark.parametrize('name', ['16', 'bfloat16'])
+def test_reduced_precision_learns_finitely(tmp_path, precision, name):
+  reference = make_agent(tmp_path / '32')
+  batch = batch_of(reference)
+  expected = reference.train(batch)
+  policy = precision(name)
+  agent = make_agent(tmp_path / name)
+  metrics = agent.train(batch)
+  assert agent._encode._convs[0].compute_dtype == policy.split('_')[1]
+  for key, value in metrics.items():
+    assert value.dtype == tf.float32
+    if not key.endswith('_norm'):
+      assert np.isfinite(value), key
+  ratio = float(metrics['image_loss'] / expected['image_loss'])
+  assert abs(ratio - 1) < 0.02
+  assert ('model_loss_scale' in metrics) == (name == '16')
+  before = weights(agent._model_opt)
+  for _ in range(20):  # the loss scale comes down until a step is taken
+    agent.train(batch)
+  assert moved(agent._model_opt, before)
+
+
+def test_non_finite_loss_stops_the_run(tmp_path):
+  agent = make_agent(tmp_path)
+  agent._value._out.bias.assign([np.nan])
+  with pytest.raises(tools.NonFiniteError, match='update 1'):
+    agent._update()
+
+
+def test_open_loop_keeps_the_truth_and_the_context(tmp_path):
+  agent = make_agent(tmp_path, batch_length=8)
+  batch = batch_of(agent)
+  video = agent.open_loop(batch).numpy()
+  assert video.shape == (2, 8, 192, 64, 3)
+  np.testing.assert_allclose(
+    video[:, :, :64], batch['image'] / 255.0, atol=1e-6
+  )
+  error = (video[:, :, 64:128] - video[:, :, :64] + 1) / 2
+  np.testing.assert_allclose(video[:, :, 128:], error, atol=1e-6)
+
+
+# --- Flags ------------------------------------------------------------------
+
+
+def parse(*argv):
+  return dreamer.parse_flags(['--logdir', '/tmp/x', *argv])
+
+
+def test_flags_parse_as_in_the_release():
+  config = parse('--steps', '1e6', '--pcont', 'True', '--grad_clip', '1')
+  assert config.steps == 1_000_000
+  assert isinstance(config.steps, int)
+  assert config.pcont is True
+  assert config.grad_clip == 1.0
+
+
+def test_a_given_flag_wins_over_preset_and_task():
+  assert parse('--preset', 'cpu').num_units == 200
+  assert parse('--preset', 'cpu', '--num_units', '7').num_units == 7
+  assert parse('--task', 'toy_reach').action_repeat == 1
+  paper = parse('--preset', 'paper')
+  assert (paper.num_units, paper.actor_layers) == (300, 3)
+  assert paper.collect_action == 'mode'
+
+
+@pytest.mark.parametrize(
+  'argv, words',
+  [
+    (['--batchsize', '5'], 'did you mean --batch_size'),
+    (['--task', 'dmc_walker_wlak'], 'dmc_walker_walk'),
+    (['--task', 'nonsense'], 'nonsense'),
+    (['--steps', 'many'], '--steps takes a whole number'),
+    (['--steps', '1.5'], '--steps takes a whole number'),
+    (['--pcont', 'yes'], '--pcont takes True or False'),
+    (['--preset', 'gpu'], '--preset is one of'),
+    (['--envs', '0'], '--envs is at least 1'),
+    (['--time_limit', '60'], '--batch_length 50 is longer'),
+    (['--parallel', 'none'], '--parallel process'),
+    (['--horizon', '1'], '--horizon'),
+  ],
+)
+def test_bad_flags_are_errors_with_exit_code_2(argv, words, capsys, tmp_path):
+  assert dreamer.main(['--logdir', str(tmp_path / 'run'), *argv]) == 2
+  message = capsys.readouterr().err
+  assert words in message
+  assert len(message.strip().splitlines()) == 1
+  assert not (tmp_path / 'run').exists()
+
+
+def test_help_names_every_flag(capsys):
+  with pytest.raises(SystemExit) as stop:
+    dreamer.parse_flags(['--help'])
+  assert stop.value.code == 0
+  shown = capsys.readouterr().out
+  for name in dreamer.define_config():
+    assert f'--{name}' in shown
+
+
+# --- Logdir -----------------------------------------------------------------
+
+
+def test_logdir_that_cannot_be_used(tmp_path, capsys):
+  (tmp_path / 'file').write_text('')
+  (tmp_path / 'other').mkdir()
+  (tmp_path / 'other' / 'thesis.tex').write_text('')
+  (tmp_path / 'bad').mkdir()
+  (tmp_path / 'bad' / 'config.json').write_text('{')
+  for name, words in {
+    'file/run': 'cannot write',
+    'other': 'thesis.tex',
+    'bad': 'not readable',
+  }.items():
+    assert dreamer.main(['--logdir', str(tmp_path / name)]) == 2
+    assert words in capsys.readouterr().err
+  assert (tmp_path / 'other' / 'thesis.tex').exists()
+  assert [p.name for p in (tmp_path / 'other').iterdir()] == ['thesis.tex']
+
+
+def test_resume_with_another_shape_is_refused(tmp_path, capsys):
+  config = dreamer.define_config('toy_reach')
+  config.logdir = tmp_path / 'run'
+  dreamer.setup_logdir(config)
+  config.num_units = 7
+  with pytest.raises(tools.UserError, match='--num_units 64, not 7'):
+    dreamer.setup_logdir(config)
+  config.num_units, config.steps = 64, 123
+  dreamer.setup_logdir(config)
+  saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert saved['config']['steps'] == 123
+  assert saved['versions']['tensorflow'] == tf.__version__
+
+
+# --- Whole runs -------------------------------------------------------------
+
+
+def command(logdir, *flags):
+  return [
+    *(sys.executable, str(ROOT / 'dreamer.py'), '--logdir', str(logdir)),
+    *flags,
+  ]
+
+
+def read_metrics(logdir):
+  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_debug_run_is_stopped_killed_and_resumed(tmp_path):
+  """On a real control suite task, in real processes."""
+  logdir = tmp_path / 'run'
+  flags = ('--preset', 'debug', '--task', 'dmc_cartpole_balance')
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  # Killed without warning once it has saved.
+  process = subprocess.Popen(command(logdir, *flags, '--steps', '1e5'), **pipes)
+  wait_for(lambda: list(logdir.glob('checkpoints/*.index')), process)
+  process.kill()
+  process.communicate()
+  # Resumed, and stopped by SIGTERM.
+  process = subprocess.Popen(command(logdir, *flags, '--steps', '1e5'), **pipes)
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if line.startswith('Episode'):
+      break
+  process.send_signal(signal.SIGTERM)
+  start = time.time()
+  out, err = process.communicate()
+  lines = ''.join(lines) + out
+  assert process.returncode == 0
+  assert time.time() - start < 10
+  assert re.search(r'Resumed at step [1-9]\d*, [1-9]\d* updates', lines)
+  assert 'The same command resumes' in lines
+  assert err == ''
+  stopped = int(re.search(r'Stopped at step \d+, (\d+) updates', lines)[1])
+  # Resumed again, to its end.
+  before = dreamer.count_steps(
+    logdir / 'episodes', dreamer.define_config(preset='debug')
+  )
+  process = subprocess.run(
+    command(logdir, *flags, '--steps', str(before + 300)),
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stderr
+  assert process.stderr == ''
+  assert f'Resumed at step {before}, {stopped} updates' in process.stdout
+  assert 'Found' in process.stdout
+  assert 'Finished' in process.stdout
+  check_logdir(logdir)
+
+
+def wait_for(condition, process, seconds=120):
+  start = time.time()
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    assert time.time() < start + seconds
+    time.sleep(0.1)
+
+
+def check_logdir(logdir):
+  assert not list(logdir.rglob('*.tmp'))
+  config = json.loads((logdir / 'config.json').read_text())['config']
+  assert config['task'] == 'dmc_cartpole_balance'
+  for path in logdir.glob('episodes/*.npz'):
+    with np.load(path, allow_pickle=False) as episode:
+      assert set(episode.files) == {
+        *('image', 'action', 'reward', 'discount', 'position', 'velocity')
+      }
+      assert episode['image'].dtype == np.uint8
+      assert episode['image'].shape == (51, 64, 64, 3)
+      assert (episode['action'][0] == 0).all()
+      assert path.stem.endswith('-51')
+  keys = {k for line in read_metrics(logdir) for k in line}
+  assert {
+    *('step', 'train/return', 'train/length', 'test/return', 'test/length'),
+    *('episodes', 'model_loss', 'image_loss', 'reward_loss', 'div', 'fps'),
+    *('actor_loss', 'value_loss', 'model_grad_norm', 'action_ent'),
+  } <= keys
+  images = set()
+  for path in logdir.glob('events.*'):
+    for event in tf.compat.v1.train.summary_iterator(str(path)):
+      for value in event.summary.value:
+        if value.HasField('image'):
+          images.add(value.tag)
+          assert value.image.encoded_image_string[:6] == b'GIF89a'
+  assert {'test/policy', 'agent/openl'} <= images
+
+
+def test_environment_that_cannot_start(tmp_path):
+  """No OpenGL at all: one clear message, exit code 2, no traceback."""
+  result = subprocess.run(
+    command(tmp_path / 'run', '--preset', 'debug'),
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'MUJOCO_GL': 'nonsense'},
+  )
+  assert result.returncode == 2
+  assert 'MUJOCO_GL' in result.stderr
+  assert 'Traceback' not in result.stderr
+
+
+def test_learns_toy_reach(tmp_path):
+  """At most 4 minutes; random earns 11.5 a episode, the best policy 46."""
+  process = subprocess.run(
+    command(
+      *(tmp_path / 'run', '--task', 'toy_reach', '--seed', '1'),
+      *('--steps', '4000', '--precision', '32', '--log_images', 'False'),
+    ),
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert process.returncode == 0, process.stderr
+  returns = [
+    line['train/return']
+    for line in read_metrics(tmp_path / 'run')
+    if 'train/return' in line
+  ]
+  random = np.mean(returns[:10])  # the prefill
+  learned = np.mean(returns[-20:])
+  assert 7 < random < 17
+  assert learned >= 1.5 * 11.5, returns
