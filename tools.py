@@ -25,6 +25,7 @@ import sys
 import time
 import uuid
 import zipfile
+import zlib
 
 import imageio.v3 as imageio
 import keras
@@ -416,7 +417,14 @@ class EpisodeFile:
           key: self._read(file, start, stop, *member)
           for key, member in self._members.items()
         }
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, struct.error) as e:
+    except (
+      OSError,
+      EOFError,
+      KeyError,
+      zipfile.BadZipFile,
+      zlib.error,
+      struct.error,
+    ) as e:
       raise ValueError(f'{type(e).__name__}: {e}') from e
 
   def _locate(self):
