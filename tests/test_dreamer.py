@@ -213,11 +213,16 @@ def test_imagination_leaves_the_start_state_out(tmp_path):
 
 
 def test_actor_gradient_is_that_of_a_finite_difference(tmp_path):
-  """Through reward, value and dynamics, with the noise held fixed."""
-  agent = make_agent(tmp_path, horizon=3)
+  """Through reward, value and dynamics, with the noise held fixed.
+
+  No gradient flows through what the policy sees, so here it is blind: its
+  output is its last bias alone, and finite differences must agree.
+  """
+  agent = make_agent(tmp_path, action_init_std=1.0)
+  kernel, bias = agent._actor._out.kernel, agent._actor._out.bias
+  kernel.assign(tf.zeros_like(kernel))
   post = agent._model_loss(dreamer.preprocess(batch_of(agent), agent._c))[1]
   state = agent._random.state.numpy()
-  bias = agent._actor._out.bias
 
   def loss():
     agent._random.state.assign(state)
@@ -230,12 +235,12 @@ def test_actor_gradient_is_that_of_a_finite_difference(tmp_path):
   for i in range(len(base)):
     for sign in (1, -1):
       changed = base.copy()
-      changed[i] += sign * 1e-2
+      changed[i] += sign * 2e-2
       bias.assign(changed)
-      numeric[i] += sign * float(loss()) / 2e-2
-  bias.assign(base)
-  assert np.abs(grad).max() > 1e-4
-  np.testing.assert_allclose(grad, numeric, rtol=0.05, atol=2e-4)
+      numeric[i] += sign * float(loss()) / 4e-2
+  scale = np.abs(grad).max()
+  assert scale > 1e-3
+  np.testing.assert_allclose(grad / scale, numeric / scale, atol=0.01)
 
 
 # --- What moves what --------------------------------------------------------
