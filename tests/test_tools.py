@@ -1024,6 +1024,18 @@ def test_simulate_exact_counts():
   assert len(env.log) == 16
 
 
+def test_simulate_counts_surplus_episodes():
+  envs, agent = [CountingEnv(i, 4) for i in range(3)], CountingAgent()
+  state = tools.simulate(agent, envs, episodes=2)
+  # All three end at the same time, one more than wanted ...
+  assert agent.calls == 4
+  state = tools.simulate(agent, envs, episodes=1, state=state)
+  # ... which is the next one.
+  assert agent.calls == 4
+  tools.simulate(agent, envs, episodes=1, state=state)
+  assert agent.calls == 8
+
+
 # --- Logging ----------------------------------------------------------------
 
 
