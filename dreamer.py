@@ -776,7 +776,12 @@ class Dreamer(tf.Module):
 
   # Logging
 
-  def _write_summaries(self):
+  def finish(self):
+    """Logs what came since the last log entry."""
+    if self._metrics:
+      self._write_summaries(images=False)
+
+  def _write_summaries(self, images=True):
     now, step = time.time(), self.step
     metrics = {k: np.mean(v) for k, v in self._metrics.items()}
     self._metrics.clear()
@@ -787,7 +792,7 @@ class Dreamer(tf.Module):
     if not self._logger:
       return
     self._logger.scalars(step, dict(metrics, updates=self.updates), 'agent/')
-    if self._c.log_images:
+    if images and self._c.log_images:
       batch = next(load_dataset(self._datadir, self._c, self.updates))
       video = self.open_loop({k: v[:6] for k, v in batch.items()})
       self._logger.video(step, 'agent/openl', video.numpy())
@@ -1116,9 +1121,11 @@ def _train(config, datadir, train_envs, test_envs, logger, stop):
       saver.save()
     if should_eval(agent.step):
       _evaluate(agent, test_envs)
+    agent.finish()
     saver.save()
     logger.say(f'Finished at step {agent.step}, {agent.updates} updates.')
   except tools.Stopped:
+    agent.finish()
     saver.save()
     logger.say(
       f'Stopped at step {agent.step}, {agent.updates} updates; saved to '
