@@ -305,7 +305,7 @@ def _render_error(error):
   reason = reason or type(error).__name__
   return RenderError(
     f'Cannot render with OpenGL (MUJOCO_GL is {chosen}): {reason}. '
-    'Install the Debian packages libegl1 and libgl1-mesa-dri and set '
+    'Install the Debian packages libegl1, libopengl0, libgl1-mesa-dri and set '
     'MUJOCO_GL=egl, or install libosmesa6 and set MUJOCO_GL=osmesa. '
     'If MUJOCO_GL is not set, both are tried.'
   )
