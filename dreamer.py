@@ -1052,8 +1052,8 @@ class _Estimate:
     hours = seconds * c.train_steps * 1e5 / c.train_every / 3600
     self._logger.say(
       f'An update takes {seconds:.1f} s here, so 1e5 environment steps take '
-      f'about {hours:.0f} hours of updates. Without a GPU, --preset cpu (in a '
-      'new logdir) is the one that learns in an hour or two.'
+      f'about {hours:.0f} hours of updates. --preset cpu (in a new logdir) has '
+      'smaller networks and batches, for machines without a GPU.'
     )
 
 

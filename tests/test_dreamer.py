@@ -575,7 +575,11 @@ def test_environment_that_cannot_start(tmp_path):
 
 
 def test_world_model_learns_toy_reach(tmp_path):
-  """500 updates predict images better than the mean image does."""
+  """Some 500 updates predict images better than the mean image does.
+
+  This does not show that the agent learns to act here: it does not yet, at
+  these defaults, and a test of its return is still to come.
+  """
   logdir = tmp_path / 'run'
   process = subprocess.run(
     command(
