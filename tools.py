@@ -287,7 +287,7 @@ class Adam:
     self.variables = [v for m in modules for v in m.trainable_variables]
     # Clipping belongs into the inner optimizer: LossScaleOptimizer divides
     # by the scale inside `apply`, so outside the norm is still scaled.
-    self.optimizer = keras.optimizers.Adam(
+    adam = keras.optimizers.Adam(
       lr,
       epsilon=eps,
       global_clipnorm=clip or None,
@@ -296,29 +296,31 @@ class Adam:
     )
     if wd:
       skip = [v for v in self.variables if not re.search(wdpattern, v.path)]
-      self.optimizer.exclude_from_weight_decay(skip)
-    self._scaling = loss_scaling
-    if loss_scaling:
-      self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+      adam.exclude_from_weight_decay(skip)
+    # What checkpoints hold has a loss scale in every precision, so that a run
+    # can resume in another one.
+    self.optimizer = keras.optimizers.LossScaleOptimizer(adam)
     self.optimizer.build(self.variables)
+    self._scaling = loss_scaling
+    self._active = self.optimizer if loss_scaling else adam
 
   def gradient(self, tape, loss):
     """Gradients of the loss, times the loss scale where there is one."""
     assert loss.dtype == tf.float32 and loss.shape == (), loss
-    scale = self.optimizer.scale_loss(tf.ones_like(loss))
+    scale = self._active.scale_loss(tf.ones_like(loss))
     variables = [v.value for v in self.variables]
     return tape.gradient(loss, variables, output_gradients=scale)
 
   def apply(self, grads):
     """Moves the variables; returns the norm before clipping as a metric."""
-    scale = self.optimizer.scale_loss(tf.constant(1.0))
+    scale = self._active.scale_loss(tf.constant(1.0))
     norm = tf.linalg.global_norm(grads) / scale
     metrics = {f'{self._name}_grad_norm': norm}
     if self._scaling:
       finite = tf.math.is_finite(norm)
       metrics[f'{self._name}_loss_scale'] = scale
       metrics[f'{self._name}_skipped'] = 1.0 - tf.cast(finite, tf.float32)
-    self.optimizer.apply(grads, self.variables)
+    self._active.apply(grads, self.variables)
     return metrics
 
   def __call__(self, tape, loss):

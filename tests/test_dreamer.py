@@ -355,6 +355,38 @@ def test_reduced_precision_learns_finitely(tmp_path, precision, name):
   assert moved(agent._model_opt, before)
 
 
+def test_resume_in_another_precision(tmp_path, precision):
+  """float16 to float16 keeps the loss scale; to and from float32 works."""
+
+  def restored(name, folder):
+    precision(name)
+    agent = make_agent(tmp_path / 'agent')
+    saver = tools.Checkpoints(tmp_path / folder, **agent.trackable())
+    assert saver.restore()
+    return agent, saver
+
+  precision('16')
+  first = make_agent(tmp_path / 'agent')
+  batch = batch_of(first)
+  for _ in range(20):
+    scale = first.train(batch)['model_loss_scale']
+  assert scale < 2**15  # not the initial one
+  last = first._model_opt.optimizer.dynamic_scale.numpy()
+  tools.Checkpoints(tmp_path / '16', **first.trackable()).save(1)
+  same, _ = restored('16', '16')
+  assert same.train(batch)['model_loss_scale'] == last
+  plain, saver = restored('32', '16')
+  for a, b in zip(first.trackable().values(), plain.trackable().values()):
+    for x, y in zip(getattr(a, 'variables', []), getattr(b, 'variables', [])):
+      np.testing.assert_array_equal(x.numpy(), y.numpy())
+  before = weights(plain._model_opt)
+  assert 'model_loss_scale' not in plain.train(batch)
+  assert moved(plain._model_opt, before)
+  saver.save(2)
+  back, _ = restored('16', '16')
+  assert np.isfinite(float(back.train(batch)['model_loss']))
+
+
 def test_non_finite_loss_stops_the_run(tmp_path):
   agent = make_agent(tmp_path)
   agent._value._out.bias.assign([np.nan])
