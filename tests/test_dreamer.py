@@ -376,8 +376,12 @@ def test_resume_in_another_precision(tmp_path, precision):
   same, _ = restored('16', '16')
   assert same.train(batch)['model_loss_scale'] == last
   plain, saver = restored('32', '16')
-  for a, b in zip(first.trackable().values(), plain.trackable().values()):
-    for x, y in zip(getattr(a, 'variables', []), getattr(b, 'variables', [])):
+  for a, b in zip(
+    first.trackable().values(), plain.trackable().values(), strict=True
+  ):
+    for x, y in zip(
+      getattr(a, 'variables', []), getattr(b, 'variables', []), strict=True
+    ):
       np.testing.assert_array_equal(x.numpy(), y.numpy())
   before = weights(plain._model_opt)
   assert 'model_loss_scale' not in plain.train(batch)
