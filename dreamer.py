@@ -204,30 +204,35 @@ PRESETS = {
   ),
 }
 
+# A whole run in a few minutes: small networks and batches, and an imagination
+# that does not look further than these tasks need.
 TOY = dict(
   action_repeat=1,
-  steps=8000,
+  time_limit=50,
+  steps=10_000,
   eval_every=1000,
   log_every=500,
-  prefill=500,
+  prefill=2500,
   deter_size=64,
   stoch_size=16,
   num_units=64,
   cnn_depth=8,
+  free_nats=0.0,
   batch_size=16,
-  train_every=50,
+  batch_length=8,
+  train_every=100,
   train_steps=20,
-  model_lr=1e-3,
+  model_lr=3e-3,
   value_lr=3e-4,
   actor_lr=3e-4,
+  horizon=8,
+  discount=0.9,
 )
 
 TASKS = {
-  'toy_reach': dict(TOY, time_limit=50, batch_length=16),
+  'toy_reach': TOY,
   'toy_catch': dict(
     TOY,
-    time_limit=50,
-    batch_length=10,
     horizon=10,
     pcont=True,
     action_dist='onehot',

@@ -315,31 +315,33 @@ class ToyReach:
   """Steer a green dot onto a red target; an image task without a simulator.
 
   The two actions in [-1, 1] are the velocity to the right and downwards. The
-  reward in [0, 1] grows as the dot nears the target. An episode takes 50 steps
-  and then ends by time, with discount 1.
+  target is the middle and the dot begins anywhere but near it, so no constant
+  action does well. The reward in [0, 1] grows as the dot nears the target. An
+  episode takes 50 steps and then ends by time, with discount 1.
   """
 
   LENGTH = 50
   # Places lie in [-1, 1]^2; the way to the target takes about ten steps.
   SPEED = 0.12
+  TARGET = np.zeros(2)
 
   def __init__(self, seed=None):
     self.observation_space = gym.spaces.Dict({'image': _image_space()})
     self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
     self._random = np.random.RandomState(seed)
-    self._dot = self._target = np.zeros(2)
+    self._dot = np.zeros(2)
     self._step = 0
 
   @property
   def state(self):
     """Places of dot and target, float64 [4]: x, y, x, y in [-1, 1]."""
-    return np.concatenate([self._dot, self._target])
+    return np.concatenate([self._dot, self.TARGET])
 
   def reset(self):
     self._step = 0
     # Not too near, or there would be nothing to do.
     while True:
-      self._dot, self._target = self._random.uniform(-1, 1, (2, 2))
+      self._dot = self._random.uniform(-1, 1, 2)
       if self._distance() > 0.6:
         return self._observe()
 
@@ -348,8 +350,8 @@ class ToyReach:
     velocity = self.SPEED * np.clip(action.astype(np.float64), -1, 1)
     self._dot = np.clip(self._dot + velocity, -1, 1)
     self._step += 1
-    # The cube keeps a slope everywhere, and yet little for being far away.
-    reward = (1 - self._distance() / np.sqrt(8)) ** 3
+    # The square keeps a slope nearly everywhere, and 0 only in the corners.
+    reward = (1 - self._distance() / np.sqrt(2)) ** 2
     done = self._step >= self.LENGTH
     return self._observe(), float(reward), done, {'discount': np.float32(1)}
 
@@ -357,12 +359,12 @@ class ToyReach:
     pass
 
   def _distance(self):
-    return np.linalg.norm(self._dot - self._target)
+    return np.linalg.norm(self._dot - self.TARGET)
 
   def _observe(self):
     image = np.zeros((64, 64, 3), np.uint8)
-    _draw_disc(image, 31.5 + 26 * self._target, 5, (255, 60, 60))
-    _draw_disc(image, 31.5 + 26 * self._dot, 5, (60, 255, 60))
+    _draw_disc(image, 31.5 + 24 * self.TARGET, 9, (255, 60, 60))
+    _draw_disc(image, 31.5 + 24 * self._dot, 7, (60, 255, 60))
     return {'image': image}
 
 

@@ -610,16 +610,17 @@ def test_environment_that_cannot_start(tmp_path):
   assert 'Traceback' not in result.stderr
 
 
-def test_world_model_learns_toy_reach(tmp_path):
-  """Some 500 updates predict images better than the mean image does.
+def test_learns_toy_reach(tmp_path):
+  """Some 1,100 updates, a minute on an idle core, earn 4 times the random.
 
-  This does not show that the agent learns to act here: it does not yet, at
-  these defaults, and a test of its return is still to come.
+  Of 50 at most, a random policy gets 8 to 9, the best constant action less
+  than 0.4 of the best policy, and the best policy 46. This run reached 36 to
+  43 with seeds 0 to 3.
   """
   logdir = tmp_path / 'run'
   process = subprocess.run(
     command(
-      *(logdir, '--task', 'toy_reach', '--seed', '1', '--steps', '1500'),
+      *(logdir, '--task', 'toy_reach', '--seed', '0', '--steps', '8000'),
       *('--precision', '32', '--log_images', 'False'),
     ),
     capture_output=True,
@@ -627,13 +628,11 @@ def test_world_model_learns_toy_reach(tmp_path):
     timeout=900,
   )
   assert process.returncode == 0, process.stderr
-  images = []
-  for path in logdir.glob('episodes/*.npz'):
-    with np.load(path) as episode:
-      images.append(episode['image'].astype(np.float32) / 255.0)
-  images = np.concatenate(images)
-  baseline = 0.5 * ((images - images.mean(0)) ** 2).sum((1, 2, 3)).mean()
-  losses = [x for x in read_metrics(logdir) if 'image_loss' in x]
-  floor = 0.5 * np.log(2 * np.pi) * 64 * 64 * 3  # of a perfect prediction
-  assert losses[-1]['image_loss'] - floor < 0.85 * baseline
-  assert losses[-1]['reward_loss'] < losses[0]['reward_loss']
+  metrics = read_metrics(logdir)
+  train = [x['train/return'] for x in metrics if 'train/return' in x]
+  test = [x['test/return'] for x in metrics if 'test/return' in x]
+  random, learned = np.mean(train[:50]), np.mean(train[-20:])
+  print(f'random {random:.1f}, learned {learned:.1f} of 50')
+  assert 5 < random < 12  # the prefill
+  assert learned > 1.5 * random
+  assert np.mean(test[-3:]) > 1.5 * random
