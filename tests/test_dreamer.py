@@ -534,11 +534,9 @@ def test_debug_run_is_stopped_killed_and_resumed(tmp_path):
     if line.startswith('Episode'):
       break
   process.send_signal(signal.SIGTERM)
-  start = time.time()
-  out, err = process.communicate()
+  out, err = process.communicate(timeout=60)
   lines = ''.join(lines) + out
   assert process.returncode == 0
-  assert time.time() - start < 10
   assert re.search(r'Resumed at step [1-9]\d*, [1-9]\d* updates', lines)
   assert 'The same command resumes' in lines
   assert err == ''
