@@ -286,7 +286,10 @@ class DeepMindControl:
 def _import_suite():
   """Imports dm_control, telling trouble with OpenGL from all other trouble."""
   if importlib.util.find_spec('dm_control') is None:
-    raise ImportError('This task needs dm_control: pip install dm-control')
+    raise ImportError(
+      'This task needs dm_control: pip install -r requirements.txt, and on '
+      'Python 3.13 also pip install --no-deps dm-control (see README.md).'
+    )
   try:
     from dm_control import suite
 
