@@ -243,6 +243,49 @@ def test_actor_gradient_is_that_of_a_finite_difference(tmp_path):
   np.testing.assert_allclose(grad / scale, numeric / scale, atol=0.01)
 
 
+def test_actor_gradient_beside_a_plain_loop(tmp_path):
+  """Eq. 6 and 7 step by step: the policy's input carries no gradient."""
+  agent = make_agent(tmp_path, action_init_std=1.0)
+  c, dynamics = agent._c, agent._dynamics
+  post = agent._model_loss(dreamer.preprocess(batch_of(agent), c))[1]
+  variables = [v.value for v in agent._actor_opt.variables]
+  state = agent._random.state.numpy()
+
+  def plain(stop):
+    agent._random.state.assign(state)
+    seeds = tools.make_seeds(2 * c.horizon, agent._random)
+    latent = {k: tf.reshape(v, [-1, v.shape[-1]]) for k, v in post.items()}
+    rewards, values = [], []
+    for t in range(c.horizon):
+      dist = agent._actor(stop(dynamics.get_feat(latent)))
+      action = dist.sample(seed=seeds[2 * t])
+      latent = dynamics.img_step(latent, action, seeds[2 * t + 1])
+      feat = dynamics.get_feat(latent)
+      rewards.append(agent._reward(feat).mean())
+      values.append(agent._value(feat).mean())
+    total, target = 0.0, values[-1]
+    for t in reversed(range(c.horizon - 1)):
+      following = (1 - c.disclam) * values[t + 1] + c.disclam * target
+      target = rewards[t] + c.discount * following
+      total += c.discount**t * tf.reduce_mean(target) / (c.horizon - 1)
+    return -total
+
+  def gradient(loss):
+    with tf.GradientTape() as tape:
+      value = loss()
+    return tf.concat(
+      [tf.reshape(g, [-1]) for g in tape.gradient(value, variables)], 0
+    ).numpy()
+
+  agent._random.state.assign(state)
+  real = gradient(lambda: agent._actor_loss(post)[0])
+  expected = gradient(lambda: plain(tf.stop_gradient))
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(real / scale, expected / scale, atol=1e-4)
+  through = gradient(lambda: plain(tf.identity))
+  assert np.abs(real - through).max() > 1e-2 * scale
+
+
 # --- What moves what --------------------------------------------------------
 
 
