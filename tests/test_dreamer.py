@@ -243,47 +243,56 @@ def test_actor_gradient_is_that_of_a_finite_difference(tmp_path):
   np.testing.assert_allclose(grad / scale, numeric / scale, atol=0.01)
 
 
-def test_actor_gradient_beside_a_plain_loop(tmp_path):
-  """Eq. 6 and 7 step by step: the policy's input carries no gradient."""
+def test_behavior_gradients_beside_a_plain_loop(tmp_path):
+  """Eq. 6, 7 and 8 step by step; the policy's input carries no gradient."""
   agent = make_agent(tmp_path, action_init_std=1.0)
   c, dynamics = agent._c, agent._dynamics
   post = agent._model_loss(dreamer.preprocess(batch_of(agent), c))[1]
-  variables = [v.value for v in agent._actor_opt.variables]
   state = agent._random.state.numpy()
 
-  def plain(stop):
+  def plain(stop=tf.stop_gradient):
     agent._random.state.assign(state)
     seeds = tools.make_seeds(2 * c.horizon, agent._random)
     latent = {k: tf.reshape(v, [-1, v.shape[-1]]) for k, v in post.items()}
-    rewards, values = [], []
+    feats = []
     for t in range(c.horizon):
       dist = agent._actor(stop(dynamics.get_feat(latent)))
       action = dist.sample(seed=seeds[2 * t])
       latent = dynamics.img_step(latent, action, seeds[2 * t + 1])
-      feat = dynamics.get_feat(latent)
-      rewards.append(agent._reward(feat).mean())
-      values.append(agent._value(feat).mean())
-    total, target = 0.0, values[-1]
+      feats.append(dynamics.get_feat(latent))
+    rewards = [agent._reward(x).mean() for x in feats]
+    values = [agent._value(x).mean() for x in feats]
+    actor, value, target = 0.0, 0.0, values[-1]
     for t in reversed(range(c.horizon - 1)):
       following = (1 - c.disclam) * values[t + 1] + c.disclam * target
       target = rewards[t] + c.discount * following
-      total += c.discount**t * tf.reduce_mean(target) / (c.horizon - 1)
-    return -total
+      weight = c.discount**t / (c.horizon - 1)
+      actor -= weight * tf.reduce_mean(target)
+      like = agent._value(feats[t]).log_prob(tf.stop_gradient(target))
+      value -= weight * tf.reduce_mean(like)
+    return actor, value
 
-  def gradient(loss):
-    with tf.GradientTape() as tape:
-      value = loss()
-    return tf.concat(
-      [tf.reshape(g, [-1]) for g in tape.gradient(value, variables)], 0
-    ).numpy()
+  def real():
+    agent._random.state.assign(state)
+    loss, imag, _ = agent._actor_loss(post)
+    return loss, agent._value_loss(**imag)[0]
 
-  agent._random.state.assign(state)
-  real = gradient(lambda: agent._actor_loss(post)[0])
-  expected = gradient(lambda: plain(tf.stop_gradient))
-  scale = np.abs(expected).max()
-  np.testing.assert_allclose(real / scale, expected / scale, atol=1e-4)
-  through = gradient(lambda: plain(tf.identity))
-  assert np.abs(real - through).max() > 1e-2 * scale
+  def gradients(losses):
+    with tf.GradientTape(persistent=True) as tape:
+      results = losses()
+    opts = (agent._actor_opt, agent._value_opt)
+    for loss, opt in zip(results, opts, strict=True):
+      grads = tape.gradient(loss, [v.value for v in opt.variables])
+      yield tf.concat([tf.reshape(g, [-1]) for g in grads], 0).numpy()
+
+  for grad, expected in zip(gradients(real), gradients(plain), strict=True):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(grad / scale, expected / scale, atol=1e-4)
+  grad, through = (
+    next(gradients(real)),
+    next(gradients(lambda: plain(tf.identity))),
+  )
+  assert np.abs(grad - through).max() > 1e-2 * np.abs(grad).max()
 
 
 # --- What moves what --------------------------------------------------------
