@@ -20,6 +20,52 @@ def float32(x):
   return tf.cast(x, tf.float32)
 
 
+def add_bias(x, bias):
+  """x + bias; the gradient of the bias is summed in float32.
+
+  TensorFlow on the CPU sums bfloat16 in bfloat16, where adding to a sum that
+  is 256 times as large does nothing: of the gradient of the decoder's last
+  bias, over all pixels of a batch, a thousandth was left.
+  """
+
+  @tf.custom_gradient
+  def add(x, bias):
+    def grad(dy):
+      total = tf.reduce_sum(float32(dy), list(range(x.shape.rank - 1)))
+      return dy, tf.cast(total, bias.dtype)
+
+    return x + bias, grad
+
+  return add(x, tf.convert_to_tensor(bias))
+
+
+class Dense(kl.Dense):
+  """Keras' layer, with the bias of `add_bias`."""
+
+  def call(self, x):
+    x = keras.ops.matmul(x, self.kernel)
+    return self.activation(add_bias(x, self.bias))
+
+
+class Conv(kl.Conv2D):
+  """Keras' layer, with the bias of `add_bias`."""
+
+  def call(self, x):
+    x = self.convolution_op(x, self.kernel)
+    return self.activation(add_bias(x, self.bias))
+
+
+class Deconv(kl.Conv2DTranspose):
+  """Keras' layer, with the bias of `add_bias`, and fast for 1x1 images."""
+
+  def call(self, x):
+    if x.shape[1:3] == (1, 1):  # A matrix product, ten times as fast as one.
+      x = tf.einsum('nc,hwoc->nhwo', x[:, 0, 0], self.kernel)
+    else:
+      x = keras.ops.conv_transpose(x, self.kernel, self.strides, self.padding)
+    return self.activation(add_bias(x, self.bias))
+
+
 class RSSM(keras.layers.Layer):
   """Recurrent state space model (Hafner et al., 2018).
 
@@ -47,11 +93,11 @@ class RSSM(keras.layers.Layer):
     self._stoch_size = stoch
     self._deter_size = deter
     self._cell = kl.GRUCell(deter, name='gru')
-    self._img1 = kl.Dense(hidden, act, name='img1')
-    self._img2 = kl.Dense(hidden, act, name='img2')
-    self._img3 = kl.Dense(2 * stoch, name='img3')
-    self._obs1 = kl.Dense(hidden, act, name='obs1')
-    self._obs2 = kl.Dense(2 * stoch, name='obs2')
+    self._img1 = Dense(hidden, act, name='img1')
+    self._img2 = Dense(hidden, act, name='img2')
+    self._img3 = Dense(2 * stoch, name='img3')
+    self._obs1 = Dense(hidden, act, name='obs1')
+    self._obs2 = Dense(2 * stoch, name='obs2')
 
   def initial(self, batch_size):
     """The state before an episode: zeros [B, ...]."""
@@ -156,7 +202,7 @@ class ConvEncoder(keras.layers.Layer):
   def __init__(self, depth=32, act='relu', **kwargs):
     super().__init__(**kwargs)
     self._convs = [
-      kl.Conv2D(factor * depth, 4, 2, activation=act, name=f'h{i + 1}')
+      Conv(factor * depth, 4, 2, activation=act, name=f'h{i + 1}')
       for i, factor in enumerate((1, 2, 4, 8))
     ]
 
@@ -180,12 +226,12 @@ class ConvDecoder(keras.layers.Layer):
   def __init__(self, depth=32, act='relu', shape=(64, 64, 3), **kwargs):
     super().__init__(**kwargs)
     self._shape = shape
-    self._dense = kl.Dense(32 * depth, name='h1')
+    self._dense = Dense(32 * depth, name='h1')
     self._convs = [
-      kl.Conv2DTranspose(4 * depth, 5, 2, activation=act, name='h2'),
-      kl.Conv2DTranspose(2 * depth, 5, 2, activation=act, name='h3'),
-      kl.Conv2DTranspose(depth, 6, 2, activation=act, name='h4'),
-      kl.Conv2DTranspose(shape[-1], 6, 2, name='h5'),
+      Deconv(4 * depth, 5, 2, activation=act, name='h2'),
+      Deconv(2 * depth, 5, 2, activation=act, name='h3'),
+      Deconv(depth, 6, 2, activation=act, name='h4'),
+      Deconv(shape[-1], 6, 2, name='h5'),
     ]
 
   def call(self, features):
@@ -217,10 +263,8 @@ class DenseDecoder(keras.layers.Layer):
       raise ValueError(f"dist is 'normal' or 'binary', not {dist!r}")
     self._shape = shape
     self._dist = dist
-    self._hidden = [
-      kl.Dense(units, act, name=f'h{i + 1}') for i in range(layers)
-    ]
-    self._out = kl.Dense(int(np.prod(shape)), name='out')
+    self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
+    self._out = Dense(int(np.prod(shape)), name='out')
 
   def call(self, features):
     """Distribution with batch shape [...] for features [..., F]."""
@@ -269,10 +313,8 @@ class ActionDecoder(keras.layers.Layer):
     self._min_std = min_std
     self._raw_init_std = float(np.log(np.expm1(init_std)))
     self._mean_scale = mean_scale
-    self._hidden = [
-      kl.Dense(units, act, name=f'h{i + 1}') for i in range(layers)
-    ]
-    self._out = kl.Dense(size if dist == 'onehot' else 2 * size, name='out')
+    self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
+    self._out = Dense(size if dist == 'onehot' else 2 * size, name='out')
 
   def call(self, features):
     """Distribution over actions [..., A] for features [..., F]."""

@@ -606,6 +606,32 @@ def test_encoder_and_decoder_precision(policy):
   np.testing.assert_allclose(log_prob, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize('name', ['mixed_float16', 'mixed_bfloat16'])
+def test_gradients_in_reduced_precision(name):
+  """All of them, biases of many pixels and rows too, beside float32."""
+  rng = np.random.default_rng(0)
+  image = rng.uniform(-0.5, 0.5, (64, 64, 64, 3)).astype(np.float32)
+  grads = []
+  for policy in ('float32', name):
+    keras.config.set_dtype_policy(policy)
+    keras.utils.set_random_seed(1)
+    networks = [models.ConvEncoder(4), models.ConvDecoder(4)]
+    networks.append(models.DenseDecoder((), 2, 32))
+    with tf.GradientTape() as tape:
+      embed = networks[0]({'image': image})
+      like = networks[1](embed).log_prob(image + 0.3)
+      rows = tf.tile(tf.cast(embed, tf.float32), [200, 1])
+      value = networks[2](rows).log_prob(tf.ones([12800]))
+      loss = -tf.reduce_mean(like) - tf.reduce_mean(value)
+    variables = [v.value for x in networks for v in x.trainable_variables]
+    grads.append(tape.gradient(loss, variables))
+  assert len(grads[0]) == 8 + 10 + 6
+  for variable, exact, grad in zip(variables, *grads, strict=True):
+    exact, grad = exact.numpy().ravel(), grad.numpy().ravel()
+    error = np.linalg.norm(grad - exact) / np.linalg.norm(exact)
+    assert error < 0.1, (variable.name, error)
+
+
 @every_policy
 @pytest.mark.parametrize(
   'make, event',
