@@ -331,6 +331,26 @@ def test_acting_and_evaluating_move_nothing(tmp_path):
   assert all((a == b).all() for a, b in zip(before, after, strict=True))
 
 
+def test_acting_counts_environment_steps_and_learns(tmp_path):
+  agent = make_agent(tmp_path, pretrain=2, action_repeat=3)
+  image = np.zeros((2, 64, 64, 3), np.uint8)
+  agent({'image': image}, np.array([True, True]))
+  assert agent.step == 2 * 3  # environments times repeat
+  assert agent.updates == 2
+
+
+def test_policy_draws_from_the_saved_generator(tmp_path):
+  agent = make_agent(tmp_path)
+  saved = agent._random.state.numpy()
+  obs = {'image': np.zeros((1, 64, 64, 3), np.uint8)}
+  start = agent._dynamics.initial(1), tf.zeros([1, 2])
+  args = (obs, np.array([True]), start, np.float32(0.3), True)
+  first = agent.policy(*args)[0].numpy()
+  assert (agent.policy(*args)[0].numpy() != first).any()
+  agent._random.state.assign(saved)
+  np.testing.assert_array_equal(agent.policy(*args)[0].numpy(), first)
+
+
 def test_reset_forgets_the_state(tmp_path):
   """After a reset an environment acts as if it had just begun."""
   agent = make_agent(tmp_path)
@@ -355,6 +375,9 @@ def test_exploration_noise(tmp_path):
   assert abs(noisy.std() - 0.3) < 0.01
   assert abs(np.corrcoef(noisy.T)[0, 1]) < 0.03
   assert (agent._explore(action, np.float32(0), seed).numpy() == 0).all()
+  clipped = agent._explore(action + 0.9, np.float32(0.3), seed).numpy()
+  assert clipped.max() == 1 and clipped.min() < 0.5
+  assert (agent._noise(True), agent._noise(False)) == (np.float32(0.3), 0)
   agent._c.update(expl='epsilon_greedy', action_dist='onehot')
   greedy = tf.one_hot(tf.zeros(20000, tf.int32), 2)
   mixed = agent._explore(greedy, np.float32(0.4), seed).numpy()
@@ -460,6 +483,19 @@ def test_open_loop_keeps_the_truth_and_the_context(tmp_path):
   )
   error = (video[:, :, 64:128] - video[:, :, :64] + 1) / 2
   np.testing.assert_allclose(video[:, :, 128:], error, atol=1e-6)
+  # The model sees 5 images: with means that drown the noise of the states, it
+  # follows the last of these, and not the next.
+  kernel = agent._dynamics._obs2.kernel
+  mean, std = np.split(kernel.numpy(), 2, -1)
+  kernel.assign(np.concatenate([3000 * mean, 0 * std], -1))
+  model = agent.open_loop(batch).numpy()[:, :, 64:128]
+  change = []
+  for t in (4, 5):
+    image = batch['image'].copy()
+    image[:, t] = 255 - image[:, t] // 4
+    other = agent.open_loop({**batch, 'image': image}).numpy()[:, :, 64:128]
+    change.append(np.abs(other - model)[:, t].mean())
+  assert change[0] > 10 * change[1]
 
 
 # --- Flags ------------------------------------------------------------------
