@@ -26,6 +26,10 @@ def add_bias(x, bias):
   TensorFlow on the CPU sums bfloat16 in bfloat16, where adding to a sum that
   is 256 times as large does nothing: of the gradient of the decoder's last
   bias, over all pixels of a batch, a thousandth was left.
+
+  Args:
+    x: [..., C], in the dtype of the Keras policy.
+    bias: Keras variable [C].
   """
 
   @tf.custom_gradient
@@ -59,7 +63,7 @@ class Deconv(kl.Conv2DTranspose):
   """Keras' layer, with the bias of `add_bias`, and fast for 1x1 images."""
 
   def call(self, x):
-    if x.shape[1:3] == (1, 1):  # A matrix product, ten times as fast as one.
+    if x.shape[1:3] == (1, 1):  # A matrix product, several times as fast as one.
       x = tf.einsum('nc,hwoc->nhwo', x[:, 0, 0], self.kernel)
     else:
       x = keras.ops.conv_transpose(x, self.kernel, self.strides, self.padding)
