@@ -63,7 +63,7 @@ class Deconv(kl.Conv2DTranspose):
   """Keras' layer, with the bias of `add_bias`, and fast for 1x1 images."""
 
   def call(self, x):
-    if x.shape[1:3] == (1, 1):  # A matrix product, several times as fast as one.
+    if x.shape[1:3] == (1, 1):  # Faster as a matrix product.
       x = tf.einsum('nc,hwoc->nhwo', x[:, 0, 0], self.kernel)
     else:
       x = keras.ops.conv_transpose(x, self.kernel, self.strides, self.padding)
