@@ -24,6 +24,7 @@ feature. Steps are environment steps; gradient steps are called updates.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import functools
 import importlib.metadata
@@ -31,6 +32,7 @@ import json
 import os
 import pathlib
 import sys
+import threading
 import time
 
 import numpy as np
@@ -41,6 +43,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # before TensorFlow loads
 with wrappers.quiet_stderr():
   import keras
   import tensorflow as tf
+  from tensorflow_probability import distributions as tfd
 
   import models
   import tools
@@ -82,6 +85,12 @@ def define_flags():
         'release: 16',
       ),
       ('save_every', 10.0, 'minutes between checkpoints, at most', ''),
+      (
+        'deterministic',
+        False,
+        'wait for updates before acting, and use exact kernels; slower',
+        '',
+      ),
     ],
     'Environment': [
       ('envs', 1, 'environments that run at the same time', 'release'),
@@ -129,6 +138,12 @@ def define_flags():
       ('model_lr', 6e-4, 'learning rate of the world model', 'App. A'),
       ('value_lr', 8e-5, 'learning rate of the value model', 'App. A'),
       ('actor_lr', 8e-5, 'learning rate of the action model', 'App. A'),
+      (
+        'actor_delay',
+        0,
+        'updates before the action model begins to learn',
+        '',
+      ),
       ('grad_clip', 100.0, 'largest gradient norm', 'App. A'),
       ('opt_eps', 1e-7, 'epsilon of Adam (2019 code: 1e-4)', 'release'),
       ('dataset_balance', False, 'draw ends of episodes more', 'release'),
@@ -399,6 +414,10 @@ class Dreamer(tf.Module):
     self._timer = tools.Stopwatch()
     self._last_log = None
     self._dataset = None
+    self._lock = threading.Lock()  # held while counters and metrics change
+    self._learner = concurrent.futures.ThreadPoolExecutor(1, 'learner')
+    self._learning = None  # future of the updates under way
+    self._halted = False
     self.after_update = lambda: None  # called between updates
     self._build_model()
 
@@ -573,25 +592,57 @@ class Dreamer(tf.Module):
   # Learning
 
   def _learn_if_due(self):
-    """Makes the updates that are due by the number of steps."""
+    """Begins the updates that are due by the number of steps.
+
+    Acting goes on meanwhile until more are due (section 3: "interleaved or in
+    parallel"), so the number of updates for each step is the same. The first
+    updates are waited for, and with `--deterministic True` all.
+    """
     self._stop.check()
-    c = self._c
-    while self._should_train(self.step):
-      count = c.pretrain if self._should_pretrain() else c.train_steps
-      self._pending.assign_add(count)
-    while self._pending.numpy() > 0:
-      self._stop.check()
-      self._update()
-      self._pending.assign_sub(1)
-      self.after_update()
+    due = 0
+    with self._lock:  # a checkpoint holds both the schedule and what is due
+      while self._should_train(self.step):
+        pretrain = self._should_pretrain()
+        due += self._c.pretrain if pretrain else self._c.train_steps
+      self._pending.assign_add(due)
+    if due or not self._learning:
+      self.catch_up()
+      count = int(self._pending.numpy())
+      if self._c.deterministic or not self._timer.count:
+        self._make_updates(count)
+      elif count:
+        self._learning = self._learner.submit(self._make_updates, count)
     if self._should_log(self.step):
       self._write_summaries()
+
+  def _make_updates(self, count):
+    for _ in range(count):
+      self._stop.check()
+      if self._halted:
+        return
+      self._update()
+      with self._lock:
+        self._pending.assign_sub(1)
+        self.after_update()
+
+  def catch_up(self):
+    """Waits for the updates under way; raises what they raised."""
+    learning, self._learning = self._learning, None
+    if learning:
+      learning.result()
+
+  def halt(self):
+    """Ends learning, after the update under way."""
+    self._halted = True
+    self._learner.shutdown()
 
   def _update(self):
     """Draws a batch and makes one update; checks that it is finite."""
     if self._dataset is None:
       self._dataset = load_dataset(self._datadir, self._c, self.updates)
     first = self._timer.count == 0
+    begun = self.updates >= self._c.actor_delay
+    self._actor_opt.learning_rate = self._c.actor_lr if begun else 0.0
     batch = next(self._dataset)
     with self._timer():
       if first:
@@ -607,10 +658,14 @@ class Dreamer(tf.Module):
         raise tools.NonFiniteError(
           f'{name} became {value} in update {self.updates}'
         )
-      if np.isfinite(value):
-        self._metrics.setdefault(name, []).append(value)
+    with self._lock:
+      for name, value in metrics.items():
+        if np.isfinite(value):
+          self._metrics.setdefault(name, []).append(value)
     if self._logger:
       self._logger.progress(self.step, self.updates)
+      if first:
+        self._logger.say('First update done.')
 
   @tf.function
   def train(self, data):
@@ -631,11 +686,11 @@ class Dreamer(tf.Module):
       self._actor_opt,
       self._value_opt,
     )
-    with _watch(model_opt.variables) as model_tape:
+    with watch(model_opt.variables) as model_tape:
       model_loss, post, metrics = self._model_loss(data)
-    with _watch(actor_opt.variables) as actor_tape:
+    with watch(actor_opt.variables) as actor_tape:
       actor_loss, imag, actor_metrics = self._actor_loss(post)
-    with _watch(value_opt.variables) as value_tape:
+    with watch(value_opt.variables) as value_tape:
       value_loss, value_metrics = self._value_loss(**imag)
     updates = [
       (model_opt, model_opt.gradient(model_tape, model_loss)),
@@ -774,9 +829,10 @@ class Dreamer(tf.Module):
 
     The log-probability of a Gaussian of unit variance is -1/2 (v - V)^2.
     """
-    value = self._value(imag_feat[:-1])
-    loss = -tf.reduce_mean(weights * value.log_prob(returns))  # Eq. 8
-    metrics = dict(value_loss=loss, imag_value=tf.reduce_mean(value.mean()))
+    value = self._value(imag_feat).mean()[:-1]  # computed once in the graph
+    like = tfd.Normal(value, 1.0).log_prob(returns)
+    loss = -tf.reduce_mean(weights * like)  # Eq. 8
+    metrics = dict(value_loss=loss, imag_value=tf.reduce_mean(value))
     return loss, metrics
 
   # Logging
@@ -788,8 +844,9 @@ class Dreamer(tf.Module):
 
   def _write_summaries(self, images=True):
     now, step = time.time(), self.step
-    metrics = {k: np.mean(v) for k, v in self._metrics.items()}
-    self._metrics.clear()
+    with self._lock:
+      metrics = {k: np.mean(v) for k, v in self._metrics.items()}
+      self._metrics.clear()
     metrics = metrics if self._c.log_scalars else {}
     if self._last_log:
       metrics['fps'] = (step - self._last_log[1]) / (now - self._last_log[0])
@@ -827,7 +884,7 @@ class Dreamer(tf.Module):
     return tf.concat([truth, model, error], 2)
 
 
-def _watch(variables):
+def watch(variables):
   """A gradient tape on these variables alone."""
   tape = tf.GradientTape(watch_accessed_variables=False)
 
@@ -995,7 +1052,7 @@ def setup_logdir(config):
         'no config.json; choose a new folder'
       )
   record['config'] = {k: _plain(v) for k, v in config.items()}
-  record['versions'] = _versions()
+  record['versions'] = versions()
   with tools.atomic_write(path) as file:
     file.write((json.dumps(record, indent=2) + '\n').encode())
 
@@ -1004,7 +1061,8 @@ def _plain(value):
   return str(value) if isinstance(value, pathlib.Path) else value
 
 
-def _versions():
+def versions():
+  """Of the packages that matter, by name."""
   packages = (
     *('tensorflow', 'keras', 'tensorflow-probability', 'dm-control'),
     *('mujoco', 'gym', 'numpy'),
@@ -1093,6 +1151,8 @@ def run(config):
 def _train(config, datadir, train_envs, test_envs, logger, stop):
   """The loop of Algorithm 1: collect, learn, evaluate, save."""
   keras.utils.set_random_seed(config.seed)
+  if config.deterministic:
+    tf.config.experimental.enable_op_determinism()
   if config.gpu_growth:
     for gpu in tf.config.list_physical_devices('GPU'):
       tf.config.experimental.set_memory_growth(gpu, True)
@@ -1123,6 +1183,7 @@ def _train(config, datadir, train_envs, test_envs, logger, stop):
       state = tools.simulate(
         agent, train_envs, -(-wanted // config.action_repeat), state=state
       )
+      agent.catch_up()
       saver.save()
     if should_eval(agent.step):
       _evaluate(agent, test_envs)
@@ -1130,12 +1191,15 @@ def _train(config, datadir, train_envs, test_envs, logger, stop):
     saver.save()
     logger.say(f'Finished at step {agent.step}, {agent.updates} updates.')
   except tools.Stopped:
+    agent.halt()
     agent.finish()
     saver.save()
     logger.say(
       f'Stopped at step {agent.step}, {agent.updates} updates; saved to '
       f'{config.logdir}. The same command resumes.'
     )
+  finally:
+    agent.halt()
 
 
 class _Saver:

@@ -339,6 +339,79 @@ def test_acting_counts_environment_steps_and_learns(tmp_path):
   assert agent.updates == 2
 
 
+def act_once(agent):
+  image = np.zeros((1, 64, 64, 3), np.uint8)
+  agent({'image': image}, np.array([False]))
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_updates_keep_their_ratio_to_steps(tmp_path, deterministic):
+  """Whether they overlap with acting or not."""
+  agent = make_agent(
+    tmp_path,
+    deterministic=deterministic,
+    **dict(pretrain=3, train_every=10, train_steps=4, action_repeat=2),
+  )
+  for _ in range(16):  # at steps 0, 2, ..., 30: due at 0, 10, 20, 30
+    act_once(agent)
+  agent.catch_up()
+  assert agent.step == 32
+  assert agent.updates == 3 + 3 * 4
+
+
+def test_acting_goes_on_while_learning(tmp_path):
+  agent = make_agent(tmp_path, pretrain=1, train_every=2, train_steps=50)
+  act_once(agent)  # waits for the first update, which traces
+  assert agent.updates == 1
+  act_once(agent)
+  assert agent.step == 4
+  assert agent.updates < 51  # 50 are due, under way in the background
+  agent.catch_up()
+  assert agent.updates == 51
+  agent = make_agent(
+    tmp_path, pretrain=1, train_every=2, train_steps=20, deterministic=True
+  )
+  act_once(agent)
+  act_once(agent)
+  assert agent.updates == 21
+
+
+def test_failure_of_learning_reaches_the_caller(tmp_path):
+  agent = make_agent(tmp_path, pretrain=1, train_every=2, train_steps=5)
+  act_once(agent)
+  agent._reward._out.bias.assign([np.nan])
+  act_once(agent)
+  with pytest.raises(tools.NonFiniteError, match='_loss became nan'):
+    act_once(agent)
+  agent.halt()
+
+
+def test_halt_ends_learning_and_what_is_due_is_remembered(tmp_path):
+  agent = make_agent(tmp_path, pretrain=1, train_every=2, train_steps=50)
+  act_once(agent)
+  act_once(agent)
+  agent.halt()
+  assert agent.updates < 51
+  assert agent.updates + int(agent._pending.numpy()) == 51
+  other = make_agent(tmp_path)
+  saver = tools.Checkpoints(tmp_path / 'saved', **agent.trackable())
+  saver.save(1)
+  tools.Checkpoints(tmp_path / 'saved', **other.trackable()).restore()
+  other.catch_up()
+  act_once(other)  # as after a resume, all that is due
+  assert other.updates == 51
+
+
+def test_actor_delay_holds_the_actor_alone(tmp_path):
+  agent = make_agent(tmp_path, actor_delay=2)
+  opts = agent._model_opt, agent._actor_opt, agent._value_opt
+  for delayed in (True, True, False):
+    before = [weights(opt) for opt in opts]
+    agent._update()
+    after = [moved(o, b) for o, b in zip(opts, before, strict=True)]
+    assert after == [True, not delayed, True]
+
+
 def test_policy_draws_from_the_saved_generator(tmp_path):
   agent = make_agent(tmp_path)
   saved = agent._random.state.numpy()

@@ -522,6 +522,48 @@ def test_action_decoder_onehot():
   np.testing.assert_allclose(sample.max(-1), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+  'layer, shape',
+  [
+    (models.Dense(7, 'elu'), (5, 3)),
+    (models.Conv(6, 4, 2, activation='relu'), (3, 14, 14, 5)),
+    (models.Conv(6, 4, 2, activation='relu'), (3, 6, 6, 5)),
+    (models.Deconv(6, 5, 2, activation='relu'), (3, 1, 1, 5)),
+    (models.Deconv(6, 5, 2), (3, 5, 5, 4)),
+    (models.Deconv(3, 6, 2), (2, 30, 30, 4)),
+    (models.Deconv(16, 6, 2), (2, 13, 13, 4)),
+    (models.GRUCell(6), (5, 3)),
+  ],
+)
+def test_layers_and_their_gradients_are_those_of_keras(layer, shape):
+  """The faster formulations against the layers that they derive from."""
+  rng = np.random.default_rng(0)
+  args = [tf.constant(rng.normal(size=shape), tf.float32)]
+  if isinstance(layer, models.GRUCell):
+    args.append(tf.constant(rng.normal(size=(shape[0], 6)), tf.float32))
+  layer(*args)  # creates the variables
+  for variable in layer.variables:
+    variable.assign(rng.normal(size=variable.shape))
+  base = type(layer).__bases__[0].call
+
+  def keras_call(*args):
+    if isinstance(layer, models.GRUCell):
+      return base(layer, args[0], [args[1]])[0]
+    return base(layer, *args)
+
+  results = []
+  for call in (keras_call, layer):
+    with tf.GradientTape() as tape:
+      tape.watch(args)
+      y = call(*args)
+      loss = tf.reduce_sum(y * tf.cos(tf.cast(tf.range(y.shape[-1]), y.dtype)))
+    inputs = [*args, *(v.value for v in layer.trainable_variables)]
+    results.append([y, *tape.gradient(loss, inputs)])
+  for expected, actual in zip(*results, strict=True):
+    scale = float(tf.reduce_max(tf.abs(expected)))
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5 * scale)
+
+
 def test_unknown_distributions_are_refused():
   with pytest.raises(ValueError, match='poisson'):
     models.DenseDecoder((), 1, 5, 'poisson')

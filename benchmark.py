@@ -1,0 +1,418 @@
+"""How fast this machine runs Dreamer: where the time of a run goes.
+
+    python benchmark.py --preset release --what startup,train,policy
+    python benchmark.py --preset cpu --json cpu.json
+
+Each part runs in a process of its own, so that its peak memory is its own.
+Figures are medians over repeated runs after a warm-up, with the least and the
+largest beside them. An update is also given as a multiple of its arithmetic
+floor, the time that its multiplications would take at the rate of a large
+matrix product here, so that figures compare across machines.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+import dreamer
+import tools
+import wrappers
+
+PARTS = ('startup', 'train', 'policy', 'replay', 'env', 'memory')
+EPISODES = 5  # of random actions, which all parts learn from
+
+
+def median(function, repeats):
+  """Seconds of a call: (median, least, largest), after one that warms up."""
+  function()
+  times = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    function()
+    times.append(time.perf_counter() - start)
+  return float(np.median(times)), min(times), max(times)
+
+
+# --- Parts ------------------------------------------------------------------
+
+
+def gemm(config, repeats):
+  """GFLOP/s of a 2048 x 2048 matrix product, by dtype."""
+  import tensorflow as tf
+
+  rates, spread = {}, {}
+  for name in ('float32', 'bfloat16'):
+    matrix = tf.cast(tf.random.normal([2048, 2048]), name)
+    multiply = tf.function(lambda x: tf.matmul(x, x)[0, 0])
+    times = median(lambda m=matrix, f=multiply: f(m).numpy(), max(9, repeats))
+    rates[name], high, low = (2 * 2048**3 / t / 1e9 for t in times)
+    spread[name] = [low, high]
+  return dict(gemm_gflops=rates), dict(gemm_gflops=spread)
+
+
+def startup(config, repeats):
+  """Seconds from the start of `dreamer.py` to the end of its first update."""
+  times = []
+  for _ in range(max(1, repeats // 3)):
+    with tempfile.TemporaryDirectory() as folder:
+      logdir = pathlib.Path(folder)
+      (logdir / 'episodes').symlink_to(config.logdir / 'episodes')
+      times.append(_first_update(config, logdir))
+  figure = dict(startup_s=float(np.median(times)))
+  return figure, dict(startup_s=[min(times), max(times)])
+
+
+def _first_update(config, logdir):
+  words = [sys.executable, str(pathlib.Path(dreamer.__file__)), '--prefill=0']
+  words += [f'--{k}={config[k]}' for k in ('task', 'preset', 'precision')]
+  start = time.perf_counter()
+  process = subprocess.Popen(
+    [*words, f'--logdir={logdir}'], stdout=subprocess.PIPE, text=True
+  )
+  try:
+    for line in process.stdout:
+      if line.startswith('First update'):
+        return time.perf_counter() - start
+  finally:
+    process.kill()
+    process.wait()
+  raise SystemExit('dreamer.py ended before its first update')
+
+
+def train(config, repeats):
+  """Seconds of an update, and of its parts, each compiled on its own."""
+  agent = _agent(config)
+  batch = next(dreamer.load_dataset(config.logdir / 'episodes', config))
+  times = median(lambda: agent.train(batch)['model_loss'].numpy(), repeats)
+  floor = update_flops(agent, config) / 1e9
+  split, spread = {}, {}
+  for name, work in _pieces(agent, batch, config).items():
+    middle, low, high = median(lambda f=work: _wait(f()), repeats)
+    split[name], spread[name] = middle, [low, high]
+  figures = dict(update_s=times[0], update_split_s=split, update_gflop=floor)
+  return figures, dict(update_s=times[1:], update_split_s=spread)
+
+
+def _agent(config):
+  dreamer.setup_precision(config.precision)
+  env = wrappers.make_task(config.task)
+  space = env.action_space
+  return dreamer.Dreamer(config, config.logdir / 'episodes', space)
+
+
+def _wait(tensors):
+  import tensorflow as tf
+
+  tf.nest.flatten(tensors)[-1].numpy()
+
+
+def _pieces(agent, batch, config):
+  """The parts of an update as functions, on the same batch."""
+  import tensorflow as tf
+
+  data = dreamer.preprocess(batch, config)
+  embed = agent._encode(data)
+  action = data['action']
+  _, post, _ = agent._model_loss(data)
+  feat = agent._dynamics.get_feat(post)
+  _, imag, _ = agent._actor_loss(post)
+  nets = dict(encoder=[agent._encode], observe=[agent._dynamics])
+  nets['decoder_heads'] = [agent._decode, agent._reward]
+
+  def gradient(loss, variables, *inputs):
+    with dreamer.watch(variables) as tape:
+      for tensor in inputs:
+        tape.watch(tensor)
+      result = loss(*inputs)
+    return tape.gradient(result, [*inputs, *(v.value for v in variables)])
+
+  def encode():
+    return tf.reduce_sum(tf.cast(agent._encode(data), tf.float32))
+
+  def observe(embed):
+    states = agent._dynamics.observe(embed, action)
+    return sum(tf.reduce_sum(s[k]) for s in states for k in ('mean', 'std'))
+
+  def decode(feat):
+    like = agent._decode(feat).log_prob(data['image'])
+    return -tf.reduce_mean(like + agent._reward(feat).log_prob(data['reward']))
+
+  def weights(modules):
+    return [v for m in modules for v in m.trainable_variables]
+
+  opts = (agent._model_opt, agent._actor_opt, agent._value_opt)
+  zeros = [[tf.zeros(v.shape) for v in opt.variables] for opt in opts]
+  return {
+    'encoder': tf.function(lambda: gradient(encode, weights(nets['encoder']))),
+    'observe': tf.function(
+      lambda: gradient(observe, weights(nets['observe']), tf.identity(embed))
+    ),
+    'decoder_heads': tf.function(
+      lambda: gradient(
+        decode, weights(nets['decoder_heads']), tf.identity(feat)
+      )
+    ),
+    'imagination_actor': tf.function(
+      lambda: gradient(
+        lambda: agent._actor_loss(post)[0], agent._actor_opt.variables
+      )
+    ),
+    'value': tf.function(
+      lambda: gradient(
+        lambda: agent._value_loss(**imag)[0], agent._value_opt.variables
+      )
+    ),
+    'optimizers': tf.function(
+      lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)]
+    ),
+  }
+
+
+def update_flops(agent, config):
+  """Multiplications and additions of an update's matrix products.
+
+  Each weight of a dense layer is used once for each row, of a convolution once
+  for each pixel of its smaller side. A gradient by the inputs and one by the
+  weights cost as much as the forward pass; counted are those that are needed.
+  """
+  images = config.batch_size * config.batch_length
+  starts = config.batch_size * (config.batch_length - int(config.pcont))
+  steps = starts * config.horizon
+
+  def dense(*names):
+    nets = (getattr(agent, name) for name in names)
+    weights = [v for net in nets for v in net.trainable_variables]
+    return sum(int(np.prod(v.shape)) for v in weights if len(v.shape) == 2)
+
+  def convs(net, sizes):
+    kernels = [v for v in net.trainable_variables if len(v.shape) == 4]
+    pairs = zip(kernels, sizes, strict=True)
+    return [int(np.prod(k.shape)) * size**2 for k, size in pairs]
+
+  encoder = convs(agent._encode, (31, 14, 6, 2))
+  decoder = convs(agent._decode, (1, 5, 13, 30))
+  model = 3 * (sum(encoder) + sum(decoder)) - encoder[0]
+  model += 3 * dense('_dynamics', '_decode', '_reward')
+  dynamics = [
+    v for v in agent._dynamics.trainable_variables if 'obs' not in v.path
+  ]
+  dream = 2 * sum(int(np.prod(v.shape)) for v in dynamics if len(v.shape) == 2)
+  dream += 3 * dense('_actor') + 2 * dense('_reward') + 4 * dense('_value')
+  return 2.0 * (images * model + steps * dream)
+
+
+def policy(config, repeats):
+  """Milliseconds of one call, for 1 and 8 environments."""
+  agent = _agent(config)
+  figures, spread = {}, {}
+  for envs in (1, 8):
+    obs = dict(image=np.zeros([envs, 64, 64, 3], np.uint8))
+    reset = np.zeros(envs, bool)
+    state = agent(obs, reset, training=False)[1]
+    call = functools.partial(agent, obs, reset, state, training=False)
+    middle, low, high = median(call, 20 * repeats)
+    figures[str(envs)] = 1e3 * middle
+    spread[str(envs)] = [1e3 * low, 1e3 * high]
+  return dict(policy_ms=figures), dict(policy_ms=spread)
+
+
+def replay(config, repeats):
+  """Windows a second: warm, and from disk with the page cache dropped."""
+  folder = config.logdir / 'episodes'
+  length, count = min(50, config.time_limit // config.action_repeat + 1), 500
+
+  def read():
+    windows = tools.load_episodes(folder, config.batch_size, length)
+    for _ in range(count):
+      next(windows)
+
+  def drop():
+    for path in folder.glob('*.npz'):
+      with path.open('rb') as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+  times = dict(warm=median(read, repeats))
+  if hasattr(os, 'posix_fadvise'):
+    cold = []
+    for _ in range(repeats):
+      drop()
+      start = time.perf_counter()
+      read()
+      cold.append(time.perf_counter() - start)
+    times['cold'] = float(np.median(cold)), min(cold), max(cold)
+  rates = {k: count / v[0] for k, v in times.items()}
+  spread = {k: [count / v[2], count / v[1]] for k, v in times.items()}
+  return dict(replay_windows_per_s=rates), dict(replay_windows_per_s=spread)
+
+
+def env(config, repeats):
+  """Environment steps a second: of 1, 2 and 4 workers, and of a whole run."""
+  rates, spread = {}, {}
+  for count in (1, 2, 4):
+    envs = [dreamer.make_env(config, i) for i in range(count)]
+    try:
+      act = dreamer.random_agent(envs[0].action_space, 0)
+      collect = functools.partial(tools.simulate, act, envs, episodes=count)
+      times = median(collect, max(2, repeats // 2))
+    finally:
+      for each in envs:
+        each.close()
+    rate, high, low = (count * config.time_limit / t for t in times)
+    rates[str(count)], spread[str(count)] = rate, [low, high]
+  return (
+    dict(env_steps_per_s=rates, run_env_steps_per_s=_run(config)),
+    dict(env_steps_per_s=spread),
+  )
+
+
+def _run(config):
+  """Environment steps a second of a run, updates and all, once warm."""
+  agent = _agent(config)
+  envs = [dreamer.make_env(config, i) for i in range(config.envs)]
+  try:
+    state = tools.simulate(agent, envs, steps=1)  # traces; an episode each
+    agent.catch_up()
+    start, before = time.perf_counter(), agent.step
+    tools.simulate(agent, envs, episodes=len(envs), state=state)
+    agent.catch_up()
+    return (agent.step - before) / (time.perf_counter() - start)
+  finally:
+    agent.halt()
+    for each in envs:
+      each.close()
+
+
+# --- Command ----------------------------------------------------------------
+
+
+def machine():
+  """What this machine is, in words and numbers."""
+  cpu = platform.processor() or platform.machine()
+  info = pathlib.Path('/proc/cpuinfo')
+  if info.exists():
+    names = [x for x in info.read_text().splitlines() if 'model name' in x]
+    cpu = names[0].split(':')[1].strip() if names else cpu
+  return dict(cpu=cpu, cores=os.cpu_count(), system=platform.platform())
+
+
+def work(part, config, repeats):
+  """Runs one part in this process: what `main` gathers from all of them."""
+  function = dict(
+    gemm=gemm,
+    startup=startup,
+    train=train,
+    policy=policy,
+    replay=replay,
+    env=env,
+  )[part]
+  figures, spread = function(config, repeats)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  if part == 'startup':
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+  return dict(figures=figures, spread=spread, peak=peak)
+
+
+def collect(config):
+  """Episodes of random actions, for all parts to learn from."""
+  env = dreamer.make_env(
+    config,
+    0,
+    'train',
+    [
+      lambda episode: tools.save_episodes(config.logdir / 'episodes', [episode])
+    ],
+  )
+  try:
+    act = dreamer.random_agent(env.action_space, 0)
+    tools.simulate(act, [env], episodes=EPISODES)
+  finally:
+    env.close()
+
+
+def table(report):
+  """The report as lines for a terminal: name, figure, least to largest."""
+  spread = report['spread']
+  lines = [f'{report["machine"]["cpu"]}, {report["machine"]["cores"]} cores']
+  for key in sorted(set(report) - {'machine', 'versions', 'spread'}):
+    values, ranges = report[key], spread.get(key, {})
+    if not isinstance(values, dict):
+      values, ranges = {'': values}, {'': ranges} if ranges else {}
+    for name, value in values.items():
+      low, high = ranges.get(name, (None, None))
+      around = '' if low is None else f'{low:10.4g} to {high:.4g}'
+      lines.append(f'{key:22}{name:18}{value:10.4g}{around}')
+  return '\n'.join(lines)
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--what', default=','.join(PARTS), help='parts to time')
+  parser.add_argument('--json', help='file for the figures')
+  parser.add_argument('--preset', default='release')
+  parser.add_argument('--task', default='dmc_walker_walk')
+  parser.add_argument('--precision', default='auto')
+  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--work', nargs=2, help=argparse.SUPPRESS)
+  args = parser.parse_args(argv)
+  parts = args.what.split(',')
+  for part in parts:
+    if part not in PARTS:
+      parser.error(f'no part {part!r}{tools.nearest(part, PARTS)}')
+  with tempfile.TemporaryDirectory() as folder:
+    logdir = args.work[1] if args.work else folder
+    flags = dict(task=args.task, preset=args.preset, precision=args.precision)
+    words = [f'--{key}={value}' for key, value in flags.items()]
+    try:
+      config = dreamer.parse_flags([*words, f'--logdir={logdir}'])
+      if args.work:
+        print(json.dumps(work(args.work[0], config, args.repeats)))
+        return 0
+      collect(config)
+    except (tools.UserError, wrappers.TaskError, wrappers.RenderError) as error:
+      print(f'benchmark.py: error: {error}', file=sys.stderr)
+      return 2
+    report = gather(parts, words, args.repeats, logdir)
+  print(table(report))
+  if args.json:
+    with tools.atomic_write(args.json) as file:
+      file.write((json.dumps(report, indent=2) + '\n').encode())
+  return 0
+
+
+def gather(parts, words, repeats, logdir):
+  """Runs each part in a process of its own, and joins what they measured."""
+  report = dict(machine=machine(), versions=dreamer.versions(), spread={})
+  peaks = {}
+  for part in ('gemm', *(p for p in parts if p != 'memory')):
+    command = [sys.executable, __file__, *words, f'--repeats={repeats}']
+    process = subprocess.run(
+      [*command, '--work', part, str(logdir)], stdout=subprocess.PIPE, text=True
+    )
+    if process.returncode:
+      raise SystemExit(f'benchmark.py: the part {part} failed')
+    result = json.loads(process.stdout.splitlines()[-1])
+    report.update(result['figures'])
+    report['spread'].update(result['spread'])
+    peaks[part] = result['peak']
+  if 'update_gflop' in report:
+    rate = report['gemm_gflops']['float32']
+    report['update_floors'] = report['update_s'] * rate / report['update_gflop']
+  if 'memory' in parts:
+    report['peak_mb'] = peaks
+  return report
+
+
+if __name__ == '__main__':
+  sys.exit(main())
