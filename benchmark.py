@@ -105,8 +105,9 @@ def train(config, repeats):
 
 def _agent(config):
   dreamer.setup_precision(config.precision)
-  env = wrappers.make_task(config.task)
+  env = dreamer.make_env(config)
   space = env.action_space
+  env.close()
   return dreamer.Dreamer(config, config.logdir / 'episodes', space)
 
 
@@ -126,15 +127,22 @@ def _pieces(agent, batch, config):
   _, post, _ = agent._model_loss(data)
   feat = agent._dynamics.get_feat(post)
   _, imag, _ = agent._actor_loss(post)
-  nets = dict(encoder=[agent._encode], observe=[agent._dynamics])
-  nets['decoder_heads'] = [agent._decode, agent._reward]
+  dream, _ = agent._imagine(post)
 
-  def gradient(loss, variables, *inputs):
-    with dreamer.watch(variables) as tape:
-      for tensor in inputs:
-        tape.watch(tensor)
-      result = loss(*inputs)
-    return tape.gradient(result, [*inputs, *(v.value for v in variables)])
+  def gradient(loss, nets, *inputs):
+    """A function for the gradients by the weights of `nets` and `inputs`."""
+    variables = [v for net in nets for v in net.trainable_variables]
+
+    @tf.function
+    def run():
+      given = [tf.identity(x) for x in inputs]
+      with dreamer.watch(variables) as tape:
+        for tensor in given:
+          tape.watch(tensor)
+        result = loss(*given)
+      return tape.gradient(result, [*given, *(v.value for v in variables)])
+
+    return run
 
   def encode():
     return tf.reduce_sum(tf.cast(agent._encode(data), tf.float32))
@@ -147,31 +155,20 @@ def _pieces(agent, batch, config):
     like = agent._decode(feat).log_prob(data['image'])
     return -tf.reduce_mean(like + agent._reward(feat).log_prob(data['reward']))
 
-  def weights(modules):
-    return [v for m in modules for v in m.trainable_variables]
+  def value():  # the forward pass is shared with the actor's loss
+    given = {k: v for k, v in imag.items() if k != 'value'}
+    return agent._value_loss(agent._value(dream)[:-1].mean(), **given)[0]
 
   opts = (agent._model_opt, agent._actor_opt, agent._value_opt)
   zeros = [[tf.zeros(v.shape) for v in opt.variables] for opt in opts]
   return {
-    'encoder': tf.function(lambda: gradient(encode, weights(nets['encoder']))),
-    'observe': tf.function(
-      lambda: gradient(observe, weights(nets['observe']), tf.identity(embed))
+    'encoder': gradient(encode, [agent._encode]),
+    'observe': gradient(observe, [agent._dynamics], embed),
+    'decoder_heads': gradient(decode, [agent._decode, agent._reward], feat),
+    'imagination_actor': gradient(
+      lambda: agent._actor_loss(post)[0], [agent._actor]
     ),
-    'decoder_heads': tf.function(
-      lambda: gradient(
-        decode, weights(nets['decoder_heads']), tf.identity(feat)
-      )
-    ),
-    'imagination_actor': tf.function(
-      lambda: gradient(
-        lambda: agent._actor_loss(post)[0], agent._actor_opt.variables
-      )
-    ),
-    'value': tf.function(
-      lambda: gradient(
-        lambda: agent._value_loss(**imag)[0], agent._value_opt.variables
-      )
-    ),
+    'value': gradient(value, [agent._value]),
     'optimizers': tf.function(
       lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)]
     ),

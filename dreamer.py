@@ -84,6 +84,12 @@ def define_flags():
         'of layers; auto: 16 on a GPU, bfloat16 on a CPU that has it, or 32',
         'release: 16',
       ),
+      (
+        'jit',
+        ('auto', 'True', 'False'),
+        'compile with XLA; auto: on a GPU, as a CPU gets slower by it',
+        '',
+      ),
       ('save_every', 10.0, 'minutes between checkpoints, at most', ''),
       (
         'deterministic',
@@ -419,6 +425,10 @@ class Dreamer(tf.Module):
     self._learning = None  # future of the updates under way
     self._halted = False
     self.after_update = lambda: None  # called between updates
+    jit = dict(auto=bool(tf.config.list_physical_devices('GPU')))
+    jit = jit.get(config.jit, config.jit == 'True')
+    self.policy = tf.function(self.policy, jit_compile=jit)
+    self.train = tf.function(self.train, jit_compile=jit)
     self._build_model()
 
   @property
@@ -535,7 +545,6 @@ class Dreamer(tf.Module):
       self._step.assign_add(len(reset) * self._c.action_repeat)
     return action.numpy(), state
 
-  @tf.function
   def policy(self, obs, reset, state, noise, training):
     """One action for each environment (Algorithm 1, interaction).
 
@@ -640,6 +649,8 @@ class Dreamer(tf.Module):
     """Draws a batch and makes one update; checks that it is finite."""
     if self._dataset is None:
       self._dataset = load_dataset(self._datadir, self._c, self.updates)
+      if not self._c.deterministic:
+        self._dataset = tools.prefetch(self._dataset)
     first = self._timer.count == 0
     begun = self.updates >= self._c.actor_delay
     self._actor_opt.learning_rate = self._c.actor_lr if begun else 0.0
@@ -667,7 +678,6 @@ class Dreamer(tf.Module):
       if first:
         self._logger.say('First update done.')
 
-  @tf.function
   def train(self, data):
     """One update of all parameters (Algorithm 1, learning).
 
@@ -688,9 +698,9 @@ class Dreamer(tf.Module):
     )
     with watch(model_opt.variables) as model_tape:
       model_loss, post, metrics = self._model_loss(data)
-    with watch(actor_opt.variables) as actor_tape:
-      actor_loss, imag, actor_metrics = self._actor_loss(post)
     with watch(value_opt.variables) as value_tape:
+      with watch(actor_opt.variables) as actor_tape:
+        actor_loss, imag, actor_metrics = self._actor_loss(post)
       value_loss, value_metrics = self._value_loss(**imag)
     updates = [
       (model_opt, model_opt.gradient(model_tape, model_loss)),
@@ -817,19 +827,19 @@ class Dreamer(tf.Module):
       imag_reward=tf.reduce_mean(reward),
       imag_return=tf.reduce_mean(returns),
     )
-    imag = dict(imag_feat=imag_feat, returns=returns, weights=weights)
-    return loss, tf.nest.map_structure(tf.stop_gradient, imag), metrics
+    imag = dict(returns=tf.stop_gradient(returns), weights=weights)
+    return loss, dict(imag, value=value[:-1]), metrics
 
-  def _value_loss(self, imag_feat, returns, weights):
+  def _value_loss(self, value, returns, weights):
     """Objective of the value model (Eq. 8), up to a constant.
 
-        state   s_1  s_2 ... s_{H-1}      imag_feat[:-1]
+        value   v_1  v_2 ... v_{H-1}      as computed in `_actor_loss`
         target  V_1  V_2 ... V_{H-1}      `returns`, no gradient
         weight   1   g_1 ...              as in `_actor_loss`
 
-    The log-probability of a Gaussian of unit variance is -1/2 (v - V)^2.
+    The log-probability of a Gaussian of unit variance is -1/2 (v - V)^2. The
+    gradient is by the value model's weights; its features are given.
     """
-    value = self._value(imag_feat).mean()[:-1]  # computed once in the graph
     like = tfd.Normal(value, 1.0).log_prob(returns)
     loss = -tf.reduce_mean(weights * like)  # Eq. 8
     metrics = dict(value_loss=loss, imag_value=tf.reduce_mean(value))

@@ -9,6 +9,7 @@ one action (`action_repeat` environment steps), an *update* is one gradient
 step of all three optimizers.
 """
 
+import concurrent.futures
 import contextlib
 import datetime
 import difflib
@@ -583,6 +584,22 @@ def load_episodes(
     rng = np.random.default_rng([seed, block])
     for _ in range(rescan):
       yield replay.window(rng, length, balance)
+
+
+def prefetch(iterator):
+  """Yields what `iterator` does, taking the next in another thread.
+
+  Tensors are on the default device by then.
+  """
+
+  def load():
+    return tf.nest.map_structure(tf.convert_to_tensor, next(iterator))
+
+  with concurrent.futures.ThreadPoolExecutor(1, 'prefetch') as executor:
+    upcoming = executor.submit(load)
+    while True:
+      current, upcoming = upcoming, executor.submit(load)
+      yield current.result()
 
 
 # --- Simulation -------------------------------------------------------------

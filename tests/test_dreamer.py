@@ -15,6 +15,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
 import gym
 import keras
+import models
 import numpy as np
 import tensorflow as tf
 import tools
@@ -183,7 +184,7 @@ def test_actor_and_value_loss_by_hand(tmp_path):
   assert np.allclose(imag['returns'], returns[:, None], rtol=1e-5)
   assert np.allclose(imag['weights'], discounts[:, None], rtol=1e-5)
   assert np.isclose(loss, -(discounts * returns).mean(), rtol=1e-5)
-  assert imag['imag_feat'].shape == (4, 2 * 5, 8 + 3)
+  assert imag['value'].shape == (3, 2 * 5)
   value_loss, _ = agent._value_loss(**imag)
   error = 0.5 * (returns - 10) ** 2 + 0.5 * np.log(2 * np.pi)  # Eq. 8
   assert np.isclose(value_loss, (discounts * error).mean(), rtol=1e-5)
@@ -195,7 +196,7 @@ def test_pcont_weights_and_starts(tmp_path):
   post = agent._model_loss(dreamer.preprocess(batch_of(agent), agent._c))[1]
   _, imag, _ = agent._actor_loss(post)
   # The last state of each sequence may be terminal: 4 of 5 are starts.
-  assert imag['imag_feat'].shape[:2] == (4, 2 * 4)
+  assert imag['value'].shape == (3, 2 * 4)
   assert np.allclose(imag['weights'][:, 0], [1.0, 0.8, 0.64], rtol=1e-5)
   first = 1 + 0.8 * (1 + 0.8 * (1 + 0.8 * 2))
   assert np.allclose(imag['returns'][0], first, rtol=1e-5)
@@ -296,6 +297,25 @@ def test_behavior_gradients_beside_a_plain_loop(tmp_path):
 
 
 # --- What moves what --------------------------------------------------------
+
+
+def test_xla_computes_the_same(tmp_path, monkeypatch):
+  """With hardly any noise, which XLA draws by an algorithm of its own."""
+  monkeypatch.setattr(models, '_sample', lambda stats, seed: stats['mean'])
+  results = []
+  for jit in ('False', 'True'):
+    agent = make_agent(tmp_path / jit, jit=jit, action_init_std=1e-4)
+    batch = batch_of(agent)
+    metrics = agent.train(batch)
+    obs = {'image': batch['image'][0, :1]}
+    start = agent._dynamics.initial(1), tf.zeros([1, 2])
+    args = (obs, np.array([True]), start, np.float32(0), True)
+    results.append(dict(metrics, action=agent.policy(*args)[0]))
+  plain, compiled = results
+  for key in plain.keys() - {'action_ent'}:  # that is of the noise
+    np.testing.assert_allclose(
+      compiled[key], plain[key], rtol=2e-3, atol=1e-3, err_msg=key
+    )
 
 
 def test_each_loss_moves_its_own_networks(tmp_path):
