@@ -194,15 +194,23 @@ PRESETS = {
     actor_layers=3,
     collect_action='mode',
   ),
-  # For machines without a GPU.
+  # For machines without a GPU: small networks and batches. These see too
+  # little to bring the KL above 3 nats, below which `free_nats` takes away the
+  # transition model's gradient: so none, and a small beta. The action model
+  # waits until there is a world model to learn from.
   'cpu': dict(
     batch_size=16,
     batch_length=16,
-    cnn_depth=16,
+    cnn_depth=8,
     num_units=200,
+    free_nats=0.0,
+    kl_scale=0.03,
+    prefill=10_000,
+    pretrain=1500,
+    actor_delay=1500,
     model_lr=1e-3,
     value_lr=3e-4,
-    actor_lr=3e-4,
+    actor_lr=1e-4,
     eval_every=5000,
   ),
   # A whole run in about a minute, to see that everything works.
