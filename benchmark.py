@@ -280,7 +280,7 @@ def _run(config):
     state = tools.simulate(agent, envs, steps=1)  # traces; an episode each
     agent.catch_up()
     start, before = time.perf_counter(), agent.step
-    tools.simulate(agent, envs, episodes=len(envs), state=state)
+    tools.simulate(agent, envs, steps=state[0] + 1, state=state)
     agent.catch_up()
     return (agent.step - before) / (time.perf_counter() - start)
   finally:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import types
 
@@ -915,6 +916,42 @@ def test_atomic_write(tmp_path):
     assert path.read_bytes() == b'old', 'seen before it was whole'
   assert path.read_bytes() == b'new'
   assert list(tmp_path.iterdir()) == [path], 'nothing else is left'
+
+
+def private_memory():
+  """Bytes of this process that are no pages of files."""
+  status = pathlib.Path('/proc/self/status').read_text()
+  return 1024 * int(re.search(r'RssAnon:\s+(\d+)', status)[1])
+
+
+def test_replay_stays_out_of_private_memory(tmp_path):
+  """120 episodes of 100 rows are 150 MB; a twentieth of it may stay."""
+  episode = {
+    'image': np.zeros((101, 64, 64, 3), np.uint8),
+    'action': np.zeros((101, 2), np.float32),
+    'reward': np.zeros(101, np.float32),
+    'discount': np.ones(101, np.float32),
+  }
+  tools.save_episodes(tmp_path, [episode] * 120)
+  del episode
+  windows = tools.load_episodes(tmp_path, 50, 50)
+  for _ in range(50):
+    next(windows)
+  before = private_memory()
+  for _ in range(1000):
+    next(windows)
+  assert private_memory() - before < 8e6
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+  def count():
+    yield from range(3)
+    raise tools.UserError('no more')
+
+  numbers = tools.prefetch({'x': np.float32(i)} for i in count())
+  assert [float(next(numbers)['x']) for _ in range(3)] == [0, 1, 2]
+  with pytest.raises(tools.UserError, match='no more'):
+    next(numbers)
 
 
 # --- Simulation -------------------------------------------------------------
