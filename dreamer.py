@@ -660,8 +660,7 @@ class Dreamer(tf.Module):
       if not self._c.deterministic:
         self._dataset = tools.prefetch(self._dataset)
     first = self._timer.count == 0
-    begun = self.updates >= self._c.actor_delay
-    self._actor_opt.learning_rate = self._c.actor_lr if begun else 0.0
+    self._set_learning_rates()
     batch = next(self._dataset)
     with self._timer():
       if first:
@@ -685,6 +684,14 @@ class Dreamer(tf.Module):
       self._logger.progress(self.step, self.updates)
       if first:
         self._logger.say('First update done.')
+
+  def _set_learning_rates(self):
+    """As the flags say, which a resumed run may change."""
+    c = self._c
+    self._model_opt.set_learning_rate(c.model_lr)
+    self._value_opt.set_learning_rate(c.value_lr)
+    begun = self.updates >= c.actor_delay
+    self._actor_opt.set_learning_rate(c.actor_lr if begun else 0.0)
 
   def train(self, data):
     """One update of all parameters (Algorithm 1, learning).

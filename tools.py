@@ -305,12 +305,7 @@ class Adam:
     self._scaling = loss_scaling
     self._active = self.optimizer if loss_scaling else adam
 
-  @property
-  def learning_rate(self):
-    return float(self._active.learning_rate.numpy())
-
-  @learning_rate.setter
-  def learning_rate(self, value):
+  def set_learning_rate(self, value):
     self._active.learning_rate = value
 
   def gradient(self, tape, loss):
