@@ -28,6 +28,10 @@ import dreamer
 import tools
 import wrappers
 
+ERRORS = (
+  *(tools.UserError, wrappers.TaskError),
+  *(wrappers.RenderError, wrappers.WorkerError),
+)
 PARTS = ('startup', 'train', 'policy', 'replay', 'env', 'memory')
 EPISODES = 5  # of random actions, which all parts learn from
 
@@ -304,18 +308,12 @@ def machine():
 
 def work(part, config, repeats):
   """Runs one part in this process: what `main` gathers from all of them."""
-  function = dict(
-    gemm=gemm,
-    startup=startup,
-    train=train,
-    policy=policy,
-    replay=replay,
-    env=env,
-  )[part]
+  functions = (gemm, startup, train, policy, replay, env)
+  function = {f.__name__: f for f in functions}[part]
   figures, spread = function(config, repeats)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-  if part == 'startup':
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+  # Of this process, or of the largest that it started.
+  users = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+  peak = max(resource.getrusage(user).ru_maxrss for user in users) / 1024
   return dict(figures=figures, spread=spread, peak=peak)
 
 
@@ -367,6 +365,8 @@ def main(argv=None):
   for part in parts:
     if part not in PARTS:
       parser.error(f'no part {part!r}{tools.nearest(part, PARTS)}')
+  if args.json and not os.access(pathlib.Path(args.json).parent, os.W_OK):
+    parser.error(f'cannot write --json {args.json}')
   with tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
     flags = dict(task=args.task, preset=args.preset, precision=args.precision)
@@ -377,7 +377,7 @@ def main(argv=None):
         print(json.dumps(work(args.work[0], config, args.repeats)))
         return 0
       collect(config)
-    except (tools.UserError, wrappers.TaskError, wrappers.RenderError) as error:
+    except ERRORS as error:
       print(f'benchmark.py: error: {error}', file=sys.stderr)
       return 2
     report = gather(parts, words, args.repeats, logdir)

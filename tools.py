@@ -306,6 +306,7 @@ class Adam:
     self._active = self.optimizer if loss_scaling else adam
 
   def set_learning_rate(self, value):
+    """For the updates to come."""
     self._active.learning_rate = value
 
   def gradient(self, tape, loss):

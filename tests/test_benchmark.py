@@ -1,0 +1,52 @@
+"""The benchmark: real parts at debug size, its report, its errors."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parents[1] / 'benchmark.py'
+SMALL = ('--preset=debug', '--task=toy_reach', '--precision=32', '--repeats=2')
+
+
+def benchmark(*words):
+  command = [sys.executable, str(SCRIPT), *SMALL, *map(str, words)]
+  return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_report_of_all_parts(tmp_path):
+  result = benchmark('--json', tmp_path / 'report.json')
+  assert result.returncode == 0, result.stderr
+  report = json.loads((tmp_path / 'report.json').read_text())
+  assert set(report['gemm_gflops']) == {'float32', 'bfloat16'}
+  assert set(report['policy_ms']) == {'1', '8'}
+  assert set(report['env_steps_per_s']) == {'1', '2', '4'}
+  assert {'encoder', 'observe', 'value'} <= set(report['update_split_s'])
+  parts = {'gemm', 'startup', 'train', 'policy', 'replay', 'env'}
+  assert set(report['peak_mb']) == parts
+  assert 0 < report['update_s'] < report['startup_s']
+  assert 0 < report['replay_windows_per_s']['cold']
+  assert 0 < report['run_env_steps_per_s']
+  for low, high in (report['spread']['update_s'], report['spread']['startup_s']):
+    assert 0 < low <= high
+  # float32 multiplications and additions, at the rate of this machine.
+  rate = report['gemm_gflops']['float32'] / report['update_gflop']
+  assert report['update_floors'] == pytest.approx(report['update_s'] * rate)
+  for key in ('startup_s', 'update_s', 'run_env_steps_per_s'):
+    assert f'\n{key} ' in result.stdout
+
+
+@pytest.mark.parametrize(
+  'words, message',
+  [
+    (['--what', 'trian'], 'did you mean train'),
+    (['--task', 'dmc_walker_wlak'], 'dmc_walker_walk'),
+    (['--json', '/nowhere/report.json'], '/nowhere/report.json'),
+  ],
+)
+def test_bad_input_is_an_error_with_exit_code_2(words, message):
+  result = benchmark(*words)
+  assert result.returncode == 2
+  assert message in result.stderr and 'Traceback' not in result.stderr
