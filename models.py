@@ -90,7 +90,8 @@ def _four_patches(x):
     return join(join(*patches[:2], 2), join(*patches[2:], 2), 1)
 
   rows = [x[:, i : i + size] for i in (0, 2)]
-  return tf.stack([r[:, :, i : i + size] for r in rows for i in (0, 2)], 1), grad
+  patches = [row[:, :, i : i + size] for row in rows for i in (0, 2)]
+  return tf.stack(patches, 1), grad
 
 
 class Deconv(kl.Conv2DTranspose):

@@ -27,9 +27,10 @@ def test_report_of_all_parts(tmp_path):
   parts = {'gemm', 'startup', 'train', 'policy', 'replay', 'env'}
   assert set(report['peak_mb']) == parts
   assert 0 < report['update_s'] < report['startup_s']
-  assert 0 < report['replay_windows_per_s']['cold']
-  assert 0 < report['run_env_steps_per_s']
-  for low, high in (report['spread']['update_s'], report['spread']['startup_s']):
+  assert report['replay_windows_per_s']['cold'] > 0
+  assert report['run_env_steps_per_s'] > 0
+  for key in ('update_s', 'startup_s'):
+    low, high = report['spread'][key]
     assert 0 < low <= high
   # float32 multiplications and additions, at the rate of this machine.
   rate = report['gemm_gflops']['float32'] / report['update_gflop']
