@@ -159,7 +159,12 @@ def define_flags():
       ('discount', 0.99, 'gamma, for each agent step', 'App. A'),
       ('disclam', 0.95, 'lambda of Eq. 6', 'App. A'),
       ('horizon', 15, 'H, agent steps of imagination', 'App. A'),
-      ('action_dist', ('tanh_normal', 'onehot'), 'action model', 'Eq. 3'),
+      (
+        'action_dist',
+        ('auto', 'tanh_normal', 'onehot'),
+        'action model; auto: by the action space',
+        'Eq. 3',
+      ),
       ('action_init_std', 5.0, 'before tanh, at the start', 'release'),
       (
         'collect_action',
@@ -169,8 +174,8 @@ def define_flags():
       ),
       (
         'expl',
-        ('additive_gaussian', 'completely_random', 'epsilon_greedy'),
-        'exploration',
+        ('auto', 'additive_gaussian', 'epsilon_greedy', 'completely_random'),
+        'exploration; auto: the first, or the second for discrete actions',
         'App. A',
       ),
       ('expl_amount', 0.3, 'standard deviation, or epsilon', 'App. A'),
@@ -179,6 +184,12 @@ def define_flags():
         0.0,
         'environment steps that halve it; 0: none',
         'release',
+      ),
+      (
+        'expl_ramp',
+        0,
+        'updates in which it goes to the least linearly; 0: none',
+        'App. A',
       ),
       ('expl_min', 0.0, 'least amount', 'release'),
     ],
@@ -205,9 +216,9 @@ PRESETS = {
     num_units=200,
     free_nats=0.0,
     kl_scale=0.03,
-    prefill=20_000,
-    pretrain=3000,
-    actor_delay=3000,
+    prefill=10_000,
+    pretrain=1500,
+    actor_delay=1500,
     model_lr=1e-3,
     value_lr=3e-4,
     actor_lr=1e-4,
@@ -258,16 +269,37 @@ TOY = dict(
   discount=0.9,
 )
 
+# "Discrete control" (Appendix A): Atari and DeepMind Lab.
+DISCRETE = dict(
+  action_repeat=4,
+  time_limit=108_000,
+  clip_rewards='tanh',
+  pcont=True,
+  kl_scale=0.1,
+  horizon=10,
+  expl_amount=0.4,
+  expl_min=0.1,
+  expl_ramp=200_000,
+)
+
+# Defaults by task, or by the beginning of its name.
 TASKS = {
   'toy_reach': TOY,
   'toy_catch': dict(
     TOY,
     horizon=10,
     pcont=True,
-    action_dist='onehot',
-    expl='epsilon_greedy',
+    kl_scale=0.1,
+    train_steps=40,
+    actor_lr=1e-3,
+    value_lr=1e-3,
   ),
+  'atari': DISCRETE,
+  'dmlab': DISCRETE,
+  'gym': dict(action_repeat=1, pcont=True),
 }
+
+VIDEO = 1000  # images of an evaluation that are logged, at most
 
 # What may not change when a run resumes: it shapes weights or the replay.
 FIXED = (
@@ -283,7 +315,7 @@ def define_config(task='dmc_walker_walk', preset='release'):
   for flags in define_flags().values():
     for name, default, _, _ in flags:
       config[name] = default[0] if isinstance(default, tuple) else default
-  config.update(TASKS.get(task, {}))
+  config.update(TASKS.get(task) or TASKS.get(task.partition('_')[0], {}))
   config.update(PRESETS.get(preset, {}))
   config.update(task=task, preset=preset)
   return config
@@ -404,13 +436,15 @@ class Dreamer(tf.Module):
   Args:
     config: from `define_config`.
     datadir: folder of training episodes; they exist before the first update.
-    actspace: a `gym.spaces.Box` of shape [A] within [-1, 1].
+    actspace: a `gym.spaces.Box` of shape [A] within [-1, 1], or of one-hot
+      vectors, a `wrappers.OneHotBox`.
     logger: `tools.Logger`, or None.
     stop: `tools.StopSignal`, or None.
   """
 
   def __init__(self, config, datadir, actspace, logger=None, stop=None):
     super().__init__()
+    resolve_actions(config, actspace)
     self._c = config
     self._datadir = datadir
     self._logger = logger
@@ -587,6 +621,9 @@ class Dreamer(tf.Module):
     amount = c.expl_amount if training else c.eval_noise
     if training and c.expl_decay:
       amount = max(c.expl_min, amount * 0.5 ** (self.step / c.expl_decay))
+    elif training and c.expl_ramp:
+      passed = min(1.0, self.updates / c.expl_ramp)
+      amount += passed * (c.expl_min - amount)
     return np.float32(amount)
 
   def _explore(self, action, noise, seed):
@@ -975,7 +1012,7 @@ def summarize_episode(episode, config, datadir, logger, prefix):
   metrics = {f'{prefix}/return': score, f'{prefix}/length': length}
   logger.scalars(steps, dict(metrics, episodes=episodes))
   if prefix == 'test' and config.log_images:
-    logger.video(steps, 'test/policy', episode['image'][None])
+    logger.video(steps, 'test/policy', episode['image'][None, :VIDEO])
 
 
 def make_env(config, index=0, prefix='train', callbacks=()):
@@ -992,6 +1029,7 @@ def make_env(config, index=0, prefix='train', callbacks=()):
     config.action_repeat,
     config.time_limit,
     seed,
+    prefix == 'test',
   )
   env = wrappers.Async(make, config.parallel)
   return wrappers.Collect(env, list(callbacks))
@@ -1057,25 +1095,34 @@ def setup_logdir(config):
       f'cannot write to --logdir {logdir}: {error.strerror}'
     ) from None
   path = logdir / 'config.json'
-  now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
-  record = dict(started=now)
   if path.exists():
-    try:
-      record = json.loads(path.read_text())
-      saved = record['config']
-    except (ValueError, KeyError, TypeError):
-      raise tools.UserError(
-        f'{path} is not readable as the configuration of a run; move it away '
-        'to start anew with the episodes beside it'
-      ) from None
-    _check_resume(config, saved)
-  else:
-    others = sorted({p.name for p in logdir.iterdir()} - {'episodes'})
-    if others:
-      raise tools.UserError(
-        f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '
-        'no config.json; choose a new folder'
-      )
+    _check_resume(config, _read_config(path)['config'])
+    return
+  others = sorted({p.name for p in logdir.iterdir()} - {'episodes'})
+  if others:
+    raise tools.UserError(
+      f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '
+      'no config.json; choose a new folder'
+    )
+  write_config(config)
+
+
+def _read_config(path):
+  try:
+    record = json.loads(path.read_text())
+    return dict(record, config=dict(record['config']))
+  except (ValueError, KeyError, TypeError):
+    raise tools.UserError(
+      f'{path} is not readable as the configuration of a run; move it away '
+      'to start anew with the episodes beside it'
+    ) from None
+
+
+def write_config(config):
+  """Writes config.json: flags, versions, and when the run first started."""
+  path = config.logdir / 'config.json'
+  now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+  record = _read_config(path) if path.exists() else dict(started=now)
   record['config'] = {k: _plain(v) for k, v in config.items()}
   record['versions'] = versions()
   with tools.atomic_write(path) as file:
@@ -1098,7 +1145,9 @@ def versions():
 
 def _check_resume(config, saved):
   for name in FIXED:
-    if name in saved and saved[name] != config[name]:
+    if name not in saved or 'auto' in (saved[name], config[name]):
+      continue
+    if saved[name] != config[name]:
       raise tools.UserError(
         f'--logdir {config.logdir} holds a run with --{name} {saved[name]}, '
         f'not {config[name]}. Resume it with the flags that it was started '
@@ -1182,8 +1231,9 @@ def _train(config, datadir, train_envs, test_envs, logger, stop):
     for gpu in tf.config.list_physical_devices('GPU'):
       tf.config.experimental.set_memory_growth(gpu, True)
   policy = setup_precision(config.precision)
+  resolve_actions(config, train_envs[0].action_space)
+  write_config(config)
   _announce(config, policy, logger)
-  _check_actions(config, train_envs[0].action_space)
   prefill_dataset(config, train_envs, logger, stop)
   with stop.immediate():
     agent = Dreamer(config, datadir, train_envs[0].action_space, logger, stop)
@@ -1256,20 +1306,23 @@ def _announce(config, policy, logger):
     logger.say('Other than the defaults: ' + ', '.join(changed) + '.')
 
 
-def _check_actions(config, actspace):
+def resolve_actions(config, actspace):
+  """Sets what is `auto` by the action space; UserError where flags misfit."""
   discrete = getattr(actspace, 'discrete', False)
-  if discrete != (config.action_dist == 'onehot'):
-    kind, fit = (
-      ('discrete', 'onehot') if discrete else ('continuous', 'tanh_normal')
-    )
+  kind, dist, expl = 'continuous', 'tanh_normal', 'additive_gaussian'
+  if discrete:
+    kind, dist, expl = 'discrete', 'onehot', 'epsilon_greedy'
+  if config.action_dist not in ('auto', dist):
     raise tools.UserError(
-      f'{config.task} has {kind} actions: --action_dist is {fit} there, '
+      f'{config.task} has {kind} actions: --action_dist is {dist} there, '
       f'not {config.action_dist}'
     )
-  if config.expl == 'additive_gaussian' and discrete:
+  if discrete and config.expl == 'additive_gaussian':
     raise tools.UserError(
       f'{config.task} has discrete actions: --expl is epsilon_greedy there'
     )
+  config.action_dist = dist
+  config.expl = expl if config.expl == 'auto' else config.expl
 
 
 def _resume(agent, checkpoints, config, datadir, logger):

@@ -45,5 +45,10 @@ setuptools.setup(
     'tqdm>=4.66,<5',
     'tensorboard>=2.18,<2.22',
   ],
-  extras_require={'test': ['pytest>=8', 'ruff>=0.17,<0.18', 'scipy>=1.14']},
+  extras_require={
+    'test': [
+      *('pytest>=8', 'ruff>=0.17,<0.18', 'scipy>=1.14'),
+      *('gymnasium>=1', 'pygame>=2.6'),
+    ]
+  },
 )

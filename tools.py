@@ -244,6 +244,11 @@ class OneHotDist(tfd.OneHotCategorical):
 
   def __init__(self, logits=None, probs=None):
     super().__init__(logits=logits, probs=probs, dtype=tf.float32)
+    self._parameters = dict(logits=logits, probs=probs)
+
+  @classmethod
+  def _parameter_properties(cls, dtype, num_classes=None):
+    return super()._parameter_properties(dtype, num_classes)
 
   def mode(self):
     probs = self.probs_parameter()

@@ -19,8 +19,11 @@ import concurrent.futures
 import contextlib
 import difflib
 import functools
+import importlib
 import importlib.util
+import inspect
 import os
+import pathlib
 import pickle
 import signal
 import subprocess
@@ -31,6 +34,7 @@ import weakref
 from multiprocessing import connection as mp_connection
 
 import numpy as np
+import PIL.Image
 
 
 @contextlib.contextmanager
@@ -93,6 +97,10 @@ DMC_TASKS = {
 DMC_TASKS['cup_catch'] = ('ball_in_cup', 'catch')
 
 
+# Games for two players: the emulator ends the process when it loads them.
+_FOR_TWO = {'combat', 'joust', 'maze_craze', 'warlords'}
+
+
 class TaskError(ValueError):
   """A task name, or a way to run a task, that does not exist here."""
 
@@ -117,27 +125,46 @@ class WorkerError(RuntimeError):
 
 
 def task_names():
-  """Returns the names of all tasks that `make_task` accepts, as a list."""
-  return [f'dmc_{name}' for name in DMC_TASKS] + ['toy_reach', 'toy_catch']
+  """Returns the names of all tasks that can be listed (not of Gym, Lab)."""
+  names = [f'dmc_{name}' for name in DMC_TASKS] + ['toy_reach', 'toy_catch']
+  return names + [f'atari_{name}' for name in atari_games()]
+
+
+@functools.cache
+def atari_games():
+  """Names of the games whose ROM `ale_py` brings, such as 'space_invaders'."""
+  package = importlib.util.find_spec('ale_py')
+  if package is None:
+    return []
+  folder = pathlib.Path(package.origin).parent / 'roms'
+  return sorted({path.stem for path in folder.glob('*.bin')} - _FOR_TWO)
 
 
 def check_task(task):
-  """Raises TaskError, with the nearest names, unless `task` is a real one."""
-  names = task_names()
-  if task in names:
+  """Raises TaskError, with the nearest names, unless `task` is a real one.
+
+  Names of Gym and of DeepMind Lab are only known to these, when they load.
+  """
+  family, _, name = task.partition('_')
+  if family == 'dmlab' and name:
+    if importlib.util.find_spec('deepmind_lab') is None:
+      raise TaskError(
+        f'Task {task!r} needs the Python package deepmind_lab, which is not on '
+        'PyPI: build it from https://github.com/google-deepmind/lab.'
+      )
     return
-  prefix = task.partition('_')[0]
-  if prefix in ('atari', 'dmlab', 'gym'):
-    raise TaskError(
-      f'Task {task!r}: {prefix}_* tasks are not available in this version '
-      'yet; there are dmc_<domain>_<task>, toy_reach and toy_catch.'
-    )
+  names = task_names()
+  if task in names or (family == 'gym' and name):
+    return
   lower = {name.lower(): name for name in names}
   near = difflib.get_close_matches(task.lower(), lower, n=3, cutoff=0.5)
   if near:
     hint = 'the nearest are ' + ', '.join(lower[name] for name in near)
   else:
-    hint = 'there are dmc_<domain>_<task>, toy_reach and toy_catch'
+    hint = (
+      'there are dmc_<domain>_<task>, atari_<game>, dmlab_<level>, gym_<id>, '
+      'toy_reach and toy_catch'
+    )
   raise TaskError(f'There is no task {task!r}; {hint}.')
 
 
@@ -152,22 +179,23 @@ def check_parallel(task, strategy):
       f'There is no parallel strategy {strategy!r}; choose one of '
       f'{", ".join(STRATEGIES)}.'
     )
-  renders = task.startswith('dmc_')
+  renders = task.startswith(('dmc_', 'dmlab_', 'gym_'))
   if strategy != 'process' and renders and 'tensorflow' in sys.modules:
     raise TaskError(
-      f'Task {task!r} renders with OpenGL, which crashes in one process with '
-      f'TensorFlow: use --parallel process instead of {strategy}.'
+      f'Task {task!r} may render with OpenGL, which crashes in one process '
+      f'with TensorFlow: use --parallel process instead of {strategy}.'
     )
 
 
-def make_task(task, action_repeat=2, time_limit=1000, seed=None):
+def make_task(task, action_repeat=2, time_limit=1000, seed=None, test=False):
   """Makes the environment of a task, with the wrappers that it needs.
 
   Args:
-    task: a name from `task_names()`.
+    task: a name from `task_names()`, gym_<id> or dmlab_<level>.
     action_repeat: environment steps per agent step.
     time_limit: longest episode in environment steps.
     seed: int; the same seed gives the same trajectory. None: a fresh one.
+    test: for evaluation: whole games of Atari, held-out levels of Lab.
 
   Returns:
     An environment with actions in [-1, 1], or one-hot where they are discrete,
@@ -178,19 +206,24 @@ def make_task(task, action_repeat=2, time_limit=1000, seed=None):
     RenderError: the task renders, and OpenGL does not work.
   """
   check_task(task)
-  if task == 'toy_reach':
-    env = ToyReach(seed)
-  elif task == 'toy_catch':
-    env = ToyCatch(seed)
+  family, _, name = task.partition('_')
+  if family == 'atari':
+    env = Atari(name, action_repeat, life_done=not test, seed=seed)
+  elif family == 'dmlab':
+    env = DeepMindLab(name, action_repeat, seed=seed, test=test)
   else:
-    env = DeepMindControl(task.removeprefix('dmc_'), seed=seed)
-  env = ActionRepeat(env, action_repeat)
+    make = dict(dmc=DeepMindControl, gym=GymEnv, toy=_toy)[family]
+    env = ActionRepeat(make(name, seed=seed), action_repeat)
   if isinstance(env.action_space, gym.spaces.Discrete):
     env = OneHotAction(env)
   else:
     env = NormalizeActions(env)
   env = TimeLimit(env, time_limit // action_repeat)
   return RewardObs(env)
+
+
+def _toy(name, seed):
+  return dict(reach=ToyReach, catch=ToyCatch)[name](seed)
 
 
 # ---------------------------------------------------------------------------
@@ -314,6 +347,354 @@ def _render_error(error):
   )
 
 
+class Atari:
+  """A game of the Arcade Learning Environment, after Machado et al. (2018).
+
+  Each frame repeats the last action instead of the given one with probability
+  `sticky`. The image is the larger of the last two frames, pixel by pixel (the
+  console draws some objects in every other frame only), in color, resized to
+  64x64. A game begins with 1 to `noops` frames without action.
+
+  Args:
+    name: a game of `atari_games()`.
+    action_repeat: frames for each action.
+    size: height and width of the image in pixels.
+    noops: largest number of frames without action at the start, or 0.
+    life_done: end an episode, with discount 0, when a life is lost; the next
+      episode then goes on in the same game.
+    sticky: probability of a repeated action.
+    all_actions: all 18 actions rather than those that the game uses.
+    seed: int or None.
+
+  Raises:
+    TaskError: no such game.
+  """
+
+  def __init__(
+    self,
+    name,
+    action_repeat=4,
+    size=(64, 64),
+    noops=30,
+    life_done=False,
+    sticky=0.25,
+    all_actions=False,
+    seed=None,
+  ):
+    check_task(f'atari_{name}')
+    import ale_py
+    import ale_py.roms
+
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    self._ale = ale_py.ALEInterface()
+    self._random = np.random.RandomState(seed)
+    self._ale.setInt('random_seed', self._random.randint(2**31))
+    self._ale.setFloat('repeat_action_probability', sticky)
+    self._ale.loadROM(ale_py.roms.get_rom_path(name))
+    legal, minimal = self._ale.getLegalActionSet, self._ale.getMinimalActionSet
+    self._actions = legal() if all_actions else minimal()
+    self._repeat, self._size = action_repeat, tuple(size)
+    self._noops, self._life_done = noops, life_done
+    self._goes_on = False  # whether the next episode continues this game
+    self.observation_space = gym.spaces.Dict({'image': _image_space(size)})
+    self.action_space = gym.spaces.Discrete(len(self._actions))
+
+  def reset(self):
+    if not self._goes_on:
+      self._ale.reset_game()
+      for _ in range(
+        self._random.randint(self._noops) + 1 if self._noops else 0
+      ):
+        self._ale.act(0)
+        if self._ale.game_over():
+          self._ale.reset_game()
+    self._goes_on = False
+    self._lives = self._ale.lives()
+    return self._observe([self._ale.getScreenRGB()])
+
+  def step(self, action):
+    if not self.action_space.contains(action):
+      raise ValueError(f'Action {action!r} is not one of {self.action_space}.')
+    reward, frames = 0.0, []
+    for index in range(self._repeat):
+      reward += self._ale.act(self._actions[action])
+      over = self._ale.game_over()
+      if over or index >= self._repeat - 2:
+        frames.append(self._ale.getScreenRGB())
+      if over:
+        break
+    lives = self._ale.lives()
+    self._goes_on = self._life_done and lives < self._lives and not over
+    self._lives = lives
+    done = over or self._goes_on
+    info = {'discount': np.float32(0 if done else 1), 'lives': lives}
+    return self._observe(frames), reward, done, info
+
+  def close(self):
+    pass
+
+  def _observe(self, frames):
+    return {'image': _resize(np.max(frames, 0), self._size)}
+
+
+class DeepMindLab:
+  """A level of DeepMind Lab, through its Python package `deepmind_lab`.
+
+  The package must be built by hand; this class has been run against a
+  stand-in with the same interface only. Each episode has a seed of its own,
+  drawn from `seed`. When a level ends, by time as most do or not, the discount
+  is 0: the package does not tell.
+
+  Args:
+    level: a level of DMLab-30, such as 'rooms_watermaze', or any other by its
+      path, such as 'lt_chasm'; 'collect' is short for
+      'rooms_collect_good_objects_train', the paper's task.
+    action_repeat: frames for each action.
+    size: height and width of the image in pixels.
+    seed: int or None.
+    test: use the levels that Lab holds out for testing: those that end in
+      '_test' rather than '_train', and other random layouts.
+  """
+
+  # Look right (in pixels), look up, strafe right, forward, fire, jump, crouch:
+  # the set of IMPALA (Espeholt et al., 2018), which the paper uses as well.
+  ACTIONS = (
+    (0, 0, 0, 1, 0, 0, 0),  # forward
+    (0, 0, 0, -1, 0, 0, 0),  # backward
+    (0, 0, -1, 0, 0, 0, 0),  # strafe left
+    (0, 0, 1, 0, 0, 0, 0),  # strafe right
+    (-20, 0, 0, 0, 0, 0, 0),  # look left
+    (20, 0, 0, 0, 0, 0, 0),  # look right
+    (-20, 0, 0, 1, 0, 0, 0),  # look left, forward
+    (20, 0, 0, 1, 0, 0, 0),  # look right, forward
+    (0, 0, 0, 0, 1, 0, 0),  # fire
+  )
+
+  def __init__(
+    self, level, action_repeat=4, size=(64, 64), seed=None, test=False
+  ):
+    check_task(f'dmlab_{level}')
+    import deepmind_lab
+
+    config = {'height': str(size[0]), 'width': str(size[1])}
+    config['logLevel'] = 'WARN'
+    if test:  # the seed that Lab's documentation sets aside for testing
+      config.update(allowHoldOutLevels='true', mixerSeed=str(0x600D5EED))
+    path = lab_level(level, test)
+    self._lab = deepmind_lab.Lab(path, ['RGB_INTERLEAVED'], config=config)
+    self._random = np.random.RandomState(seed)
+    self._repeat, self._size = action_repeat, tuple(size)
+    self.observation_space = gym.spaces.Dict({'image': _image_space(size)})
+    self.action_space = gym.spaces.Discrete(len(self.ACTIONS))
+
+  def reset(self):
+    self._lab.reset(seed=self._random.randint(2**31 - 1))
+    self._image = self._lab.observations()['RGB_INTERLEAVED']
+    return {'image': self._image.copy()}
+
+  def step(self, action):
+    raw = np.array(self.ACTIONS[action], np.intc)
+    reward = self._lab.step(raw, num_steps=self._repeat)
+    done = not self._lab.is_running()
+    if not done:  # after the end there are no observations
+      self._image = self._lab.observations()['RGB_INTERLEAVED']
+    info = {'discount': np.float32(0 if done else 1)}
+    return {'image': self._image.copy()}, float(reward), done, info
+
+  def close(self):
+    self._lab.close()
+
+
+_LAB30 = (
+  *('explore_goal_locations_large', 'explore_goal_locations_small'),
+  *('explore_object_locations_large', 'explore_object_locations_small'),
+  *('explore_object_rewards_few', 'explore_object_rewards_many'),
+  *('explore_obstructed_goals_large', 'explore_obstructed_goals_small'),
+  *('language_answer_quantitative_question', 'language_execute_random_task'),
+  *('language_select_described_object', 'language_select_located_object'),
+  *('lasertag_one_opponent_large', 'lasertag_one_opponent_small'),
+  *('lasertag_three_opponents_large', 'lasertag_three_opponents_small'),
+  *('natlab_fixed_large_map', 'natlab_varying_map_randomized'),
+  *('natlab_varying_map_regrowth', 'platforms_hard', 'platforms_random'),
+  *('psychlab_arbitrary_visuomotor_mapping', 'psychlab_continuous_recognition'),
+  *('psychlab_sequential_comparison', 'psychlab_visual_search'),
+  *('rooms_collect_good_objects_train', 'rooms_collect_good_objects_test'),
+  *('rooms_exploit_deferred_effects_train', 'rooms_watermaze'),
+  *('rooms_exploit_deferred_effects_test', 'rooms_keys_doors_puzzle'),
+  *('rooms_select_nonmatching_object', 'skymaze_irreversible_path_hard'),
+  'skymaze_irreversible_path_varied',
+)
+
+
+def lab_level(name, test=False):
+  """The path of a level in DeepMind Lab, of the held-out one for `test`."""
+  if name == 'collect':
+    name = 'rooms_collect_good_objects_train'
+  if test and name.endswith('_train'):
+    name = f'{name.removesuffix("_train")}_test'
+  return f'contributed/dmlab30/{name}' if name in _LAB30 else name
+
+
+class GymEnv:
+  """An environment that is registered with Gym, or else with Gymnasium.
+
+  The image is the observation where that is one, or its entry 'image', else
+  what the environment renders. `terminated` sets the discount to 0; a time
+  limit of the registration, and `truncated`, end the episode with 1. Steps of
+  four values, as in older versions of Gym, are understood.
+
+  Args:
+    name: the id; 'module:id' imports the module first.
+    size: height and width of the image in pixels.
+    seed: int or None.
+
+  Raises:
+    TaskError: not registered, no images, or actions that are neither discrete
+      nor a box.
+  """
+
+  def __init__(self, name, size=(64, 64), seed=None):
+    self._name, self._size, self._seed = name, tuple(size), seed
+    self._env, self._limit = _make_gym(name)
+    self._key = _image_key(self._env.observation_space)
+    self.action_space = self._action_space(self._env.action_space)
+    self.observation_space = gym.spaces.Dict({'image': _image_space(size)})
+    self._reset()
+    try:
+      self.observe()
+    except (TypeError, AttributeError, NotImplementedError) as error:
+      raise self._no_images(error) from error
+
+  def reset(self):
+    self._reset(self._seed)
+    self._seed = None  # the streams go on
+    return self.observe()
+
+  def step(self, action):
+    reward, done, info = self.advance(action)
+    return self.observe(), reward, done, info
+
+  def advance(self, action):
+    """Steps like `step`, but spares the image; see `observe`."""
+    space = self._env.action_space
+    if isinstance(self.action_space, gym.spaces.Discrete):
+      action = int(action) + int(getattr(space, 'start', 0))
+    else:
+      action = np.reshape(action, space.shape).astype(space.dtype)
+    self._obs, reward, ended, *truncated, info = self._env.step(action)
+    if not truncated:
+      truncated = [info.get('TimeLimit.truncated', False)]
+      ended = ended and not truncated[0]
+    self._steps += 1
+    done = bool(ended or truncated[0] or self._steps == self._limit)
+    return float(reward), done, {'discount': np.float32(0 if ended else 1)}
+
+  def observe(self):
+    """Returns the observation of the present state."""
+    if self._key is None:
+      image = self._render()
+    else:
+      image = self._obs[self._key] if self._key else self._obs
+    image = np.asarray(image)
+    image = image[..., None] if image.ndim == 2 else image
+    if image.dtype != np.uint8 or image.shape[2:] not in ((1,), (3,)):
+      raise self._no_images('it is not uint8 [height, width, 3]')
+    return {'image': _resize(image, self._size)}
+
+  def close(self):
+    self._env.close()
+
+  def _reset(self, seed=None):
+    parameters = inspect.signature(self._env.reset).parameters.values()
+    takes = any(p.name == 'seed' or p.kind == p.VAR_KEYWORD for p in parameters)
+    if seed is not None and not takes:
+      self._env.seed(seed)
+    result = self._env.reset(seed=seed) if takes else self._env.reset()
+    new = isinstance(result, tuple) and len(result) == 2
+    self._obs = result[0] if new and isinstance(result[1], dict) else result
+    self._steps = 0
+
+  def _render(self):
+    old = getattr(self._env, 'render_mode', None) is None
+    image = self._env.render(mode='rgb_array') if old else self._env.render()
+    return image[-1] if isinstance(image, list) else image
+
+  def _no_images(self, reason):
+    return TaskError(
+      f'gym_{self._name} has no images. Its observations are '
+      f'{self._env.observation_space}, and what it renders cannot be used: '
+      f'{reason}.'
+    )
+
+  def _action_space(self, space):
+    kind = type(space).__name__  # of Gym or of Gymnasium
+    if kind == 'Discrete':
+      return gym.spaces.Discrete(int(space.n))
+    if kind == 'Box':
+      low, high = (
+        np.ravel(x).astype(np.float32) for x in (space.low, space.high)
+      )
+      return gym.spaces.Box(low, high, dtype=np.float32)
+    raise TaskError(
+      f'gym_{self._name} has actions {space}; they must be Discrete or a Box.'
+    )
+
+
+def _make_gym(name):
+  """Returns an environment by its id, and its time limit (None for none)."""
+  module, _, key = name.rpartition(':')
+  if module:
+    try:
+      importlib.import_module(module)
+    except ModuleNotFoundError as error:
+      raise TaskError(f'gym_{name}: {error}.') from error
+  names = []
+  for library in ('gymnasium', 'gym'):  # the maintained one first
+    if importlib.util.find_spec(library) is None:
+      continue
+    library = importlib.import_module(library)
+    registry = library.envs.registration.registry
+    names += set(registry) - set(names)
+    if key in registry:
+      return _unwrap(_render_arrays(library.make, key), registry[key])
+  near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+  hint = f'; the nearest are {", ".join(near)}' if near else ''
+  raise TaskError(
+    f'There is no environment {key!r} in Gym{hint}. For one of your own: '
+    '--task gym_package.module:Id-v0 imports package.module first.'
+  )
+
+
+def _render_arrays(make, key):
+  try:
+    return make(key, render_mode='rgb_array', disable_env_checker=True)
+  except TypeError:  # made for versions without this argument
+    return make(key, disable_env_checker=True)
+
+
+def _unwrap(env, spec):
+  """Takes off what `make` puts around: it refuses steps of four values."""
+  added = ('TimeLimit', 'OrderEnforcing', 'PassiveEnvChecker')
+  while type(env).__name__ in added and '.wrappers.' in type(env).__module__:
+    env = env.env
+  return env, spec.max_episode_steps
+
+
+def _image_key(space):
+  """Where the image is in an observation: '' for all of it, None for nowhere.
+
+  Images are boxes of uint8 with two or three dimensions, the last of them the
+  channels.
+  """
+  if type(space).__name__ == 'Dict':
+    inner = 'image' in space.spaces and _image_key(space['image']) is not None
+    return 'image' if inner else None
+  if type(space).__name__ != 'Box' or space.dtype != np.uint8:
+    return None
+  gray = len(space.shape) == 2
+  return '' if gray or space.shape[2:] in ((1,), (3,)) else None
+
+
 class ToyReach:
   """Steer a green dot onto a red target; an image task without a simulator.
 
@@ -426,6 +807,18 @@ class ToyCatch:
 
 def _image_space(size=(64, 64)):
   return gym.spaces.Box(0, 255, (*size, 3), np.uint8)
+
+
+def _resize(image, size):
+  """Resizes uint8 [h, w, 1 or 3] to [*size, 3], bilinearly.
+
+  Pillow widens the filter where an image shrinks, so that every pixel counts.
+  """
+  image = np.broadcast_to(image, (*image.shape[:2], 3))
+  if image.shape[:2] != size:
+    picture = PIL.Image.fromarray(np.ascontiguousarray(image))
+    image = picture.resize(size[::-1], PIL.Image.Resampling.BILINEAR)
+  return np.array(image)
 
 
 def _draw_disc(image, center, radius, color):
