@@ -19,6 +19,7 @@ import models
 import numpy as np
 import tensorflow as tf
 import tools
+import wrappers
 
 ROOT = pathlib.Path(dreamer.__file__).parent
 SMALL = {
@@ -107,7 +108,7 @@ def test_release_defaults():
     'train_every': 1000, 'train_steps': 100, 'pretrain': 100,
     'model_lr': 6e-4, 'value_lr': 8e-5, 'actor_lr': 8e-5,
     'grad_clip': 100.0, 'discount': 0.99, 'disclam': 0.95, 'horizon': 15,
-    'action_init_std': 5.0, 'expl': 'additive_gaussian',
+    'action_init_std': 5.0, 'expl': 'auto', 'action_dist': 'auto',
     'expl_amount': 0.3, 'precision': 'auto', 'parallel': 'process',
   }  # fmt: skip
   assert {k: config[k] for k in expected} == expected
@@ -621,6 +622,8 @@ def test_a_given_flag_wins_over_preset_and_task():
     (['--batchsize', '5'], 'did you mean --batch_size'),
     (['--task', 'dmc_walker_wlak'], 'dmc_walker_walk'),
     (['--task', 'nonsense'], 'nonsense'),
+    (['--task', 'atari_pnog'], 'atari_pong'),
+    (['--task', 'dmlab_collect'], 'google-deepmind/lab'),
     (['--steps', 'many'], '--steps takes a whole number'),
     (['--steps', '1.5'], '--steps takes a whole number'),
     (['--pcont', 'yes'], '--pcont takes True or False'),
@@ -787,6 +790,151 @@ def test_environment_that_cannot_start(tmp_path):
   assert result.returncode == 2
   assert 'MUJOCO_GL' in result.stderr
   assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize(
+  'flags, words',
+  [
+    (['--task', 'gym_CartPol-v1'], 'the nearest are CartPole-v1'),
+    (['--task', 'gym_no_such_module:X-v0'], "'no_such_module'"),
+    (['--task', 'atari_pong', '--action_dist', 'tanh_normal'], 'is onehot'),
+  ],
+)
+def test_what_only_the_environment_knows_is_a_clear_error(
+  tmp_path, flags, words
+):
+  result = subprocess.run(
+    command(tmp_path / 'run', '--preset', 'debug', *flags),
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 2, result.stderr
+  assert words in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_epsilon_goes_from_04_to_01_in_200000_updates(tmp_path):
+  """Appendix A; the release's halving by steps goes before it."""
+  config = dreamer.define_config('atari_pong')
+  agent = make_agent(tmp_path)
+  names = ('expl_amount', 'expl_decay', 'expl_ramp', 'expl_min')
+  agent._c.update({name: config[name] for name in names})
+  amounts = []
+  for updates in (0, 100_000, 200_000, 900_000):
+    agent._updates.assign(updates)
+    amounts.append(float(agent._noise(True)))
+  np.testing.assert_allclose(amounts, [0.4, 0.25, 0.1, 0.1], rtol=1e-6)
+  assert agent._noise(False) == 0
+  agent._c.update(expl_decay=100.0)
+  agent.step = 100
+  assert np.isclose(agent._noise(True), 0.2)
+
+
+def test_epsilon_is_drawn_for_each_environment(tmp_path):
+  agent = make_agent(tmp_path, expl='epsilon_greedy')
+  greedy = tf.one_hot(tf.zeros(8, tf.int32), 2)
+  agent._c.action_dist = 'onehot'
+  differs = np.stack(
+    [
+      (agent._explore(greedy, np.float32(0.5), seed) != greedy).numpy().any(-1)
+      for seed in tools.make_seeds(500)
+    ]
+  )
+  np.testing.assert_allclose(differs.mean(0), 0.25, atol=0.08)
+  assert abs(np.corrcoef(differs.T) - np.eye(8)).max() < 0.2
+
+
+def test_actions_are_chosen_by_the_action_space():
+  box = gym.spaces.Box(-1, 1, (2,), np.float32)
+  onehot = wrappers.OneHotBox(3)
+  for space, dist, expl in (
+    (box, 'tanh_normal', 'additive_gaussian'),
+    (onehot, 'onehot', 'epsilon_greedy'),
+  ):
+    config = dreamer.define_config('gym_Some-v0')
+    dreamer.resolve_actions(config, space)
+    assert (config.action_dist, config.expl) == (dist, expl)
+    config.expl = 'completely_random'
+    dreamer.resolve_actions(config, space)
+    assert config.expl == 'completely_random'
+  for space, flags, words in (
+    (box, dict(action_dist='onehot'), '--action_dist is tanh_normal'),
+    (onehot, dict(action_dist='tanh_normal'), '--action_dist is onehot'),
+    (onehot, dict(expl='additive_gaussian'), '--expl is epsilon_greedy'),
+  ):
+    config = dreamer.define_config('gym_Some-v0')
+    config.update(flags)
+    with pytest.raises(tools.UserError, match=words):
+      dreamer.resolve_actions(config, space)
+
+
+def test_suite_defaults_and_flags_before_them(tmp_path):
+  flags = [f'--logdir={tmp_path}', '--task=atari_pong']
+  config = dreamer.parse_flags(flags)
+  expected = dict(action_repeat=4, time_limit=108_000, clip_rewards='tanh')
+  expected.update(pcont=True, kl_scale=0.1, horizon=10, expl_amount=0.4)
+  assert expected.items() <= config.items()
+  config = dreamer.parse_flags([*flags, '--horizon=15', '--pcont=False'])
+  assert (config.horizon, config.pcont, config.kl_scale) == (15, False, 0.1)
+  flags[1] = '--task=gym_CartPole-v1'
+  config = dreamer.parse_flags(flags)
+  assert (config.action_repeat, config.pcont) == (1, True)
+
+
+def test_true_score_is_logged_though_the_model_sees_tanh(tmp_path):
+  rng = np.random.default_rng(0)
+  episode = dict(random_episode(rng), reward=np.full(12, 5, np.float32))
+  config = dreamer.define_config('atari_pong')
+  config.update(log_images=False)
+  logger = tools.Logger(tmp_path, 100, 0)
+  dreamer.summarize_episode(episode, config, tmp_path, logger, 'test')
+  logger.close()
+  assert read_metrics(tmp_path)[-1]['test/return'] == 60
+  seen = dreamer.preprocess(episode, config)['reward']
+  np.testing.assert_allclose(seen, np.tanh(5), rtol=1e-6)
+
+
+def test_learns_toy_catch(tmp_path):
+  """One-hot actions, early ends and predicted discounts, all at once.
+
+  A random policy catches a third of the balls (return -0.33); the best all.
+  """
+  logdir = tmp_path / 'run'
+  process = subprocess.run(
+    command(
+      *(logdir, '--task', 'toy_catch', '--seed', '0', '--steps', '5500'),
+      *('--precision', '32', '--log_images', 'False'),
+    ),
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
+  assert process.returncode == 0, process.stderr
+  train = [
+    x['train/return'] for x in read_metrics(logdir) if 'train/return' in x
+  ]
+  random, learned = np.mean(train[:150]), np.mean(train[-50:])
+  print(f'random {random:.2f}, learned {learned:.2f}')
+  assert -0.5 < random < -0.15
+  assert learned > 0.3
+  # Predicted discounts after training: low where an episode ends only.
+  flags = ['--logdir', str(logdir), '--task', 'toy_catch', '--precision', '32']
+  config = dreamer.parse_flags(flags)
+  datadir = logdir / 'episodes'
+  agent = dreamer.Dreamer(config, datadir, wrappers.OneHotBox(3))
+  assert tools.Checkpoints(
+    logdir / 'checkpoints', **agent.trackable()
+  ).restore()
+  paths = sorted(datadir.glob('*.npz'))[-50:]
+  episodes = [dict(np.load(path)) for path in paths]
+  data = {k: np.stack([x[k] for x in episodes]) for k in episodes[0]}
+  data = dreamer.preprocess(data, config)
+  post, _ = agent._dynamics.observe(agent._encode(data), data['action'])
+  pcont = agent._pcont(agent._dynamics.get_feat(post)).mean().numpy()
+  assert pcont.shape == (50, 17)
+  print(f'discounts {pcont[:, -1].max():.2f} and {pcont[:, :-1].min():.2f}')
+  assert pcont[:, -1].mean() < 0.3 and pcont[:, :-1].mean() > 0.9
+  assert (pcont[:, -1] < 0.3).mean() > 0.9
+  assert (pcont[:, :-1] > 0.9).mean() > 0.9
 
 
 def test_learns_toy_reach(tmp_path):
