@@ -307,7 +307,7 @@ def load_tasks(names):
 def test_task_names_are_those_of_the_suite():
   assert set(wrappers.DMC_TASKS.values()) == in_worker(suite_names)
   names = wrappers.task_names()
-  assert len(names) == len(set(names)) == 51 + 1 + 2
+  assert len(names) == len(set(names)) == 51 + 1 + 2 + 104
   assert set(PAPER_TASKS) < set(names)
 
 
