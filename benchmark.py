@@ -163,7 +163,7 @@ def _pieces(agent, batch, config):
     given = {k: v for k, v in imag.items() if k != 'value'}
     return agent._value_loss(agent._value(dream)[:-1].mean(), **given)[0]
 
-  opts = (agent._model_opt, agent._actor_opt, agent._value_opt)
+  opts = (agent._opts['model'], agent._opts['actor'], agent._opts['value'])
   zeros = [[tf.zeros(v.shape) for v in opt.variables] for opt in opts]
   return {
     'encoder': gradient(encode, [agent._encode]),

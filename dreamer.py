@@ -113,6 +113,19 @@ def define_flags():
       ('clip_rewards', ('none', 'tanh'), 'bound of rewards', 'App. A'),
     ],
     'World model': [
+      (
+        'representation',
+        ('reconstruction', 'contrastive', 'reward'),
+        'what states are learned from, besides rewards',
+        'section 4',
+      ),
+      (
+        'contrast',
+        ('batch', 'time', 'window'),
+        'images to tell apart: of the batch, the sequence, or near in time',
+        'Eq. 11: batch',
+      ),
+      ('contrast_window', 5, 'agent steps to both sides that are near', ''),
       ('deter_size', 200, 'units of the GRU', 'release'),
       ('stoch_size', 30, 'dimensions of the latent Gaussian', 'App. A'),
       ('num_units', 400, 'units of dense layers (paper: 300)', 'release'),
@@ -156,6 +169,16 @@ def define_flags():
       ('replay_capacity', 0, 'environment steps to draw from; 0: all', ''),
     ],
     'Behavior': [
+      (
+        'behavior',
+        ('actor_critic', 'actor', 'planning'),
+        'how actions are found: Eq. 7 and 8, Eq. 7 with V_R, or PlaNet',
+        'Fig. 4, 7',
+      ),
+      ('plan_horizon', 12, 'agent steps that are planned', 'PlaNet'),
+      ('plan_candidates', 1000, 'plans in each iteration', 'PlaNet'),
+      ('plan_best', 100, 'plans that the next are drawn after', 'PlaNet'),
+      ('plan_iterations', 10, 'iterations', 'PlaNet'),
       ('discount', 0.99, 'gamma, for each agent step', 'App. A'),
       ('disclam', 0.95, 'lambda of Eq. 6', 'App. A'),
       ('horizon', 15, 'H, agent steps of imagination', 'App. A'),
@@ -307,8 +330,17 @@ VIDEO = 1000  # images of an evaluation that are logged, at most
 FIXED = (
   *('task', 'action_repeat', 'deter_size', 'stoch_size', 'num_units'),
   *('reward_layers', 'pcont_layers', 'value_layers', 'actor_layers'),
-  *('cnn_depth', 'pcont', 'action_dist'),
+  *('cnn_depth', 'pcont', 'action_dist', 'representation', 'behavior'),
 )
+
+
+def method_name(config):
+  """What a run is called: dreamer, dreamer-contrastive, planet, ..."""
+  behavior = dict(actor_critic='dreamer', actor='dreamer-actor')
+  name = behavior.get(config.behavior, 'planet')
+  if config.representation != 'reconstruction':
+    name += f'-{config.representation}'
+  return name
 
 
 def define_config(task='dmc_walker_walk', preset='release'):
@@ -407,6 +439,8 @@ def _check_config(config):
   )
   least.update(dict.fromkeys(('deter_size', 'stoch_size', 'num_units'), 1))
   least.update(cnn_depth=1, batch_length=2, horizon=2, prefill=0, steps=0)
+  least.update(plan_horizon=1, plan_iterations=1, plan_best=2)
+  least.update(plan_candidates=config.plan_best, contrast_window=1)
   for name, value in least.items():
     if config[name] < value:
       raise tools.UserError(f'--{name} is at least {value}, not {config[name]}')
@@ -499,8 +533,8 @@ class Dreamer(tf.Module):
     names = ['_step', '_updates', '_pending', '_random', *self._networks]
     names += ['_should_train', '_should_pretrain', '_should_log']
     objects = {name.strip('_'): getattr(self, name) for name in names}
-    for opt in ('_model_opt', '_actor_opt', '_value_opt'):
-      objects[opt.strip('_')] = getattr(self, opt).optimizer
+    for name, opt in self._opts.items():
+      objects[f'{name}_opt'] = opt.optimizer
     return objects
 
   def _build_model(self):
@@ -509,37 +543,37 @@ class Dreamer(tf.Module):
     self._dynamics = models.RSSM(
       c.stoch_size, c.deter_size, c.deter_size, c.dense_act, name='dynamics'
     )
-    self._decode = models.ConvDecoder(c.cnn_depth, c.cnn_act, name='decoder')
     head = functools.partial(models.DenseDecoder, (), units=units)
+    self._networks = ['_encode', '_dynamics', '_reward']
+    if c.representation == 'reconstruction':
+      self._decode = models.ConvDecoder(c.cnn_depth, c.cnn_act, name='decoder')
+      self._networks.insert(2, '_decode')
     self._reward = head(c.reward_layers, act=c.dense_act, name='reward')
-    self._value = head(c.value_layers, act=c.dense_act, name='value')
+    if c.representation == 'contrastive':
+      size = c.stoch_size + c.deter_size
+      self._state = models.StateModel(size, units, c.dense_act, name='state')
+      self._networks.append('_state')
     if c.pcont:
       self._pcont = head(
         c.pcont_layers, dist='binary', act=c.dense_act, name='pcont'
       )
-    self._actor = models.ActionDecoder(
-      self._actions,
-      c.actor_layers,
-      units,
-      c.action_dist,
-      c.dense_act,
-      init_std=c.action_init_std,
-      name='actor',
-    )
-    # Run everything once on zeros, which creates the variables.
-    embed = self._encode(dict(image=tf.zeros([1, 1, 64, 64, 3])))
-    action = tf.zeros([1, self._actions])
-    post, _ = self._dynamics.obs_step(
-      self._dynamics.initial(1), action, embed[:, 0]
-    )
-    feat = self._dynamics.get_feat(post)
-    model = [self._encode, self._dynamics, self._decode, self._reward]
-    model += [self._pcont] if c.pcont else []
-    for net in (*model[2:], self._actor, self._value):
-      net(feat)
-    self._networks = ['_encode', '_dynamics', '_decode', '_reward']
-    self._networks += ['_pcont'] if c.pcont else []
-    self._networks += ['_actor', '_value']
+      self._networks.append('_pcont')
+    model = list(self._networks)
+    if c.behavior != 'planning':
+      self._actor = models.ActionDecoder(
+        self._actions,
+        c.actor_layers,
+        units,
+        c.action_dist,
+        c.dense_act,
+        init_std=c.action_init_std,
+        name='actor',
+      )
+      self._networks.append('_actor')
+    if c.behavior == 'actor_critic':
+      self._value = head(c.value_layers, act=c.dense_act, name='value')
+      self._networks.append('_value')
+    self._create_variables()
     adam = functools.partial(
       tools.Adam,
       clip=c.grad_clip,
@@ -548,17 +582,31 @@ class Dreamer(tf.Module):
       eps=c.opt_eps,
       loss_scaling=keras.config.dtype_policy().compute_dtype == 'float16',
     )
-    self._model_opt = adam('model', model, c.model_lr)
-    self._actor_opt = adam('actor', [self._actor], c.actor_lr)
-    self._value_opt = adam('value', [self._value], c.value_lr)
+    self._opts = {}
+    for name, networks in (
+      *(('model', model), ('actor', ['_actor']), ('value', ['_value'])),
+    ):
+      if set(networks) <= set(self._networks):
+        modules = [getattr(self, n) for n in networks]
+        self._opts[name] = adam(name, modules, c[f'{name}_lr'])
+
+  def _create_variables(self):
+    """Runs every network once, on zeros."""
+    embed = self._encode(dict(image=tf.zeros([1, 1, 64, 64, 3])))
+    action = tf.zeros([1, self._actions])
+    post, _ = self._dynamics.obs_step(
+      self._dynamics.initial(1), action, embed[:, 0]
+    )
+    feat = self._dynamics.get_feat(post)
+    for name in self._networks:
+      if name not in ('_encode', '_dynamics'):
+        getattr(self, name)(embed[:, 0] if name == '_state' else feat)
 
   def count_parameters(self):
-    """Number of parameters of the three optimizers, by name."""
-    opts = dict(model=self._model_opt, actor=self._actor_opt)
-    opts.update(value=self._value_opt)
+    """Number of parameters of the optimizers, by name."""
     return {
       name: sum(int(np.prod(v.shape)) for v in opt.variables)
-      for name, opt in opts.items()
+      for name, opt in self._opts.items()
     }
 
   # Acting
@@ -607,15 +655,47 @@ class Dreamer(tf.Module):
     seeds = tools.make_seeds(3, self._random)
     embed = self._encode(preprocess(obs, self._c))
     latent, _ = self._dynamics.obs_step(latent, action, embed, seeds[0])
-    dist = self._actor(self._dynamics.get_feat(latent))
-    if training and self._c.collect_action == 'sample':
-      action = dist.sample(seed=seeds[1])
-    elif self._c.action_dist == 'onehot':
-      action = dist.mode()
-    else:
-      action = dist.mode(seed=seeds[1])
+    action = self._act(latent, seeds[1], training)
     action = self._explore(action, noise, seeds[2])
     return action, (latent, action)
+
+  def _act(self, latent, seed, training):
+    """Actions [E, A] for model states, before exploration."""
+    if self._c.behavior == 'planning':
+      return self._plan(latent, seed)
+    dist = self._actor(self._dynamics.get_feat(latent))
+    if training and self._c.collect_action == 'sample':
+      return dist.sample(seed=seed)
+    if self._c.action_dist == 'onehot':
+      return dist.mode()
+    return dist.mode(seed=seed)
+
+  def _plan(self, latent, seed):
+    """The first action of a plan by imagined rewards, as PlaNet acts."""
+    c = self._c
+    count = tf.shape(latent['deter'])[0]
+    starts = {k: tf.repeat(v, c.plan_candidates, 0) for k, v in latent.items()}
+    seeds = tf.random.experimental.stateless_split(seed, c.plan_horizon + 1)
+
+    def score(actions):
+      actions = tf.reshape(actions, [-1, c.plan_horizon, self._actions])
+      states = self._dynamics.imagine(actions, starts, seeds[1:])
+      feat = self._dynamics.get_feat(states)
+      reward = self._reward(feat).mean()
+      if c.pcont:
+        chance = tf.math.cumprod(self._pcont(feat).mean(), 1, exclusive=True)
+        reward *= chance
+      return tf.reshape(tf.reduce_sum(reward, 1), [count, c.plan_candidates])
+
+    plan = tools.cross_entropy_method(
+      score,
+      [count, c.plan_horizon, self._actions],
+      c.plan_candidates,
+      c.plan_best,
+      c.plan_iterations,
+      seeds[0],
+    )
+    return plan[:, 0]
 
   def _noise(self, training):
     """Exploration amount at this step, a float32 number."""
@@ -726,11 +806,9 @@ class Dreamer(tf.Module):
 
   def _set_learning_rates(self):
     """As the flags say, which a resumed run may change."""
-    c = self._c
-    self._model_opt.set_learning_rate(c.model_lr)
-    self._value_opt.set_learning_rate(c.value_lr)
-    begun = self.updates >= c.actor_delay
-    self._actor_opt.set_learning_rate(c.actor_lr if begun else 0.0)
+    for name, opt in self._opts.items():
+      waits = name == 'actor' and self.updates < self._c.actor_delay
+      opt.set_learning_rate(0.0 if waits else self._c[f'{name}_lr'])
 
   def train(self, data):
     """One update of all parameters (Algorithm 1, learning).
@@ -745,29 +823,34 @@ class Dreamer(tf.Module):
       Metrics, a dictionary of float32 scalars.
     """
     data = preprocess(data, self._c)
-    model_opt, actor_opt, value_opt = (
-      self._model_opt,
-      self._actor_opt,
-      self._value_opt,
-    )
-    with watch(model_opt.variables) as model_tape:
-      model_loss, post, metrics = self._model_loss(data)
-    with watch(value_opt.variables) as value_tape:
-      with watch(actor_opt.variables) as actor_tape:
-        actor_loss, imag, actor_metrics = self._actor_loss(post)
-      value_loss, value_metrics = self._value_loss(**imag)
-    updates = [
-      (model_opt, model_opt.gradient(model_tape, model_loss)),
-      (actor_opt, actor_opt.gradient(actor_tape, actor_loss)),
-      (value_opt, value_opt.gradient(value_tape, value_loss)),
-    ]
-    metrics.update(**actor_metrics, **value_metrics)
+    opt = self._opts['model']
+    with watch(opt.variables) as tape:
+      loss, post, metrics = self._model_loss(data)
+    updates = [(opt, opt.gradient(tape, loss))]
+    if 'actor' in self._opts:
+      grads, behavior_metrics = self._behavior_gradients(post)
+      updates += [(self._opts[name], grad) for name, grad in grads.items()]
+      metrics.update(behavior_metrics)
     for opt, grads in updates:
       metrics.update(opt.apply(grads))
     return metrics
 
+  def _behavior_gradients(self, post):
+    """Gradients of action and value model, by name, and metrics."""
+    actor, value = self._opts['actor'], self._opts.get('value')
+    with watch(value.variables if value else []) as value_tape:
+      with watch(actor.variables) as actor_tape:
+        actor_loss, imag, metrics = self._actor_loss(post)
+      if value:
+        value_loss, value_metrics = self._value_loss(**imag)
+        metrics.update(value_metrics)
+    grads = dict(actor=actor.gradient(actor_tape, actor_loss))
+    if value:
+      grads['value'] = value.gradient(value_tape, value_loss)
+    return grads, metrics
+
   def _model_loss(self, data):
-    """Reconstruction objective J_REC, negated (Eq. 10).
+    """Objective J_REC of Eq. 10, or J_NCE of Eq. 12, negated.
 
         action[t], image[t], reward[t] are one row: image and reward came
         after the action.
@@ -787,10 +870,8 @@ class Dreamer(tf.Module):
     embed = self._encode(data)
     post, prior = self._dynamics.observe(embed, data['action'], seed=seeds)
     feat = self._dynamics.get_feat(post)
-    likes = dict(
-      image=self._decode(feat).log_prob(data['image']),  # J_O of Eq. 10
-      reward=self._reward(feat).log_prob(data['reward']),  # J_R of Eq. 10
-    )
+    likes = self._image_term(feat, embed, data)
+    likes['reward'] = self._reward(feat).log_prob(data['reward'])  # J_R
     if self._c.pcont:  # soft labels 0 and gamma (Appendix A)
       target = self._c.discount * data['discount']
       like = self._pcont(feat).log_prob(target)
@@ -800,7 +881,7 @@ class Dreamer(tf.Module):
     post_dist = self._dynamics.get_dist(post)
     div = tf.reduce_mean(post_dist.kl_divergence(prior_dist))  # J_D of Eq. 10
     clipped = tf.maximum(div, self._c.free_nats)
-    loss = self._c.kl_scale * clipped - sum(likes.values())  # Eq. 10
+    loss = self._c.kl_scale * clipped - sum(likes.values())  # Eq. 10, 12
     metrics = {f'{k}_loss': -v for k, v in likes.items()}
     metrics.update(
       model_loss=loss,
@@ -809,6 +890,36 @@ class Dreamer(tf.Module):
       post_ent=tf.reduce_mean(post_dist.entropy()),
     )
     return loss, post, metrics
+
+  def _image_term(self, feat, embed, data):
+    """What states should say of images, as `--representation` chooses.
+
+    Args:
+      feat: features of the posterior, [B, T, F].
+      embed: embedded images, [B, T, E].
+      data: preprocessed batch.
+
+    Returns:
+      {name: [B, T] or scalar}, empty where rewards alone are to be explained.
+    """
+    if self._c.representation == 'reconstruction':
+      return dict(image=self._decode(feat).log_prob(data['image']))  # J_O
+    if self._c.representation == 'contrastive':
+      flat = [tf.reshape(x, [-1, x.shape[-1]]) for x in (feat, embed)]
+      gaussian = self._state(flat[1])
+      mask = self._negatives(*feat.shape[:2])
+      return dict(state=tools.contrast(flat[0], *gaussian, mask))  # J_S, Eq. 11
+    return {}
+
+  def _negatives(self, batch, length):
+    """Which images each state is held against: bool [B*T, B*T], or None."""
+    if self._c.contrast == 'batch':
+      return None
+    sequence, time = np.divmod(np.arange(batch * length), length)
+    mask = sequence[:, None] == sequence
+    if self._c.contrast == 'window':
+      mask &= abs(time[:, None] - time) <= self._c.contrast_window
+    return mask
 
   def _imagine(self, post):
     """Imagined features [H, N, F] from posterior states (section 3).
@@ -859,20 +970,12 @@ class Dreamer(tf.Module):
     """
     imag_feat, logprob = self._imagine(post)
     reward = self._reward(imag_feat).mean()
-    value = self._value(imag_feat).mean()
     if self._c.pcont:
       pcont = self._pcont(imag_feat).mean()
     else:
       pcont = self._c.discount * tf.ones_like(reward)
-    returns = tools.lambda_return(  # Eq. 6
-      reward[:-1],
-      value[:-1],
-      pcont[:-1],
-      bootstrap=value[-1],
-      lambda_=self._c.disclam,
-      axis=0,
-    )
-    weights = tf.concat([tf.ones_like(pcont[:1]), pcont[:-2]], 0)
+    returns, value = self._returns(imag_feat, reward, pcont)
+    weights = tf.concat([tf.ones_like(pcont[:1]), pcont], 0)[: len(returns)]
     weights = tf.stop_gradient(tf.math.cumprod(weights, 0))
     loss = -tf.reduce_mean(weights * returns)  # Eq. 7
     metrics = dict(
@@ -882,7 +985,33 @@ class Dreamer(tf.Module):
       imag_return=tf.reduce_mean(returns),
     )
     imag = dict(returns=tf.stop_gradient(returns), weights=weights)
-    return loss, dict(imag, value=value[:-1]), metrics
+    return loss, dict(imag, value=value), metrics
+
+  def _returns(self, feat, reward, pcont):
+    """Value estimates of imagined states, as `--behavior` chooses.
+
+    Args:
+      feat: imagined features [H, N, F].
+      reward, pcont: of these states, [H, N].
+
+    Returns:
+      V_lambda and the value model's v [H-1, N]; or V_R [H, N] and None.
+    """
+    if self._c.behavior == 'actor':  # V_R, Eq. 4; it stops where episodes do
+      chance = pcont / self._c.discount if self._c.pcont else 1.0
+      chance *= tf.ones_like(reward)
+      zeros = tf.zeros_like(reward)
+      return tools.lambda_return(reward, zeros, chance, None, 1.0, 0), None
+    value = self._value(feat).mean()
+    returns = tools.lambda_return(  # Eq. 6
+      reward[:-1],
+      value[:-1],
+      pcont[:-1],
+      bootstrap=value[-1],
+      lambda_=self._c.disclam,
+      axis=0,
+    )
+    return returns, value[:-1]
 
   def _value_loss(self, value, returns, weights):
     """Objective of the value model (Eq. 8), up to a constant.
@@ -920,8 +1049,14 @@ class Dreamer(tf.Module):
     self._logger.scalars(step, dict(metrics, updates=self.updates), 'agent/')
     if images and self._c.log_images:
       batch = next(load_dataset(self._datadir, self._c, self.updates))
-      video = self.open_loop({k: v[:6] for k, v in batch.items()})
-      self._logger.video(step, 'agent/openl', video.numpy())
+      batch = {k: v[:6] for k, v in batch.items()}
+      if '_decode' in self._networks:
+        video = self.open_loop(batch).numpy()
+        self._logger.video(step, 'agent/openl', video)
+      else:
+        curves = [x.numpy() for x in self.open_loop_rewards(batch)]
+        picture = tools.plot_rewards(*curves)
+        self._logger.video(step, 'agent/openl_reward', picture[None, None])
     self._logger.flush()
 
   @tf.function
@@ -935,17 +1070,33 @@ class Dreamer(tf.Module):
       Video in [0, 1], float32 [B, T, 3 * 64, 64, 3]: truth, model, error.
     """
     data = preprocess(data, self._c)
+    model = self._decode(self._predict(data)).mean() + 0.5
+    truth = data['image'] + 0.5
+    error = (model - truth + 1.0) / 2.0
+    return tf.concat([truth, model, error], 2)
+
+  @tf.function
+  def open_loop_rewards(self, data):
+    """As `open_loop`, where there is no decoder: true and predicted rewards.
+
+    Args:
+      data: batch of `load_dataset`, [B, T, ...].
+
+    Returns:
+      Two float32 [B, T], as the model sees rewards.
+    """
+    data = preprocess(data, self._c)
+    return data['reward'], self._reward(self._predict(data)).mean()
+
+  def _predict(self, data):
+    """Features [B, T, F] from 5 images of context and the actions alone."""
     context = min(5, data['action'].shape[1] - 1)
     embed = self._encode(dict(image=data['image'][:, :context]))
     action = data['action']
     post, _ = self._dynamics.observe(embed, action[:, :context])
     last = {k: v[:, -1] for k, v in post.items()}
     prior = self._dynamics.imagine(action[:, context:], last)
-    feat = [self._dynamics.get_feat(x) for x in (post, prior)]
-    model = self._decode(tf.concat(feat, 1)).mean() + 0.5
-    truth = data['image'] + 0.5
-    error = (model - truth + 1.0) / 2.0
-    return tf.concat([truth, model, error], 2)
+    return tf.concat([self._dynamics.get_feat(x) for x in (post, prior)], 1)
 
 
 def watch(variables):
@@ -1099,6 +1250,7 @@ def setup_logdir(config):
   path = logdir / 'config.json'
   if path.exists():
     _check_resume(config, _read_config(path)['config'])
+    write_config(config)
     return
   others = sorted({p.name for p in logdir.iterdir()} - {'episodes'})
   if others:
@@ -1125,6 +1277,7 @@ def write_config(config):
   path = config.logdir / 'config.json'
   now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
   record = _read_config(path) if path.exists() else dict(started=now)
+  record['method'] = method_name(config)
   record['config'] = {k: _plain(v) for k, v in config.items()}
   record['versions'] = versions()
   with tools.atomic_write(path) as file:
@@ -1297,7 +1450,10 @@ class _Saver:
 
 
 def _announce(config, policy, logger):
-  logger.say(f'Logdir {config.logdir}, task {config.task}, dtypes {policy}.')
+  logger.say(
+    f'Logdir {config.logdir}, task {config.task}, method '
+    f'{method_name(config)}, dtypes {policy}.'
+  )
   defaults = define_config()
   changed = [
     f'{k}={v}'
@@ -1314,6 +1470,11 @@ def resolve_actions(config, actspace):
   kind, dist, expl = 'continuous', 'tanh_normal', 'additive_gaussian'
   if discrete:
     kind, dist, expl = 'discrete', 'onehot', 'epsilon_greedy'
+  if discrete and config.behavior == 'planning':
+    raise tools.UserError(
+      f'{config.task} has discrete actions, and --behavior planning needs '
+      'continuous ones; choose actor_critic or actor'
+    )
   if config.action_dist not in ('auto', dist):
     raise tools.UserError(
       f'{config.task} has {kind} actions: --action_dist is {dist} there, '

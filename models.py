@@ -452,3 +452,24 @@ class ActionDecoder(keras.layers.Layer):
       tfd.Normal(mean, std), tools.TanhBijector()
     )
     return tools.SampleDist(tfd.Independent(dist, 1))
+
+
+class StateModel(keras.layers.Layer):
+  """State model q(s_t | o_t) (Eq. 11): a Gaussian over features.
+
+  The convolutions below it are the encoder's.
+
+  Args:
+    size: F, length of a feature.
+    units, act: the hidden layer.
+  """
+
+  def __init__(self, size, units, act='elu', **kwargs):
+    super().__init__(**kwargs)
+    self._hidden = Dense(units, act, name='h1')
+    self._out = Dense(2 * size, name='out')
+
+  def call(self, embed):
+    """(mean, std), float32 [..., F] each, for embeddings [..., E]."""
+    mean, std = tf.split(_apply([self._hidden, self._out], embed), 2, -1)
+    return mean, tf.nn.softplus(std) + 0.1

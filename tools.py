@@ -170,6 +170,70 @@ def lambda_return(reward, value, pcont, bootstrap, lambda_, axis):
   return tf.transpose(returns, order)
 
 
+def contrast(state, mean, std, mask=None):
+  """J_S of Eq. 11 plus ln of the number of images that it chooses among.
+
+      ln q(s_i | o_i) - ln( 1/K sum_j q(s_i | o_j) )
+
+  It bounds the mutual information of states and images from below: 0 where
+  images tell nothing, at most ln K. Costs two products [N, F] x [F, N] and
+  4 N^2 bytes for each of a few matrices (25 MB at 2,500 images).
+
+  Args:
+    state: s_i, float32 [N, F].
+    mean, std: of q(. | o_j), float32 [N, F] each.
+    mask: bool [N, N], which o_j each s_i is held against; None for all. Its
+      diagonal is true.
+
+  Returns:
+    float32 [N].
+  """
+  precision = 1.0 / tf.square(std)
+  square = tf.matmul(tf.square(state), precision, transpose_b=True)
+  product = tf.matmul(state, mean * precision, transpose_b=True)
+  image = tf.square(mean) * precision + 2.0 * tf.math.log(std)
+  scores = product - 0.5 * (square + tf.reduce_sum(image, -1))
+  count = tf.cast(tf.shape(scores)[1], tf.float32)
+  if mask is not None:
+    scores = tf.where(mask, scores, -np.inf)
+    count = tf.reduce_sum(tf.cast(mask, tf.float32), -1)
+  total = tf.reduce_logsumexp(scores, -1)
+  return tf.linalg.diag_part(scores) - total + tf.math.log(count)
+
+
+def cross_entropy_method(score, shape, candidates, best, iterations, seed):
+  """Plans actions in [-1, 1], as PlaNet does (Hafner et al., 2018).
+
+  Draws candidates from a Gaussian, at first the standard one, and fits the
+  Gaussian to the best of them, again and again.
+
+  Args:
+    score: function from actions [E, N, H, A] to expected returns [E, N].
+    shape: (E, H, A).
+    candidates: N.
+    best: how many of them the Gaussian is fitted to.
+    iterations: number of fits.
+    seed: int32 [2].
+
+  Returns:
+    The mean of the last Gaussian, float32 [E, H, A].
+  """
+
+  def fit(gaussian, seed):
+    mean, std = (x[:, None] for x in gaussian)
+    size = tf.concat([shape[:1], [candidates], shape[1:]], 0)
+    noise = tf.random.stateless_normal(size, seed)
+    actions = tf.clip_by_value(mean + std * noise, -1.0, 1.0)
+    index = tf.math.top_k(score(actions), best).indices
+    actions = tf.gather(actions, index, batch_dims=1)
+    mean, variance = tf.nn.moments(actions, 1)
+    return mean, tf.sqrt(variance)
+
+  seeds = tf.random.experimental.stateless_split(seed, iterations)
+  means, _ = static_scan(fit, seeds, (tf.zeros(shape), tf.ones(shape)))
+  return means[-1]
+
+
 # --- Randomness and distributions -------------------------------------------
 
 
@@ -665,6 +729,23 @@ def encode_gif(frames, fps):
   buffer = io.BytesIO()
   imageio.imwrite(buffer, frames, extension='.gif', loop=0, duration=1000 / fps)
   return buffer.getvalue()
+
+
+def plot_rewards(truth, model, context=5):
+  """Draws rewards [B, T], true and predicted, as an image uint8 [H, W, 3]."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(2.4 * len(truth), 2), layout='constrained')
+  canvas = FigureCanvasAgg(figure)
+  axes = figure.subplots(1, len(truth), sharey=True, squeeze=False)[0]
+  for axis, true, predicted in zip(axes, truth, model, strict=True):
+    axis.plot(true, label='true')
+    axis.plot(predicted, label='model')
+    axis.axvline(context - 0.5, color='gray', linewidth=0.8)  # then imagined
+  axes[0].legend(loc='best', fontsize='small')
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def video_summary(name, video, step=None, fps=20):

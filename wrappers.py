@@ -402,9 +402,8 @@ class Atari:
   def reset(self):
     if not self._goes_on:
       self._ale.reset_game()
-      for _ in range(
-        self._random.randint(self._noops) + 1 if self._noops else 0
-      ):
+      frames = 1 + self._random.randint(self._noops) if self._noops else 0
+      for _ in range(frames):
         self._ale.act(0)
         if self._ale.game_over():
           self._ale.reset_game()

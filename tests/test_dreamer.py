@@ -282,7 +282,7 @@ def test_behavior_gradients_beside_a_plain_loop(tmp_path):
   def gradients(losses):
     with tf.GradientTape(persistent=True) as tape:
       results = losses()
-    opts = (agent._actor_opt, agent._value_opt)
+    opts = (agent._opts['actor'], agent._opts['value'])
     for loss, opt in zip(results, opts, strict=True):
       grads = tape.gradient(loss, [v.value for v in opt.variables])
       yield tf.concat([tf.reshape(g, [-1]) for g in grads], 0).numpy()
@@ -322,8 +322,8 @@ def test_xla_computes_the_same(tmp_path, monkeypatch):
 def test_each_loss_moves_its_own_networks(tmp_path):
   agent = make_agent(tmp_path)
   batch = batch_of(agent)
-  opts = {'model': agent._model_opt, 'actor': agent._actor_opt}
-  opts['value'] = agent._value_opt
+  opts = {'model': agent._opts['model'], 'actor': agent._opts['actor']}
+  opts['value'] = agent._opts['value']
   rates = {k: float(o.optimizer.learning_rate) for k, o in opts.items()}
   for name in opts:
     for other, opt in opts.items():
@@ -337,7 +337,7 @@ def test_each_loss_moves_its_own_networks(tmp_path):
 
 def test_acting_and_evaluating_move_nothing(tmp_path):
   agent = make_agent(tmp_path)
-  before = weights(agent._model_opt) + weights(agent._actor_opt)
+  before = weights(agent._opts['model']) + weights(agent._opts['actor'])
   image = np.zeros((2, 64, 64, 3), np.uint8)
   reset = np.array([True, True])
   state = None
@@ -348,7 +348,7 @@ def test_acting_and_evaluating_move_nothing(tmp_path):
   assert (np.abs(action) <= 1).all()
   assert agent.step == 0
   assert agent.updates == 0
-  after = weights(agent._model_opt) + weights(agent._actor_opt)
+  after = weights(agent._opts['model']) + weights(agent._opts['actor'])
   assert all((a == b).all() for a, b in zip(before, after, strict=True))
 
 
@@ -425,7 +425,7 @@ def test_halt_ends_learning_and_what_is_due_is_remembered(tmp_path):
 
 def test_actor_delay_holds_the_actor_alone(tmp_path):
   agent = make_agent(tmp_path, actor_delay=2)
-  opts = agent._model_opt, agent._actor_opt, agent._value_opt
+  opts = agent._opts['model'], agent._opts['actor'], agent._opts['value']
   for delayed in (True, True, False):
     before = [weights(opt) for opt in opts]
     agent._update()
@@ -518,10 +518,10 @@ def test_reduced_precision_learns_finitely(tmp_path, precision, name):
   ratio = float(metrics['image_loss'] / expected['image_loss'])
   assert abs(ratio - 1) < 0.02
   assert ('model_loss_scale' in metrics) == (name == '16')
-  before = weights(agent._model_opt)
+  before = weights(agent._opts['model'])
   for _ in range(20):  # the loss scale comes down until a step is taken
     agent.train(batch)
-  assert moved(agent._model_opt, before)
+  assert moved(agent._opts['model'], before)
 
 
 def test_resume_in_another_precision(tmp_path, precision):
@@ -540,7 +540,7 @@ def test_resume_in_another_precision(tmp_path, precision):
   for _ in range(20):
     scale = first.train(batch)['model_loss_scale']
   assert scale < 2**15  # not the initial one
-  last = first._model_opt.optimizer.dynamic_scale.numpy()
+  last = first._opts['model'].optimizer.dynamic_scale.numpy()
   tools.Checkpoints(tmp_path / '16', **first.trackable()).save(1)
   same, _ = restored('16', '16')
   assert same.train(batch)['model_loss_scale'] == last
@@ -552,9 +552,9 @@ def test_resume_in_another_precision(tmp_path, precision):
       getattr(a, 'variables', []), getattr(b, 'variables', []), strict=True
     ):
       np.testing.assert_array_equal(x.numpy(), y.numpy())
-  before = weights(plain._model_opt)
+  before = weights(plain._opts['model'])
   assert 'model_loss_scale' not in plain.train(batch)
-  assert moved(plain._model_opt, before)
+  assert moved(plain._opts['model'], before)
   saver.save(2)
   back, _ = restored('16', '16')
   assert np.isfinite(float(back.train(batch)['model_loss']))

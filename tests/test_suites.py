@@ -85,8 +85,8 @@ def test_all_actions():
   assert wrappers.Atari('pong', all_actions=True).action_space.n == 18
 
 
-def play(seed, steps=100, **kwargs):
-  env = wrappers.Atari('breakout', seed=seed, **kwargs)
+def play(seed, steps=100):
+  env = wrappers.Atari('breakout', noops=0, seed=seed)
   rng = np.random.default_rng(0)
   images = [env.reset()['image']]
   for _ in range(steps):
