@@ -673,7 +673,7 @@ class Dreamer(tf.Module):
   def _plan(self, latent, seed):
     """The first action of a plan by imagined rewards, as PlaNet acts."""
     c = self._c
-    count = tf.shape(latent['deter'])[0]
+    count = latent['deter'].shape[0]
     starts = {k: tf.repeat(v, c.plan_candidates, 0) for k, v in latent.items()}
     seeds = tf.random.experimental.stateless_split(seed, c.plan_horizon + 1)
 

@@ -219,10 +219,11 @@ def cross_entropy_method(score, shape, candidates, best, iterations, seed):
     The mean of the last Gaussian, float32 [E, H, A].
   """
 
+  envs, *rest = shape
+
   def fit(gaussian, seed):
     mean, std = (x[:, None] for x in gaussian)
-    size = tf.concat([shape[:1], [candidates], shape[1:]], 0)
-    noise = tf.random.stateless_normal(size, seed)
+    noise = tf.random.stateless_normal([envs, candidates, *rest], seed)
     actions = tf.clip_by_value(mean + std * noise, -1.0, 1.0)
     index = tf.math.top_k(score(actions), best).indices
     actions = tf.gather(actions, index, batch_dims=1)

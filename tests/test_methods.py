@@ -1,0 +1,303 @@
+"""Representations and behaviors: what the paper compares (Figures 4, 7, 8)."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
+import gym
+import keras
+import numpy as np
+import scipy.special
+import scipy.stats
+import tensorflow as tf
+import tools
+import wrappers
+from tensorflow_probability import distributions as tfd
+
+SMALL = {
+  'deter_size': 8,
+  'stoch_size': 3,
+  'num_units': 8,
+  'cnn_depth': 2,
+  'batch_size': 2,
+  'batch_length': 6,
+  'horizon': 4,
+  'plan_horizon': 5,
+  'plan_candidates': 20,
+  'plan_best': 4,
+  'plan_iterations': 3,
+}
+
+
+def make_agent(folder, **changes):
+  keras.utils.set_random_seed(0)
+  config = dreamer.define_config()
+  config.update(SMALL, logdir=pathlib.Path(folder), **changes)
+  datadir = config.logdir / 'episodes'
+  rng = np.random.default_rng(0)
+  episode = {
+    'image': rng.integers(0, 256, (12, 64, 64, 3), dtype=np.uint8),
+    'action': rng.uniform(-1, 1, (12, 2)).astype(np.float32),
+    'reward': rng.uniform(0, 1, 12).astype(np.float32),
+    'discount': np.ones(12, np.float32),
+  }
+  tools.save_episodes(datadir, [episode] * 2)
+  space = gym.spaces.Box(-1, 1, (2,), np.float32)
+  return dreamer.Dreamer(config, datadir, space)
+
+
+def batch_of(agent):
+  return next(dreamer.load_dataset(agent._datadir, agent._c))
+
+
+# --- Contrastive objective ----------------------------------------------------
+
+
+def random_contrast(count=7, size=4, seed=0):
+  rng = np.random.default_rng(seed)
+  state = rng.normal(size=(count, size))
+  mean = state + 0.5 * rng.normal(size=(count, size))
+  std = rng.uniform(0.3, 2, (count, size))
+  return state, mean, std
+
+
+def contrast_by_loops(state, mean, std, mask=None):
+  results = []
+  for i in range(len(state)):
+    scores = []
+    for j in range(len(state)):
+      if mask is None or mask[i, j]:
+        score = scipy.stats.norm.logpdf(state[i], mean[j], std[j]).sum()
+        scores.append(score)
+      if i == j:
+        own = score
+    bound = own - scipy.special.logsumexp(scores) + np.log(len(scores))
+    results.append(bound)
+  return np.array(results)
+
+
+def single(*arrays):
+  return [tf.constant(x, tf.float32) for x in arrays]
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_contrast_beside_a_double_loop(masked):
+  arrays = random_contrast()
+  mask = None
+  if masked:
+    mask = np.eye(7, dtype=bool)
+    mask[2, 5] = mask[0, 1] = mask[0, 6] = True
+  expected = contrast_by_loops(*arrays, mask)
+  actual = tools.contrast(*single(*arrays), mask)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_contrast_gradient_by_finite_differences():
+  arrays = random_contrast(5, 3)
+  tensors = single(*arrays)
+  with tf.GradientTape() as tape:
+    tape.watch(tensors)
+    loss = tf.reduce_mean(tools.contrast(*tensors))
+  for number, grad in enumerate(tape.gradient(loss, tensors)):
+    numeric = np.zeros(grad.shape)
+    for index in np.ndindex(*grad.shape):
+      for sign in (1, -1):
+        changed = [x.copy() for x in arrays]
+        changed[number][index] += sign * 1e-5
+        numeric[index] += sign * contrast_by_loops(*changed).mean() / 2e-5
+    np.testing.assert_allclose(grad, numeric, atol=1e-3)
+
+
+def test_contrast_without_information_and_with_all():
+  state, mean, std = random_contrast(50, 3)
+  same = np.zeros_like(mean), np.ones_like(std)
+  np.testing.assert_allclose(
+    tools.contrast(*single(state, *same)), 0, atol=1e-5
+  )
+  independent = np.random.default_rng(1).normal(size=mean.shape)
+  assert tf.reduce_mean(tools.contrast(*single(state, independent, std))) <= 0
+  apart = 100.0 * np.arange(50)[:, None] + np.zeros((50, 3))
+  known = tools.contrast(*single(apart, apart, np.ones_like(std)))
+  np.testing.assert_allclose(known, np.log(50), rtol=1e-5)
+
+
+def test_negatives(tmp_path):
+  agent = make_agent(tmp_path, representation='contrastive')
+  assert agent._negatives(2, 3) is None
+  agent._c.contrast = 'time'
+  block = np.kron(np.eye(2), np.ones((3, 3))).astype(bool)
+  assert (agent._negatives(2, 3) == block).all()
+  agent._c.update(contrast='window', contrast_window=1)
+  near = np.abs(np.subtract.outer(np.arange(3), np.arange(3))) <= 1
+  assert (agent._negatives(2, 3) == np.kron(np.eye(2), near)).all()
+
+
+# --- Representations ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'name, terms',
+  [
+    ('reconstruction', {'image_loss', 'reward_loss'}),
+    ('contrastive', {'state_loss', 'reward_loss'}),
+    ('reward', {'reward_loss'}),
+  ],
+)
+def test_representation(tmp_path, name, terms):
+  """Each has its terms and networks, trains, and shows its predictions."""
+  agent = make_agent(tmp_path, representation=name)
+  losses = {'image_loss', 'state_loss', 'reward_loss'}
+  encoder = [v.numpy().copy() for v in agent._encode.variables]
+  metrics = agent.train(batch_of(agent))
+  assert losses & set(metrics) == terms
+  total = sum(float(metrics[k]) for k in terms)
+  assert np.isclose(metrics['model_loss'], total + max(metrics['div'], 3))
+  after = [v.numpy() for v in agent._encode.variables]
+  assert any((a != b).any() for a, b in zip(encoder, after, strict=True))
+  assert hasattr(agent, '_decode') == (name == 'reconstruction')
+  assert hasattr(agent, '_state') == (name == 'contrastive')
+  if name != 'reconstruction':
+    truth, model = agent.open_loop_rewards(batch_of(agent))
+    np.testing.assert_array_equal(truth, batch_of(agent)['reward'])
+    assert model.shape == truth.shape
+    picture = tools.plot_rewards(truth.numpy(), model.numpy())
+    assert picture.dtype == np.uint8 and picture.shape[2] == 3
+    assert picture.std() > 5
+
+
+def test_state_model_learns_to_tell_images_apart(tmp_path):
+  agent = make_agent(
+    tmp_path,
+    **dict(representation='contrastive', kl_scale=0.0, model_lr=1e-2),
+  )
+  agent._set_learning_rates()
+  batch = batch_of(agent)
+  bounds = [-float(agent.train(batch)['state_loss']) for _ in range(60)]
+  assert bounds[0] < 0.5 and bounds[-1] > 1.5  # of ln 12 = 2.48
+
+
+# --- Behaviors ----------------------------------------------------------------
+
+
+def test_v_r_is_the_sum_of_rewards_to_the_horizon(tmp_path):
+  agent = make_agent(tmp_path, behavior='actor')
+  reward = tf.constant([[1.0, 2.0], [3.0, 5.0], [7.0, 11.0]])
+  returns, value = agent._returns(None, reward, 0.99 * tf.ones([3, 2]))
+  np.testing.assert_allclose(returns, [[11, 18], [10, 16], [7, 11]])
+  assert value is None
+  agent._c.pcont = True  # predicted discounts: the second state is the last
+  pcont = 0.99 * tf.constant([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
+  returns, _ = agent._returns(None, reward, pcont)
+  np.testing.assert_allclose(returns, [[4, 18], [3, 16], [7, 11]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'behavior, opts',
+  [
+    ('actor_critic', {'model', 'actor', 'value'}),
+    ('actor', {'model', 'actor'}),
+    ('planning', {'model'}),
+  ],
+)
+def test_behavior_trains_what_it_has(tmp_path, behavior, opts):
+  agent = make_agent(tmp_path, behavior=behavior)
+  assert set(agent.count_parameters()) == opts
+  before = {
+    name: [v.numpy().copy() for v in opt.variables]
+    for name, opt in agent._opts.items()
+  }
+  metrics = agent.train(batch_of(agent))
+  assert {k[: -len('_grad_norm')] for k in metrics if 'grad_norm' in k} == opts
+  for name, opt in agent._opts.items():
+    pairs = zip(opt.variables, before[name], strict=True)
+    assert any((v.numpy() != old).any() for v, old in pairs), name
+  obs = {'image': batch_of(agent)['image'][:, 0]}
+  action, state = agent(obs, np.ones(2, bool), training=False)
+  action, _ = agent(obs, np.zeros(2, bool), state, training=False)
+  assert action.shape == (2, 2) and abs(action).max() <= 1
+
+
+def test_planning_beside_the_optimum_of_a_linear_quadratic_task():
+  """x' = x + a / 2 from several starts; the optimum solves a linear system."""
+  start = np.array([0.7, -0.4, 0.0], np.float32)
+  horizon, cost = 6, 0.3
+  reach = 0.5 * np.tril(np.ones((horizon, horizon)))
+  hessian = reach.T @ reach + cost * np.eye(horizon)
+  optimum = [-np.linalg.solve(hessian, reach.T.sum(1) * x) for x in start]
+  assert np.abs(optimum).max() < 1  # the bounds do not matter
+
+  def score(actions):
+    x = start[:, None, None] + tf.cumsum(0.5 * actions[..., 0], -1)
+    effort = tf.reduce_sum(actions[..., 0] ** 2, -1)
+    return -tf.reduce_sum(x**2, -1) - cost * effort
+
+  plan = tools.cross_entropy_method(
+    score, [3, horizon, 1], 1000, 100, 10, tf.constant([1, 2])
+  )
+  np.testing.assert_allclose(plan[..., 0], optimum, atol=0.05)
+  few = tools.cross_entropy_method(
+    score, [3, horizon, 1], 1000, 100, 1, tf.constant([1, 2])
+  )
+  assert np.abs(few[..., 0] - optimum).max() > 0.1  # it takes iterations
+
+
+def test_plans_by_the_world_model(tmp_path):
+  """Where the reward is the first action, planning finds its bound."""
+  agent = make_agent(
+    tmp_path,
+    **dict(behavior='planning', plan_candidates=200, plan_iterations=8),
+  )
+  imagine = agent._dynamics.imagine
+  seen = []
+
+  def imagine_actions(action, state, seed):
+    seen.append(action.shape)
+    result = imagine(action, state, seed)
+    return dict(result, stoch=tf.repeat(action[..., :1], 3, -1))
+
+  agent._dynamics.imagine = imagine_actions
+  agent._reward = lambda feat: tfd.Normal(feat[..., 0], 1.0)
+  action = agent._plan(agent._dynamics.initial(3), tf.constant([3, 4]))
+  assert action.shape == (3, 2) and seen[0] == (600, 5, 2)
+  assert (action.numpy()[:, 0] > 0.8).all()
+
+
+def test_planning_needs_continuous_actions():
+  config = dreamer.define_config('toy_catch')
+  config.behavior = 'planning'
+  with pytest.raises(tools.UserError, match='planning needs'):
+    dreamer.resolve_actions(config, wrappers.OneHotBox(3))
+
+
+@pytest.mark.parametrize(
+  'flags, name',
+  [
+    ({}, 'dreamer'),
+    ({'representation': 'contrastive'}, 'dreamer-contrastive'),
+    ({'representation': 'reward'}, 'dreamer-reward'),
+    ({'behavior': 'actor'}, 'dreamer-actor'),
+    ({'behavior': 'planning'}, 'planet'),
+    ({'behavior': 'planning', 'representation': 'reward'}, 'planet-reward'),
+  ],
+)
+def test_runs_name_their_method(tmp_path, flags, name):
+  config = dreamer.define_config()
+  config.update(flags, logdir=tmp_path / 'run')
+  dreamer.setup_logdir(config)
+  record = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert record['method'] == name
+  config.update(representation='contrastive', behavior='actor')
+  with pytest.raises(tools.UserError, match='--representation|--behavior'):
+    dreamer.setup_logdir(config)
+
+
+def test_bad_plans_are_refused(tmp_path):
+  flags = [f'--logdir={tmp_path}', '--behavior=planning']
+  with pytest.raises(tools.UserError, match='--plan_candidates is at least'):
+    dreamer.parse_flags([*flags, '--plan_candidates=50'])
+  with pytest.raises(tools.UserError, match='--representation is one of'):
+    dreamer.parse_flags([*flags, '--representation=contrast'])
