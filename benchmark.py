@@ -33,6 +33,7 @@ ERRORS = (
   *(wrappers.RenderError, wrappers.WorkerError),
 )
 PARTS = ('startup', 'train', 'policy', 'replay', 'env', 'memory')
+FLAGS = ('task', 'preset', 'precision', 'representation', 'behavior')
 EPISODES = 5  # of random actions, which all parts learn from
 
 
@@ -78,7 +79,7 @@ def startup(config, repeats):
 
 def _first_update(config, logdir):
   words = [sys.executable, str(pathlib.Path(dreamer.__file__)), '--prefill=0']
-  words += [f'--{k}={config[k]}' for k in ('task', 'preset', 'precision')]
+  words += [f'--{k}={config[k]}' for k in FLAGS]
   start = time.perf_counter()
   process = subprocess.Popen(
     [*words, f'--logdir={logdir}'], stdout=subprocess.PIPE, text=True
@@ -98,12 +99,13 @@ def train(config, repeats):
   agent = _agent(config)
   batch = next(dreamer.load_dataset(config.logdir / 'episodes', config))
   times = median(lambda: agent.train(batch)['model_loss'].numpy(), repeats)
-  floor = update_flops(agent, config) / 1e9
   split, spread = {}, {}
   for name, work in _pieces(agent, batch, config).items():
     middle, low, high = median(lambda f=work: _wait(f()), repeats)
     split[name], spread[name] = middle, [low, high]
-  figures = dict(update_s=times[0], update_split_s=split, update_gflop=floor)
+  figures = dict(update_s=times[0], update_split_s=split)
+  if dreamer.method_name(config) == 'dreamer':
+    figures['update_gflop'] = update_flops(agent, config) / 1e9
   return figures, dict(update_s=times[1:], update_split_s=spread)
 
 
@@ -130,8 +132,6 @@ def _pieces(agent, batch, config):
   action = data['action']
   _, post, _ = agent._model_loss(data)
   feat = agent._dynamics.get_feat(post)
-  _, imag, _ = agent._actor_loss(post)
-  dream, _ = agent._imagine(post)
 
   def gradient(loss, nets, *inputs):
     """A function for the gradients by the weights of `nets` and `inputs`."""
@@ -155,28 +155,40 @@ def _pieces(agent, batch, config):
     states = agent._dynamics.observe(embed, action)
     return sum(tf.reduce_sum(s[k]) for s in states for k in ('mean', 'std'))
 
-  def decode(feat):
-    like = agent._decode(feat).log_prob(data['image'])
-    return -tf.reduce_mean(like + agent._reward(feat).log_prob(data['reward']))
+  def heads(feat):
+    terms = agent._image_term(feat, embed, data)
+    terms['reward'] = agent._reward(feat).log_prob(data['reward'])
+    return -sum(tf.reduce_mean(term) for term in terms.values())
 
-  def value():  # the forward pass is shared with the actor's loss
-    given = {k: v for k, v in imag.items() if k != 'value'}
-    return agent._value_loss(agent._value(dream)[:-1].mean(), **given)[0]
+  def nets(*names):  # those that this representation and behavior have
+    return [getattr(agent, n) for n in names if n in agent._networks]
 
-  opts = (agent._opts['model'], agent._opts['actor'], agent._opts['value'])
+  opts = list(agent._opts.values())
   zeros = [[tf.zeros(v.shape) for v in opt.variables] for opt in opts]
-  return {
-    'encoder': gradient(encode, [agent._encode]),
-    'observe': gradient(observe, [agent._dynamics], embed),
-    'decoder_heads': gradient(decode, [agent._decode, agent._reward], feat),
-    'imagination_actor': gradient(
-      lambda: agent._actor_loss(post)[0], [agent._actor]
+  pieces = {
+    'encoder': gradient(encode, nets('_encode')),
+    'observe': gradient(observe, nets('_dynamics'), embed),
+    'decoder_heads': gradient(
+      heads, nets('_decode', '_state', '_reward'), feat
     ),
-    'value': gradient(value, [agent._value]),
     'optimizers': tf.function(
       lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)]
     ),
   }
+  if nets('_actor'):
+    pieces['imagination_actor'] = gradient(
+      lambda: agent._actor_loss(post)[0], nets('_actor')
+    )
+  if nets('_value'):
+    imag = agent._actor_loss(post)[1]
+    dream = agent._imagine(post)[0]
+
+    def value():  # the forward pass is shared with the actor's loss
+      given = {k: v for k, v in imag.items() if k != 'value'}
+      return agent._value_loss(agent._value(dream)[:-1].mean(), **given)[0]
+
+    pieces['value'] = gradient(value, nets('_value'))
+  return pieces
 
 
 def update_flops(agent, config):
@@ -358,6 +370,8 @@ def main(argv=None):
   parser.add_argument('--preset', default='release')
   parser.add_argument('--task', default='dmc_walker_walk')
   parser.add_argument('--precision', default='auto')
+  parser.add_argument('--representation', default='reconstruction')
+  parser.add_argument('--behavior', default='actor_critic')
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--work', nargs=2, help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
@@ -369,8 +383,7 @@ def main(argv=None):
     parser.error(f'cannot write --json {args.json}')
   with tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
-    flags = dict(task=args.task, preset=args.preset, precision=args.precision)
-    words = [f'--{key}={value}' for key, value in flags.items()]
+    words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]
     try:
       config = dreamer.parse_flags([*words, f'--logdir={logdir}'])
       if args.work:

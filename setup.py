@@ -42,6 +42,7 @@ setuptools.setup(
     'numpy>=2,<3',
     'imageio>=2.38,<3',
     'pillow>=11',
+    'matplotlib>=3.9,<4',
     'tqdm>=4.66,<5',
     'tensorboard>=2.18,<2.22',
   ],
