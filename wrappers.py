@@ -514,7 +514,7 @@ _LAB30 = (
   *('lasertag_one_opponent_large', 'lasertag_one_opponent_small'),
   *('lasertag_three_opponents_large', 'lasertag_three_opponents_small'),
   *('natlab_fixed_large_map', 'natlab_varying_map_randomized'),
-  *('natlab_varying_map_regrowth', 'platforms_hard', 'platforms_random'),
+  'natlab_varying_map_regrowth',
   *('psychlab_arbitrary_visuomotor_mapping', 'psychlab_continuous_recognition'),
   *('psychlab_sequential_comparison', 'psychlab_visual_search'),
   *('rooms_collect_good_objects_train', 'rooms_collect_good_objects_test'),

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -18,6 +20,7 @@ import tools
 import wrappers
 from tensorflow_probability import distributions as tfd
 
+ROOT = pathlib.Path(dreamer.__file__).parent
 SMALL = {
   'deter_size': 8,
   'stoch_size': 3,
@@ -219,6 +222,8 @@ def test_behavior_trains_what_it_has(tmp_path, behavior, opts):
   action, state = agent(obs, np.ones(2, bool), training=False)
   action, _ = agent(obs, np.zeros(2, bool), state, training=False)
   assert action.shape == (2, 2) and abs(action).max() <= 1
+  assert agent.policy.experimental_get_tracing_count() == 1
+  assert agent.train.experimental_get_tracing_count() == 1
 
 
 def test_planning_beside_the_optimum_of_a_linear_quadratic_task():
@@ -293,6 +298,28 @@ def test_runs_name_their_method(tmp_path, flags, name):
   config.update(representation='contrastive', behavior='actor')
   with pytest.raises(tools.UserError, match='--representation|--behavior'):
     dreamer.setup_logdir(config)
+
+
+def test_whole_run_without_decoder_and_value(tmp_path):
+  """Runs, logs curves of rewards, and resumes; in real processes."""
+  logdir = tmp_path / 'run'
+  command = [sys.executable, str(ROOT / 'dreamer.py'), f'--logdir={logdir}']
+  command += ['--preset=debug', '--task=toy_reach', '--behavior=actor']
+  command += ['--representation=contrastive', '--precision=32']
+  name = 'method dreamer-actor-contrastive'
+  for steps, words in ((600, name), (800, 'Resumed')):
+    result = subprocess.run(
+      [*command, f'--steps={steps}'], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert words in result.stdout
+  events = [
+    value.tag
+    for path in logdir.glob('events.*')
+    for event in tf.compat.v1.train.summary_iterator(str(path))
+    for value in event.summary.value
+  ]
+  assert 'agent/openl_reward' in events and 'agent/openl' not in events
 
 
 def test_bad_plans_are_refused(tmp_path):

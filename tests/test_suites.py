@@ -513,6 +513,7 @@ def test_lab_levels(lab):
     'contributed/dmlab30/rooms_watermaze'
   )
   assert wrappers.lab_level('lt_chasm') == 'lt_chasm'
+  assert len(set(wrappers._LAB30)) == 30 + 2  # with the two held-out levels
 
 
 def test_resizing_keeps_the_mean():
