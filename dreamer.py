@@ -671,7 +671,15 @@ class Dreamer(tf.Module):
     return dist.mode(seed=seed)
 
   def _plan(self, latent, seed):
-    """The first action of a plan by imagined rewards, as PlaNet acts."""
+    """The first action of a plan by imagined rewards, as PlaNet acts.
+
+    Args:
+      latent: model states {...: [E, ...]}.
+      seed: int32 [2].
+
+    Returns:
+      Actions [E, A] in [-1, 1].
+    """
     c = self._c
     count = latent['deter'].shape[0]
     starts = {k: tf.repeat(v, c.plan_candidates, 0) for k, v in latent.items()}

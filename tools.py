@@ -218,7 +218,6 @@ def cross_entropy_method(score, shape, candidates, best, iterations, seed):
   Returns:
     The mean of the last Gaussian, float32 [E, H, A].
   """
-
   envs, *rest = shape
 
   def fit(gaussian, seed):
@@ -733,7 +732,10 @@ def encode_gif(frames, fps):
 
 
 def plot_rewards(truth, model, context=5):
-  """Draws rewards [B, T], true and predicted, as an image uint8 [H, W, 3]."""
+  """Draws rewards [B, T], true and predicted, as an image uint8 [H, W, 3].
+
+  A line marks where the `context` agent steps with images end.
+  """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 

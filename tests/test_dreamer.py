@@ -893,15 +893,11 @@ def test_true_score_is_logged_though_the_model_sees_tanh(tmp_path):
   np.testing.assert_allclose(seen, np.tanh(5), rtol=1e-6)
 
 
-def test_learns_toy_catch(tmp_path):
-  """One-hot actions, early ends and predicted discounts, all at once.
-
-  A random policy catches a third of the balls (return -0.33); the best all.
-  """
-  logdir = tmp_path / 'run'
+def train_toy(logdir, task, steps):
+  """A whole run of a toy task in a process of its own."""
   process = subprocess.run(
     command(
-      *(logdir, '--task', 'toy_catch', '--seed', '0', '--steps', '5500'),
+      *(logdir, '--task', task, '--seed', '0', '--steps', str(steps)),
       *('--precision', '32', '--log_images', 'False'),
     ),
     capture_output=True,
@@ -909,6 +905,15 @@ def test_learns_toy_catch(tmp_path):
     timeout=900,
   )
   assert process.returncode == 0, process.stderr
+
+
+def test_learns_toy_catch(tmp_path):
+  """One-hot actions, early ends and predicted discounts, all at once.
+
+  A random policy catches a third of the balls (return -0.33); the best all.
+  """
+  logdir = tmp_path / 'run'
+  train_toy(logdir, 'toy_catch', 5500)
   train = [
     x['train/return'] for x in read_metrics(logdir) if 'train/return' in x
   ]
@@ -944,16 +949,7 @@ def test_learns_toy_reach(tmp_path):
   best policy 47. This run ended at 40 to 42 with seeds 0 to 3 (scores/).
   """
   logdir = tmp_path / 'run'
-  process = subprocess.run(
-    command(
-      *(logdir, '--task', 'toy_reach', '--seed', '0', '--steps', '8000'),
-      *('--precision', '32', '--log_images', 'False'),
-    ),
-    capture_output=True,
-    text=True,
-    timeout=900,
-  )
-  assert process.returncode == 0, process.stderr
+  train_toy(logdir, 'toy_reach', 8000)
   metrics = read_metrics(logdir)
   train = [x['train/return'] for x in metrics if 'train/return' in x]
   test = [x['test/return'] for x in metrics if 'test/return' in x]
