@@ -123,7 +123,7 @@ def define_flags():
         'contrast',
         ('batch', 'time', 'window'),
         'images to tell apart: of the batch, the sequence, or near in time',
-        'Eq. 11: batch',
+        'Eq. 12: batch',
       ),
       ('contrast_window', 5, 'agent steps to both sides that are near', ''),
       ('deter_size', 200, 'units of the GRU', 'release'),
@@ -916,7 +916,7 @@ class Dreamer(tf.Module):
       flat = [tf.reshape(x, [-1, x.shape[-1]]) for x in (feat, embed)]
       gaussian = self._state(flat[1])
       mask = self._negatives(*feat.shape[:2])
-      return dict(state=tools.contrast(flat[0], *gaussian, mask))  # J_S, Eq. 11
+      return dict(state=tools.contrast(flat[0], *gaussian, mask))  # J_S, Eq. 12
     return {}
 
   def _negatives(self, batch, length):

@@ -171,7 +171,7 @@ def lambda_return(reward, value, pcont, bootstrap, lambda_, axis):
 
 
 def contrast(state, mean, std, mask=None):
-  """J_S of Eq. 11 plus ln of the number of images that it chooses among.
+  """J_S of Eq. 12 plus ln of the number of images that it chooses among.
 
       ln q(s_i | o_i) - ln( 1/K sum_j q(s_i | o_j) )
 
