@@ -26,12 +26,7 @@ import numpy as np
 
 import dreamer
 import tools
-import wrappers
 
-ERRORS = (
-  *(tools.UserError, wrappers.TaskError),
-  *(wrappers.RenderError, wrappers.WorkerError),
-)
 PARTS = ('startup', 'train', 'policy', 'replay', 'env', 'memory')
 FLAGS = ('task', 'preset', 'precision', 'representation', 'behavior')
 EPISODES = 5  # of random actions, which all parts learn from
@@ -390,7 +385,7 @@ def main(argv=None):
         print(json.dumps(work(args.work[0], config, args.repeats)))
         return 0
       collect(config)
-    except ERRORS as error:
+    except dreamer.ERRORS as error:
       print(f'benchmark.py: error: {error}', file=sys.stderr)
       return 2
     report = gather(parts, words, args.repeats, logdir)

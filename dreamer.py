@@ -325,6 +325,13 @@ TASKS = {
 }
 
 VIDEO = 1000  # images of an evaluation that are logged, at most
+FORMAT = 1  # of logdirs: older code refuses those of newer
+
+# Bad input: one clear message, exit code 2.
+ERRORS = (
+  *(tools.UserError, wrappers.TaskError),
+  *(wrappers.RenderError, wrappers.WorkerError),
+)
 
 # What may not change when a run resumes: it shapes weights or the replay.
 FIXED = (
@@ -1270,14 +1277,39 @@ def setup_logdir(config):
 
 
 def _read_config(path):
+  """What `write_config` wrote; UserError if broken or of newer code."""
   try:
     record = json.loads(path.read_text())
-    return dict(record, config=dict(record['config']))
+    record = dict(record, config=dict(record['config']))
   except (ValueError, KeyError, TypeError):
     raise tools.UserError(
       f'{path} is not readable as the configuration of a run; move it away '
       'to start anew with the episodes beside it'
     ) from None
+  unknown = set(record['config']) - set(define_config())
+  if record.get('format', FORMAT) != FORMAT or unknown:
+    what = f'flags {", ".join(sorted(unknown))}' if unknown else 'format'
+    raise tools.UserError(
+      f'{path} is of another version of this code ({what}); use that version'
+    )
+  return record
+
+
+def load_config(logdir):
+  """The configuration of a run, as `define_config` gives it.
+
+  Raises:
+    UserError: the folder does not hold a run that this code can read.
+  """
+  path = pathlib.Path(logdir) / 'config.json'
+  if not path.exists():
+    raise tools.UserError(
+      f'--logdir {logdir} is not the logdir of a run: there is no config.json'
+    )
+  saved = _read_config(path)['config']
+  config = define_config(saved['task'], saved['preset'])
+  config.update(saved, logdir=pathlib.Path(logdir))
+  return config
 
 
 def write_config(config):
@@ -1285,7 +1317,7 @@ def write_config(config):
   path = config.logdir / 'config.json'
   now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
   record = _read_config(path) if path.exists() else dict(started=now)
-  record['method'] = method_name(config)
+  record.update(method=method_name(config), format=FORMAT)
   record['config'] = {k: _plain(v) for k, v in config.items()}
   record['versions'] = versions()
   with tools.atomic_write(path) as file:
@@ -1529,11 +1561,9 @@ def main(argv=None):
   except tools.Stopped:
     print('Stopped before the first update; the same command resumes.')
     return 0
-  except (tools.UserError, wrappers.TaskError, wrappers.RenderError) as error:
-    print(f'dreamer.py: error: {error}', file=sys.stderr)
-    return 2
-  except wrappers.WorkerError as error:
-    print(f'dreamer.py: error: environment: {error}', file=sys.stderr)
+  except ERRORS as error:
+    where = 'environment: ' * isinstance(error, wrappers.WorkerError)
+    print(f'dreamer.py: error: {where}{error}', file=sys.stderr)
     return 2
   except tools.NonFiniteError as error:
     print(

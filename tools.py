@@ -859,11 +859,22 @@ class Checkpoints:
     return self._manager.save(checkpoint_number=number)
 
   def restore(self):
-    """Restores the newest, all of it; returns its path, None if none."""
+    """Restores the newest, all of it; returns its path, None if none.
+
+    Raises:
+      UserError: it does not fit these objects.
+    """
     latest = self._manager.latest_checkpoint
     if latest:
-      status = self._checkpoint.restore(latest)
-      status.assert_existing_objects_matched()
+      try:
+        status = self._checkpoint.restore(latest)
+        status.assert_existing_objects_matched().expect_partial()
+      except (AssertionError, ValueError, KeyError) as error:
+        reason = str(error).partition('\n')[0][:200]
+        raise UserError(
+          f'{latest} was not made by this version of the code ({reason}); use '
+          'the version that made it, or a new logdir'
+        ) from None
     return latest
 
 

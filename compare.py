@@ -1,0 +1,601 @@
+"""Runs beside the paper's numbers: a table, and curves.
+
+    python compare.py --indir ./logdir --outdir ./plots --json compare.json
+
+Finds runs anywhere below the folders: logdirs of `dreamer.py` by their
+config.json, and the layout task/method/seed/metrics.jsonl, which the 2020
+release's plots read. Reads only. What is compared, and by which rule:
+
+- The score of a run is the mean of its evaluation returns in the window of
+  `--window` environment steps that ends at a common step: the last that every
+  seed of its task and method reached. The paper's curves are such means too.
+- It is held against the paper's Dreamer at the nearest published step: eleven
+  from 1e5 to 4.9e6 from the released curves, and 5e6 from Appendix G (which
+  gives no spread; that of 4.9e6 is used).
+- Verdict: `within` where the 95% interval of the difference of the means
+  (Welch's t, over seeds) holds zero, or the difference is below 10 of the 1000
+  that a return can reach; else `above` or `below`. No verdict with fewer than
+  3 seeds, or before 90,000 environment steps, the first published less 10%.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import sys
+
+import numpy as np
+from scipy import stats
+
+PAPER = pathlib.Path(__file__).with_name('scores') / 'paper.json'
+OTHERS = ('planet', 'd4pg', 'a3c')
+SCALE = 1000  # the largest return of a control suite task
+MARGIN = 10  # a difference in return that does not matter
+LEAST_SEEDS = 3
+LEAST_STEPS = 90_000
+FREE = ('logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every')
+
+
+class InputError(Exception):
+  """Bad input: the message says what was wrong and what to do."""
+
+
+def warn(message):
+  print(f'compare.py: warning: {message}', file=sys.stderr)
+
+
+# --- Finding and reading runs -----------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+  """One run: `scores[i]` was logged at `steps[i]`, in order of steps."""
+
+  task: str
+  method: str
+  seed: str
+  folder: pathlib.Path
+  steps: np.ndarray
+  scores: np.ndarray
+  config: dict
+
+
+def find_runs(folders, xaxis='step', yaxis='test/return'):
+  """All runs below some folders, sorted; one for each task, method and seed.
+
+  Raises:
+    InputError: a folder is missing, or there is no run in any.
+  """
+  found = {}
+  for folder in folders:
+    if not folder.is_dir():
+      raise InputError(f'--indir {folder} is not a folder')
+    for path in _run_folders(folder):
+      run = _read_run(path, xaxis, yaxis)
+      if not run:
+        continue
+      key = run.task, run.method, run.seed
+      other = found.get(key)
+      if other and other.folder != run.folder:
+        shorter, run = sorted((other, run), key=_last_step)
+        warn(f'{shorter.folder} is left out: same seed as {run.folder}')
+      found[key] = run
+  if not found:
+    raise InputError(
+      f'there is no run in {", ".join(map(str, folders))}: neither a logdir of '
+      'dreamer.py (with config.json) nor task/method/seed/metrics.jsonl'
+    )
+  return [found[key] for key in sorted(found)]
+
+
+def _last_step(run):
+  return run.steps[-1] if len(run.steps) else -1
+
+
+def _run_folders(top):
+  for folder, folders, files in os.walk(top.resolve(), followlinks=True):
+    folders.sort()
+    if 'config.json' in files or 'metrics.jsonl' in files:
+      folders.clear()
+      yield pathlib.Path(folder)
+
+
+def _read_run(folder, xaxis, yaxis):
+  """The run in a folder, None where that does not say which task it is."""
+  named = _read_config(folder / 'config.json') or _read_names(folder)
+  if not named:
+    warn(
+      f'{folder} is left out: it has no config.json of dreamer.py, and is '
+      'not called task/method/seed'
+    )
+    return None
+  steps, scores = read_metrics(folder / 'metrics.jsonl', xaxis, yaxis)
+  task, method, seed, config = named
+  task = 'dmc_cup_catch' if task == 'dmc_ball_in_cup_catch' else task
+  return Run(task, method, seed, folder, steps, scores, config)
+
+
+def _read_config(path):
+  """(task, method, seed, flags), None without a readable file.
+
+  Runs with another preset than the release's get its name after the method.
+  """
+  if not path.exists():
+    return None
+  try:
+    record = json.loads(path.read_text())
+    config = dict(record['config'])
+    method = record.get('method', 'dreamer')
+    if config.get('preset', 'release') != 'release':
+      method += f'-{config["preset"]}'
+    return config['task'], method, str(config['seed']), config
+  except (OSError, ValueError, KeyError, TypeError):
+    warn(f'{path} is not readable as the configuration of a run')
+    return None
+
+
+def _read_names(folder):
+  names = folder.parts[-3:]
+  if len(names) < 3 or not re.match(r'(dmc|atari|dmlab|gym|toy)_', names[0]):
+    return None
+  return (*names, {})
+
+
+def read_metrics(path, xaxis='step', yaxis='test/return'):
+  """Numbers of one key of a metrics.jsonl, as (x, y) sorted by x.
+
+  Lines that are not JSON (such as a half-written last one) and numbers that
+  are not finite are left out with a warning.
+  """
+  pairs, broken, infinite = [], 0, 0
+  lines = path.read_bytes().splitlines() if path.exists() else []
+  for line in lines:
+    try:
+      record = json.loads(line)
+      if yaxis not in record or xaxis not in record:
+        continue
+      pair = float(record[xaxis]), float(record[yaxis])
+    except (ValueError, TypeError):
+      broken += 1
+      continue
+    if np.isfinite(pair).all():
+      pairs.append(pair)
+    else:
+      infinite += 1
+  if broken:
+    warn(f'{path}: {broken} broken lines are left out')
+  if infinite:
+    warn(f'{path}: {infinite} numbers that are not finite are left out')
+  pairs = np.array(sorted(pairs, key=lambda pair: pair[0])).reshape(-1, 2)
+  return pairs[:, 0], pairs[:, 1]
+
+
+def select(runs, tasks, methods):
+  """Runs whose task and method match one of the regular expressions each."""
+  for name, patterns in (('tasks', tasks), ('methods', methods)):
+    key = name[:-1]
+    names = sorted({getattr(run, key) for run in runs})
+    try:
+      match = {n for n in names if any(re.search(p, n) for p in patterns)}
+    except re.error as error:
+      raise InputError(f'--{name}: {error}') from None
+    if not match:
+      raise InputError(
+        f'--{name} {" ".join(patterns)} fits none of the runs; there are '
+        + ', '.join(names)
+      )
+    runs = [run for run in runs if getattr(run, key) in match]
+  return runs
+
+
+def group_runs(runs):
+  """{(task, method): runs}; warns of flags in which they differ."""
+  groups = collections.defaultdict(list)
+  for run in runs:
+    groups[run.task, run.method].append(run)
+  for (task, method), group in groups.items():
+    configs = [run.config for run in group if run.config]
+    keys = set.intersection(*map(set, configs or [{}])) - set(FREE)
+    keys = {k for k in keys if k[:4] not in ('log_', 'eval')}
+    differ = [k for k in keys if len({str(c.get(k)) for c in configs}) > 1]
+    if differ:
+      names = ', '.join(sorted(differ))
+      warn(f'runs of {task}, {method} differ in {names}')
+  return dict(groups)
+
+
+# --- Comparing --------------------------------------------------------------
+
+
+def load_paper(path=PAPER):
+  """The paper's figures (scores/paper.json)."""
+  try:
+    return json.loads(path.read_text())
+  except OSError:
+    raise InputError(
+      f'{path} is missing: run compare.py in a clone of its repository'
+    ) from None
+
+
+def published(paper, task, steps):
+  """What the paper's Dreamer has at the published step nearest to `steps`.
+
+  Returns:
+    Dictionary of steps, mean, std (sample standard deviation over seeds),
+    seeds, source; None for a task that the paper does not have.
+  """
+  if task not in paper['final']:
+    return None
+  curve = paper['curves'][task]
+  choices = [*curve['steps'], paper['methods']['dreamer']['steps']]
+  nearest = int(np.argmin(np.abs(np.array(choices) - steps)))
+  index = min(nearest, len(curve['steps']) - 1)
+  final = nearest > index
+  seeds = curve['seeds'][index]
+  return dict(
+    steps=choices[nearest],
+    mean=paper['final'][task]['dreamer'] if final else curve['mean'][index],
+    std=curve['std'][index] * (seeds / (seeds - 1)) ** 0.5,
+    seeds=seeds,
+    source='Appendix G' if final else 'released curve',
+  )
+
+
+def score(run, steps, window):
+  """Mean of a run's returns in (steps - window, steps], NaN if none."""
+  inside = (run.steps > steps - window) & (run.steps <= steps)
+  return float(run.scores[inside].mean()) if inside.any() else float('nan')
+
+
+def difference(scores, reference):
+  """Ours less the paper's: (mean, half width of Welch's 95% interval)."""
+  mean = float(np.mean(scores) - reference['mean'])
+  if len(scores) < 2:
+    return mean, None
+  n, m = len(scores), reference['seeds']
+  ours, theirs = np.var(scores, ddof=1) / n, reference['std'] ** 2 / m
+  if not ours + theirs:
+    return mean, 0.0
+  freedom = (ours + theirs) ** 2 / (
+    ours**2 / (n - 1) + theirs**2 / max(1, m - 1)
+  )
+  half = stats.t.ppf(0.975, freedom) * (ours + theirs) ** 0.5
+  return mean, float(half)
+
+
+def verdict(steps, seeds, reference, mean, half):
+  """In words, by the rule at the top of this file."""
+  if not seeds:
+    return 'no evaluation yet'
+  if reference is None:
+    return 'not in the paper'
+  if steps < LEAST_STEPS:
+    return 'too few steps'
+  if seeds < LEAST_SEEDS:
+    return 'too few seeds'
+  if abs(mean) <= max(half, MARGIN):
+    return 'within'
+  return 'above' if mean > 0 else 'below'
+
+
+def compare(groups, paper, window):
+  """One row, a dictionary, for each task and method.
+
+  Args:
+    groups: from `group_runs`.
+    paper: from `load_paper`, or None to leave it out.
+    window: environment steps.
+  """
+  rows = []
+  for (task, method), runs in groups.items():
+    logged = [run for run in runs if len(run.steps)]
+    lasts = [run.steps[-1] for run in logged]
+    steps = int(min(lasts, default=0))
+    if lasts and steps < max(lasts) / 2:
+      warn(
+        f'{task}, {method}: compared at {steps} steps, where the shortest '
+        f'run is; the longest has {int(max(lasts))}'
+      )
+    scores = {run.seed: score(run, steps, window) for run in logged}
+    scores = {k: v for k, v in scores.items() if np.isfinite(v)}
+    values = list(scores.values())
+    reference = paper and published(paper, task, steps)
+    mean = half = None
+    if reference and values and steps >= LEAST_STEPS:
+      mean, half = difference(values, reference)
+    final = (paper or {}).get('final', {}).get(task, {})
+    row = dict(
+      task=task,
+      method=method,
+      steps=steps,
+      seeds=len(values),
+      scores=scores,
+      mean=float(np.mean(values)) if values else None,
+      std=float(np.std(values)) if len(values) > 1 else None,
+      paper=reference,
+      paper_final=final.get('dreamer'),
+      **{name: final.get(name) for name in OTHERS},
+      difference=mean,
+      interval=None if half is None else [mean - half, mean + half],
+      verdict=verdict(steps, len(values), reference, mean, half),
+    )
+    rows.append(row)
+  return rows
+
+
+def summarize(rows):
+  """{method: figures over its tasks that can be held against the paper}."""
+  methods = collections.defaultdict(list)
+  for row in rows:
+    if row['paper'] and row['seeds'] and row['steps'] >= LEAST_STEPS:
+      methods[row['method']].append(row)
+  return {method: _summary(group) for method, group in methods.items()}
+
+
+def _summary(rows):
+  ours = np.array([row['mean'] for row in rows])
+  paper = np.array([row['paper']['mean'] for row in rows])
+  summary = dict(
+    tasks=len(rows),
+    normalized=float(ours.mean() / SCALE),
+    paper_normalized=float(paper.mean() / SCALE),
+    share=float(np.mean(ours >= paper)),
+    iqm=None,
+    iqm_interval=None,
+  )
+  if all(row['seeds'] > 1 for row in rows):
+    samples = [np.array(list(row['scores'].values())) / SCALE for row in rows]
+    value, interval = interquartile_mean(samples)
+    summary.update(iqm=value, iqm_interval=interval)
+  return summary
+
+
+def interquartile_mean(samples):
+  """Mean of the middle half of all runs, with its 95% bootstrap interval.
+
+  Seeds are drawn again within each task, as Agarwal et al. (2021) do. (Their
+  package, rliable 1.2.0, does not import beside pandas 3.)
+
+  Args:
+    samples: for each task the scores of its runs, an array [seeds >= 2].
+
+  Returns:
+    The interquartile mean and (low, high).
+  """
+
+  def iqm(*tasks, axis=-1):
+    return stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis=axis)
+
+  result = stats.bootstrap(
+    samples, iqm, n_resamples=5000, method='percentile', rng=0
+  )
+  return float(iqm(*samples)), [float(x) for x in result.confidence_interval]
+
+
+# --- Reporting --------------------------------------------------------------
+
+
+def _number(value):
+  if value is None:
+    return '-'
+  return f'{value:.2f}' if abs(value) < 10 else f'{value:.0f}'
+
+
+def _steps(value):
+  return f'{value:.3g}'.replace('e+0', 'e').replace('e+', 'e')
+
+
+def table(rows):
+  """The rows as a Markdown table, aligned."""
+  lines = [
+    ['task', 'method', 'steps', 'seeds', 'return', 'paper, at', 'difference']
+    + ['verdict', 'paper 5e6', 'PlaNet 5e6', 'D4PG 1e8', 'A3C 1e8']
+  ]
+  for row in rows:
+    paper, result, gap = row['paper'], _number(row['mean']), '-'
+    if row['std'] is not None:
+      result += f' ± {_number(row["std"])}'
+    if row['difference'] is not None:
+      gap = f'{row["difference"]:+.0f}'
+    if row['interval'] is not None:
+      gap += f' ± {row["interval"][1] - row["difference"]:.0f}'
+    line = [row['task'], row['method'], str(row['steps']), str(row['seeds'])]
+    at = f'{paper["mean"]:.0f}, {_steps(paper["steps"])}' if paper else '-'
+    line += [result, at, gap, row['verdict'], _number(row['paper_final'])]
+    lines.append(line + [_number(row[name]) for name in OTHERS])
+  widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+  lines.insert(1, ['-' * width for width in widths])
+  return '\n'.join(
+    '| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines
+  )
+
+
+def sentences(rows, summary, paper, yaxis, window):
+  """What stands below the table."""
+  yield (
+    f'{yaxis}: mean ± standard deviation over seeds, each the mean of its last '
+    f'{window:.0f} environment steps; difference ± half of its 95% interval.'
+  )
+  if not paper:
+    return
+  yield 'The released curves ("paper, at") used earlier hyper parameters.'
+  missing = set(paper['final']) - {row['task'] for row in rows}
+  if missing:
+    count = f'{len(missing)} of the {len(paper["final"])}'
+    names = ', '.join(sorted(missing)[:3]) + ' and others' * (len(missing) > 3)
+    yield f'No run of {count} tasks of the paper: {names}.'
+  for method, s in summary.items():
+    line = (
+      f'{method}: tasks {s["tasks"]}, mean normalized score '
+      f'{s["normalized"]:.3f} (paper {s["paper_normalized"]:.3f}), at or above '
+      f'the paper in {s["share"]:.0%}'
+    )
+    if s['iqm'] is not None:
+      low, high = s['iqm_interval']
+      line += f', interquartile mean {s["iqm"]:.3f} [{low:.3f}, {high:.3f}]'
+    yield line + '.'
+
+
+def plot(groups, paper, outdir, xaxis, yaxis, bins):
+  """Writes curves.png and curves.pdf, one panel a task; returns the paths."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  tasks = sorted({task for task, _ in groups})
+  columns = min(4, len(tasks))
+  rows = -(-len(tasks) // columns)
+  size = 3.6 * columns, 2.8 * rows + 0.7
+  figure = Figure(figsize=size, layout='constrained')
+  FigureCanvasAgg(figure)
+  panels = figure.subplots(rows, columns, squeeze=False).ravel()
+  methods = sorted({method for _, method in groups})
+  for panel, task in zip(panels, tasks, strict=False):
+    last = 0
+    for (other, method), runs in groups.items():
+      if other == task:
+        color = f'C{methods.index(method) % 10}'
+        last = max(last, _draw_runs(panel, runs, method, color, bins))
+    if paper and task in paper['final']:
+      _draw_paper(panel, paper, task, last)
+    panel.set_title(task, fontsize='medium')
+    panel.set_xlim(0, 1.02 * last or None)
+    panel.ticklabel_format(axis='x', style='sci', scilimits=(0, 4))
+  for panel in panels[len(tasks) :]:
+    panel.remove()
+  figure.supxlabel('environment steps' if xaxis == 'step' else xaxis)
+  figure.supylabel(yaxis)
+  entries = {}
+  for panel in panels[: len(tasks)]:
+    handles, labels = panel.get_legend_handles_labels()
+    entries.update(zip(labels, handles, strict=True))
+  figure.legend(
+    entries.values(),
+    entries,
+    loc='outside upper center',
+    ncols=4,
+    frameon=False,
+  )
+  paths = [outdir / 'curves.png', outdir / 'curves.pdf']
+  for path in paths:
+    figure.savefig(path, dpi=100)
+  return paths
+
+
+def _draw_runs(panel, runs, label, color, bins):
+  """Each run, and mean and spread over seeds; returns the last step."""
+  runs = [run for run in runs if len(run.steps)]
+  last = max([run.steps[-1] for run in runs], default=0)
+  width = bins if bins > 0 else max(last / 30, 1)
+  edges = np.arange(0, last + width, width)
+  curves = np.full([len(runs), len(edges)], np.nan)
+  for curve, run in zip(curves, runs, strict=True):
+    index = np.digitize(run.steps, edges, right=True)
+    for i in np.unique(index):
+      curve[i] = run.scores[index == i].mean()
+    shown = np.isfinite(curve)
+    thin = dict(linewidth=0.6, alpha=0.6) if len(runs) > 1 else {}
+    panel.plot(edges[shown], curve[shown], color=color, **thin)
+  shown = np.isfinite(curves).any(0) if runs else np.zeros(0, bool)
+  mean = np.nanmean(curves[:, shown], 0)
+  panel.plot(edges[shown], mean, color=color, linewidth=1.8, label=label)
+  if len(runs) > 1:
+    std = np.nanstd(curves[:, shown], 0)
+    panel.fill_between(
+      edges[shown], mean - std, mean + std, color=color, alpha=0.2, linewidth=0
+    )
+  return last
+
+
+def _draw_paper(panel, paper, task, last):
+  """The released curve up to `last`, and final scores as dashed lines."""
+  curve = paper['curves'][task]
+  steps, mean, std = (np.array(curve[k]) for k in ('steps', 'mean', 'std'))
+  panel.plot(steps, mean, color='black', marker='.', label='paper, Dreamer')
+  panel.fill_between(steps, mean - std, mean + std, color='black', alpha=0.15)
+  dashes = dict(dreamer=(6, 2), planet=(4, 4), d4pg=(2, 2), a3c=(1, 3))
+  for name, dash in dashes.items():
+    final, about = paper['final'][task][name], paper['methods'][name]
+    if final is not None:
+      label = f'{about["name"]}, {_steps(about["steps"])}'
+      panel.axhline(final, color='0.4', dashes=dash, linewidth=1, label=label)
+  panel.set_ylim(-20, SCALE * 1.03)
+
+
+# --- The command ------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise InputError(message)
+
+
+def parse_flags(argv):
+  parser = _Parser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  folder = pathlib.Path
+  parser.add_argument('--indir', nargs='+', type=folder, required=True)
+  parser.add_argument('--outdir', type=folder, help='folder for the curves')
+  parser.add_argument('--json', type=folder, help='file for the figures')
+  parser.add_argument('--xaxis', default='step', help='key of metrics.jsonl')
+  parser.add_argument('--yaxis', default='test/return', help='another key')
+  parser.add_argument(
+    '--bins', type=float, default=-1, help='width of a point of the curves'
+  )
+  parser.add_argument(
+    '--window', type=float, default=1e5, help='environment steps averaged'
+  )
+  for name in ('tasks', 'methods'):
+    text = 'regular expressions, any of which may match'
+    parser.add_argument(f'--{name}', nargs='+', default=['.*'], help=text)
+  args = parser.parse_args(argv)
+  if args.window <= 0:
+    raise InputError(f'--window is more than 0, not {args.window:g}')
+  return args
+
+
+def run(args):
+  runs = find_runs(args.indir, args.xaxis, args.yaxis)
+  groups = group_runs(select(runs, args.tasks, args.methods))
+  if not any(len(r.steps) for group in groups.values() for r in group):
+    raise InputError(
+      f'no run has {args.yaxis} by {args.xaxis} in its metrics.jsonl yet'
+      + (': no evaluation has finished' if args.yaxis[:5] == 'test/' else '')
+    )
+  returns = args.yaxis in ('test/return', 'train/return')
+  paper = load_paper() if returns and args.xaxis == 'step' else None
+  rows = compare(groups, paper, args.window)
+  summary = summarize(rows)
+  print(table(rows), end='\n\n')
+  for line in sentences(rows, summary, paper, args.yaxis, args.window):
+    print(line)
+  try:
+    if args.outdir:
+      args.outdir.mkdir(parents=True, exist_ok=True)
+      for path in plot(
+        groups, paper, args.outdir, args.xaxis, args.yaxis, args.bins
+      ):
+        print(f'Wrote {path}.')
+    if args.json:
+      rule = __doc__.partition('by which rule:')[2].strip()
+      report = dict(rows=rows, summary=summary, rule=rule)
+      args.json.write_text(json.dumps(report, indent=2) + '\n')
+  except OSError as error:
+    raise InputError(f'cannot write: {error}') from None
+
+
+def main(argv=None):
+  """Returns the exit code: 0, or 2 for bad input."""
+  try:
+    run(parse_flags(argv))
+    return 0
+  except InputError as error:
+    print(f'compare.py: error: {error}', file=sys.stderr)
+    return 2
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,270 @@
+"""Evaluates a run: returns, videos of what it does and of what it predicts.
+
+    python evaluate.py --logdir ./logdir/walker --episodes 10 --outdir ./videos
+
+Needs nothing but the logdir, of which it reads config.json and the newest
+checkpoint and changes nothing: training may go on there meanwhile. The policy
+acts without noise, by the mode of the action model (or its plan).
+
+With --outdir it writes behavior.gif and .mp4, the first episodes side by side,
+and prediction.gif, .mp4 and .png (Figure 5): the truth, what the model imagines
+from 5 images of context and the actions alone, and the difference. Their
+sequences are of the episodes of this evaluation, which no model was trained on.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import sys
+
+import imageio.v3 as imageio
+import numpy as np
+
+import dreamer
+import tools
+
+CONTEXT = 5  # images that a prediction sees
+LENGTH = 50  # rows of a prediction, the context included
+SEQUENCES = 6  # predictions, one of an episode
+SHOWN = 4  # episodes in the video of the behavior
+FPS = 20
+
+
+class Recorder:
+  """Takes finished episodes: their returns, and images for the videos.
+
+  Args:
+    total: number of episodes to come.
+    repeat: environment steps of an agent step.
+    seed: of where in an episode its prediction begins.
+  """
+
+  def __init__(self, total, repeat, seed):
+    self.returns = []
+    self.lengths = []  # environment steps
+    self.videos = []  # uint8 [T, 64, 64, 3] each
+    self.windows = []  # {key: [T, ...]} each
+    self._total, self._repeat = total, repeat
+    self._rng = np.random.default_rng(seed)
+
+  def __call__(self, episode):
+    rows = len(episode['reward'])
+    self.returns.append(float(episode['reward'].astype(np.float64).sum()))
+    self.lengths.append((rows - 1) * self._repeat)
+    print(
+      f'Episode {len(self.returns)} of {self._total}: return '
+      f'{self.returns[-1]:.1f} in {self.lengths[-1]} steps.',
+      flush=True,
+    )
+    if len(self.videos) < SHOWN:
+      self.videos.append(episode['image'][: dreamer.VIDEO].copy())
+    if len(self.windows) < SEQUENCES:
+      start = int(self._rng.integers(max(1, rows - LENGTH + 1)))
+      self.windows.append(
+        {k: v[start : start + LENGTH].copy() for k, v in episode.items()}
+      )
+
+  def batch(self):
+    """Sequences for `Dreamer.open_loop`, [B, T, ...], of equal length."""
+    length = min(len(window['reward']) for window in self.windows)
+    keys = ('image', 'action', 'reward', 'discount')
+    return {k: np.stack([w[k][:length] for w in self.windows]) for k in keys}
+
+
+def load_agent(config, actspace):
+  """The agent of a logdir as its newest checkpoint has it.
+
+  Raises:
+    UserError: there is no checkpoint, or it is of other code.
+  """
+  agent = dreamer.Dreamer(config, config.logdir / 'episodes', actspace)
+  objects = agent.trackable()
+  del objects['random']  # from --seed instead
+  folder = config.logdir / 'checkpoints'
+  for attempt in range(3):
+    try:
+      if folder.exists() and tools.Checkpoints(folder, **objects).restore():
+        return agent
+      raise tools.UserError(
+        f'--logdir {config.logdir} has no checkpoint yet; a run saves its '
+        'first one within --save_every minutes of updates'
+      )
+    except dreamer.tf.errors.OpError:  # the run replaced it meanwhile
+      if attempt == 2:
+        raise
+  return None
+
+
+def evaluate(config, episodes, outdir=None):
+  """Runs whole episodes; returns figures as --json writes them.
+
+  Args:
+    config: from `dreamer.load_config`; its seed is that of the evaluation.
+    episodes: how many.
+    outdir: folder for videos, or None.
+  """
+  recorder = Recorder(episodes, config.action_repeat, config.seed)
+  env = dreamer.make_env(config, 0, 'test', [recorder])
+  try:
+    agent = load_agent(config, env.action_space)
+    print(
+      f'{config.logdir}: {config.task}, {dreamer.method_name(config)}, '
+      f'step {agent.step}, {agent.updates} updates.',
+      flush=True,
+    )
+    policy = functools.partial(agent, training=False)
+    tools.simulate(policy, [env], episodes=episodes)
+  finally:
+    env.close()
+  returns = recorder.returns
+  print(
+    f'Return of {episodes} episodes: mean {np.mean(returns):.1f}, standard '
+    f'deviation {np.std(returns):.1f}.'
+  )
+  if outdir:
+    write_videos(agent, config, recorder, outdir)
+  agent.halt()
+  return dict(
+    logdir=str(config.logdir),
+    task=config.task,
+    method=dreamer.method_name(config),
+    step=agent.step,
+    updates=agent.updates,
+    seed=config.seed,
+    mean=float(np.mean(returns)),
+    std=float(np.std(returns)),
+    returns=returns,
+    lengths=recorder.lengths,
+  )
+
+
+# --- Videos -----------------------------------------------------------------
+
+
+def write_videos(agent, config, recorder, outdir):
+  """Writes all pictures of an evaluation to a folder."""
+  outdir.mkdir(parents=True, exist_ok=True)
+  write_video(outdir / 'behavior', side_by_side(recorder.videos))
+  batch = recorder.batch()
+  if config.representation == 'reconstruction':
+    video = np.clip(255 * agent.open_loop(batch).numpy(), 0, 255)
+    video = video.astype(np.uint8)  # [B, T, 3 * 64, 64, 3]
+    write_video(outdir / 'prediction', side_by_side(list(video)))
+    write_strips(outdir / 'prediction.png', video)
+  else:
+    curves = [x.numpy() for x in agent.open_loop_rewards(batch)]
+    imageio.imwrite(outdir / 'prediction.png', tools.plot_rewards(*curves))
+    _wrote(outdir / 'prediction.png')
+
+
+def _wrote(path):
+  print(f'Wrote {path}.')
+
+
+def side_by_side(videos):
+  """Videos [T, H, W, 3] as one [longest T, H, sum of W, 3].
+
+  Those that end sooner stay at their last image.
+  """
+  length = max(map(len, videos))
+  index = np.arange(length)
+  return np.concatenate([v[np.minimum(index, len(v) - 1)] for v in videos], 2)
+
+
+def write_video(path, frames):
+  """Writes uint8 [T, H, W, 3] as .gif, and as .mp4 where imageio can."""
+  gif, mp4 = path.with_suffix('.gif'), path.with_suffix('.mp4')
+  gif.write_bytes(tools.encode_gif(frames, FPS))
+  _wrote(gif)
+  try:
+    imageio.imwrite(mp4, frames, fps=FPS, plugin='FFMPEG')
+  except ImportError:
+    print(f'No {mp4}: for that, pip install imageio-ffmpeg.')
+  else:
+    _wrote(mp4)
+
+
+def write_strips(path, video):
+  """Draws predictions as strips of every fifth image, as Figure 5 does.
+
+  Args:
+    path: of the picture.
+    video: uint8 [B, T, 3 * 64, 64, 3], truth, model and difference below each
+      other.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  count, length, height, width, _ = video.shape
+  times = np.arange(0, length, CONTEXT)
+  figure = Figure(figsize=(len(times), 3.2 * count), layout='constrained')
+  FigureCanvasAgg(figure)
+  for sequence, panel in zip(
+    video, figure.subplots(count, squeeze=False)[:, 0], strict=True
+  ):
+    panel.imshow(np.concatenate(list(sequence[times]), 1))
+    panel.set_xticks((np.arange(len(times)) + 0.5) * width - 0.5, times)
+    rows = (np.arange(3) + 0.5) * height / 3 - 0.5
+    panel.set_yticks(rows, ['true', 'model', 'difference'], rotation=90)
+    panel.tick_params(length=0)
+    for label in panel.get_yticklabels():
+      label.set_va('center')
+  figure.supxlabel(f'agent steps; images before {CONTEXT} are context')
+  figure.savefig(path, dpi=100)
+  _wrote(path)
+
+
+# --- The command ------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    raise tools.UserError(message)
+
+
+def parse_flags(argv):
+  parser = _Parser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  folder = pathlib.Path
+  parser.add_argument('--logdir', type=folder, required=True)
+  parser.add_argument('--episodes', type=int, default=10, help='(10)')
+  parser.add_argument('--seed', type=int, default=0, help='of environment (0)')
+  parser.add_argument('--outdir', type=folder, help='folder for videos')
+  parser.add_argument('--json', type=folder, help='file for the figures')
+  args = parser.parse_args(argv)
+  for name, least in (('episodes', 1), ('seed', 0)):
+    if getattr(args, name) < least:
+      raise tools.UserError(f'--{name} is at least {least}')
+  return args
+
+
+def run(args):
+  config = dreamer.load_config(args.logdir)
+  config.update(seed=args.seed, eval_noise=0.0)
+  dreamer.setup_precision(config.precision)
+  for path in filter(None, (args.outdir, args.json and args.json.parent)):
+    path.mkdir(parents=True, exist_ok=True)  # before the work, not after
+  figures = evaluate(config, args.episodes, args.outdir)
+  if args.json:
+    args.json.write_text(json.dumps(figures, indent=2) + '\n')
+
+
+def main(argv=None):
+  """Returns the exit code: 0, or 2 for bad input."""
+  try:
+    run(parse_flags(argv))
+    return 0
+  except dreamer.ERRORS as error:
+    print(f'evaluate.py: error: {error}', file=sys.stderr)
+    return 2
+  except OSError as error:
+    print(f'evaluate.py: error: cannot write: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    return 130
+
+
+if __name__ == '__main__':
+  sys.exit(main())
