@@ -1061,7 +1061,7 @@ class Dreamer(tf.Module):
     self._last_log = (now, step)
     if not self._logger:
       return
-    self._logger.scalars(step, dict(metrics, updates=self.updates), 'agent/')
+    self._logger.scalars(step, dict(metrics, updates=self.updates))
     if images and self._c.log_images:
       batch = next(load_dataset(self._datadir, self._c, self.updates))
       batch = {k: v[:6] for k, v in batch.items()}

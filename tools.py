@@ -765,8 +765,50 @@ def video_summary(name, video, step=None, fps=20):
   image = tf.compat.v1.Summary.Image(height=height, width=count * width)
   image.colorspace = channels
   image.encoded_image_string = encode_gif(frames, fps)
-  summary.value.add(tag=name, image=image)
+  metadata = tf.compat.v1.SummaryMetadata(
+    summary_description=METRICS.get(name, '')
+  )
+  summary.value.add(tag=name, image=image, metadata=metadata)
   tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step)
+
+
+# Names on TensorBoard's page, by group, and what it says about them. Lines of
+# metrics.jsonl leave out the group, but for train and test.
+METRICS = {
+  'test/return': 'Sum of rewards of an evaluation episode, without noise',
+  'test/length': 'Environment steps of an evaluation episode',
+  'test/policy': 'An evaluation episode, one image for each agent step',
+  'train/return': 'Sum of rewards of an episode with exploration noise',
+  'train/length': 'Environment steps of an episode',
+  'run/episodes': 'Episodes in the replay',
+  'run/updates': 'Gradient steps of all optimizers, so far',
+  'run/fps': 'Environment steps a second since the last entry',
+  'world_model/model_loss': 'Nats for a state: Eq. 10 or 12, negated',
+  'world_model/image_loss': 'Nats for an image; 11,291.9 where it is exact',
+  'world_model/state_loss': 'Nats: J_S of Eq. 12 and ln K, negated',
+  'world_model/reward_loss': 'Nats for a reward; 0.919 where it is exact',
+  'world_model/pcont_loss': 'Nats for a discount, times --pcont_scale',
+  'world_model/div': 'Nats: KL divergence of posterior and prior',
+  'world_model/prior_ent': 'Nats: entropy of the transition model',
+  'world_model/post_ent': 'Nats: entropy of the representation model',
+  'agent/openl': 'Truth, model and difference, from 5 images of context',
+  'agent/openl_reward': 'Rewards, true and from 5 images of context',
+  'behavior/actor_loss': 'Imagined return, discounted and negated: Eq. 7',
+  'behavior/action_ent': 'Nats: entropy of the action model, of one sample',
+  'behavior/value_loss': 'Nats for a state: Eq. 8',
+  'behavior/imag_reward': 'Mean reward of imagined states',
+  'behavior/imag_return': 'Mean return of imagined states: Eq. 6, or 4',
+  'behavior/imag_value': 'Mean value of imagined states',
+}
+for _name in ('model', 'actor', 'value'):
+  METRICS[f'optimizers/{_name}_grad_norm'] = 'Gradient norm before clipping'
+  METRICS[f'optimizers/{_name}_loss_scale'] = 'Factor of the loss in float16'
+  METRICS[f'optimizers/{_name}_skipped'] = 'Share of updates that overflowed'
+_GROUPED = {
+  name.split('/')[1]: name
+  for name in METRICS
+  if not name.startswith(('train/', 'test/', 'agent/'))
+}
 
 
 class Logger:
@@ -817,17 +859,15 @@ class Logger:
     self._bar.set_postfix_str(f'{updates} updates', refresh=False)
     self._bar.refresh()
 
-  def scalars(self, step, values, prefix=''):
-    """Writes numbers under `step` (environment steps).
-
-    In the events `prefix` goes before their names, in the file it does not.
-    """
+  def scalars(self, step, values):
+    """Writes numbers under `step` (environment steps); names: `METRICS`."""
     values = {k: float(v) for k, v in values.items()}
     with self._metrics.open('a') as file:
       file.write(json.dumps({'step': step, **values}) + '\n')
     with self._writer.as_default(step):
       for key, value in values.items():
-        tf.summary.scalar(prefix + key, value)
+        name = key if key in METRICS else _GROUPED.get(key, key)
+        tf.summary.scalar(name, value, description=METRICS.get(name))
 
   def video(self, step, name, video):
     with self._writer.as_default(step):
@@ -867,9 +907,10 @@ class Checkpoints:
     latest = self._manager.latest_checkpoint
     if latest:
       try:
-        status = self._checkpoint.restore(latest)
-        status.assert_existing_objects_matched().expect_partial()
+        status = self._checkpoint.restore(latest).expect_partial()
+        status.assert_existing_objects_matched()
       except (AssertionError, ValueError, KeyError) as error:
+        tf.get_logger().setLevel('ERROR')  # it would list every value
         reason = str(error).partition('\n')[0][:200]
         raise UserError(
           f'{latest} was not made by this version of the code ({reason}); use '

@@ -773,6 +773,8 @@ def check_logdir(logdir):
   for path in logdir.glob('events.*'):
     for event in tf.compat.v1.train.summary_iterator(str(path)):
       for value in event.summary.value:
+        text = tools.METRICS[value.tag]  # all are in a group, and described
+        assert value.metadata.summary_description == text
         if value.HasField('image'):
           images.add(value.tag)
           assert value.image.encoded_image_string[:6] == b'GIF89a'

@@ -1129,7 +1129,7 @@ def test_video_summary(tmp_path, floating):
 def test_logger(tmp_path, capsys):
   logger = tools.Logger(tmp_path, total=100)
   logger.scalars(10, {'loss': np.float32(0.5), 'norm': tf.constant(2.0)})
-  logger.scalars(20, {'return': 3}, prefix='train/')
+  logger.scalars(20, {'train/return': 3, 'div': 4, 'actor_grad_norm': 5})
   logger.say('a line')
   logger.progress(20, 3)
   logger.video(20, 'clip', make_frames()[None])
@@ -1137,13 +1137,15 @@ def test_logger(tmp_path, capsys):
   lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line) for line in lines] == [
     {'step': 10, 'loss': 0.5, 'norm': 2.0},
-    {'step': 20, 'return': 3.0},
+    {'step': 20, 'train/return': 3.0, 'div': 4.0, 'actor_grad_norm': 5.0},
   ]
   events = [(step, value.tag) for step, value in read_events(tmp_path)]
   assert events == [
     (10, 'loss'),
     (10, 'norm'),
     (20, 'train/return'),
+    (20, 'world_model/div'),
+    (20, 'optimizers/actor_grad_norm'),
     (20, 'clip'),
   ]
   out, err = capsys.readouterr()

@@ -1,0 +1,371 @@
+"""The comparison with the paper, on logdirs made by hand."""
+
+import json
+import statistics
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from scipy import stats
+
+import compare
+
+# Appendix G: A3C, D4PG, PlaNet, Dreamer.
+TABLE = """
+acrobot_swingup 41.90 91.70 3.21 365.26
+cartpole_balance 951.60 992.80 452.56 979.56
+cartpole_balance_sparse 857.40 1000.00 164.74 941.84
+cartpole_swingup 558.40 862.00 312.56 833.66
+cartpole_swingup_sparse 179.80 482.00 0.64 812.22
+cheetah_run 213.90 523.80 496.12 894.56
+cup_catch 104.70 980.50 455.98 962.48
+finger_spin 129.40 985.70 495.25 498.88
+finger_turn_easy 167.30 971.40 451.22 825.86
+finger_turn_hard 88.70 966.00 312.55 891.38
+hopper_hop 0.50 242.00 0.37 368.97
+hopper_stand 27.90 929.90 5.96 923.72
+pendulum_swingup 48.60 680.90 3.27 833.00
+quadruped_run - - 280.45 888.39
+quadruped_walk - - 238.90 931.61
+reacher_easy 95.60 967.40 468.50 935.08
+reacher_hard 39.70 957.10 187.02 817.05
+walker_run 191.80 567.20 626.25 824.67
+walker_stand 378.40 985.20 759.19 977.99
+walker_walk 311.00 968.30 944.70 961.67
+"""
+WALK = 'dmc_walker_walk'  # at 1e5 steps 137.2 with 57.7 over 5 seeds
+
+
+def write_run(folder, task, seed, pairs, method='dreamer', **flags):
+  """A logdir as dreamer.py leaves it, with evaluations `pairs`."""
+  folder.mkdir(parents=True)
+  config = dict(
+    dict(preset='release', task=task, seed=seed, horizon=15), **flags
+  )
+  record = dict(method=method, format=1, config=config)
+  (folder / 'config.json').write_text(json.dumps(record))
+  write_metrics(folder, pairs)
+  return folder
+
+
+def write_metrics(folder, pairs):
+  folder.mkdir(parents=True, exist_ok=True)
+  lines = [{'step': 1000, 'train/return': 5.0, 'episodes': 1.0}]
+  lines += [{'step': s, 'test/return': r, 'episodes': 9.0} for s, r in pairs]
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  (folder / 'metrics.jsonl').write_text(text)
+
+
+def write_seeds(folder, task, returns, step=100_000, method='dreamer'):
+  for seed, value in enumerate(returns):
+    path = folder / f'{task}-{method}-{seed}'
+    write_run(path, task, seed, [(step, value)], method)
+
+
+def report(indir, *words):
+  """(exit code, what --json wrote)."""
+  path = indir.parent / 'report.json'
+  code = compare.main([f'--indir={indir}', f'--json={path}', *words])
+
+  def refuse(name):
+    raise AssertionError(f'{name} is no JSON')
+
+  return code, json.loads(path.read_text(), parse_constant=refuse)
+
+
+def test_table_of_the_paper():
+  paper = compare.load_paper()
+  names = ('a3c', 'd4pg', 'planet', 'dreamer')
+  final = {}
+  for line in TABLE.split('\n')[1:-1]:
+    task, *values = line.split()
+    values = [None if v == '-' else float(v) for v in values]
+    final[f'dmc_{task}'] = dict(zip(names, values, strict=True))
+  assert paper['final'] == final and len(final) == 20
+  for name, mean in dict(
+    dreamer=823.39, planet=332.97, d4pg=786.33, a3c=243.70
+  ).items():
+    values = [x[name] for x in final.values() if x[name] is not None]
+    assert round(statistics.mean(values), 2) == mean
+  about = {k: (v['steps'], v['input']) for k, v in paper['methods'].items()}
+  assert about == dict(
+    a3c=(10**8, 'proprioceptive'),
+    d4pg=(10**8, 'pixels'),
+    planet=(5 * 10**6, 'pixels'),
+    dreamer=(5 * 10**6, 'pixels'),
+  )
+  assert set(paper['curves']) == set(final)
+  for curve in paper['curves'].values():
+    assert len({len(curve[k]) for k in ('steps', 'mean', 'std', 'seeds')}) == 1
+  assert 'earlier hyper parameters' in paper['sources']['caveat']
+
+
+@pytest.mark.parametrize(
+  'returns, step, expected',
+  [
+    ([400, 410, 420], 100_000, 'above'),
+    ([130, 140, 150], 100_000, 'within'),
+    ([100, 240, 380], 100_000, 'within'),  # far above, but so is the spread
+    ([10, 11, 12], 100_000, 'below'),
+    ([400, 410], 100_000, 'too few seeds'),
+    ([400], 100_000, 'too few seeds'),
+    ([400, 410, 420], 89_000, 'too few steps'),
+  ],
+)
+def test_verdicts(tmp_path, returns, step, expected, capsys):
+  write_seeds(tmp_path / 'runs', WALK, returns, step)
+  code, result = report(tmp_path / 'runs')
+  assert code == 0
+  (row,) = result['rows']
+  assert row['verdict'] == expected
+  assert row['mean'] == np.mean(returns)
+  assert row['seeds'] == len(returns) and row['steps'] == step
+  assert (row['paper_final'], row['planet']) == (961.67, 944.7)
+  assert (row['d4pg'], row['a3c']) == (968.3, 311.0)
+  out = capsys.readouterr().out
+  assert f'| {expected} ' in out and f'| {WALK} | dreamer ' in out
+  assert 'No run of 19 of the 20 tasks' in out
+
+
+def test_differences_that_do_not_matter_are_within(tmp_path):
+  values = dict(mean=991.0, std=0.0, seeds=5)
+  gap = compare.difference([1000.0] * 3, values)
+  assert gap == (9.0, 0.0)
+  assert compare.verdict(1e5, 3, values, *gap) == 'within'
+  gap = compare.difference([1000.0] * 3, dict(values, mean=989.0))
+  assert compare.verdict(1e5, 3, values, *gap) == 'above'
+
+
+def test_interval_is_that_of_scipy():
+  rng = np.random.default_rng(0)
+  ours, theirs = rng.normal(500, 90, 4), rng.normal(450, 30, 5)
+  reference = dict(mean=theirs.mean(), std=theirs.std(ddof=1), seeds=5)
+  mean, half = compare.difference(ours, reference)
+  expected = stats.ttest_ind(
+    ours, theirs, equal_var=False
+  ).confidence_interval()
+  np.testing.assert_allclose([mean - half, mean + half], expected, rtol=1e-6)
+
+
+def test_tasks_and_runs_that_cannot_be_compared(tmp_path, capsys):
+  write_seeds(tmp_path / 'runs', 'toy_reach', [40.0, 41.0])
+  write_run(tmp_path / 'runs/young', WALK, 0, [])
+  write_run(tmp_path / 'runs/cup', 'dmc_ball_in_cup_catch', 0, [(1e5, 9)])
+  code, result = report(tmp_path / 'runs')
+  assert code == 0
+  verdicts = {row['task']: row['verdict'] for row in result['rows']}
+  assert verdicts == {
+    'toy_reach': 'not in the paper',
+    WALK: 'no evaluation yet',
+    'dmc_cup_catch': 'too few seeds',  # the paper's name of that task
+  }
+  assert list(result['summary']) == ['dreamer']
+  assert result['summary']['dreamer']['tasks'] == 1
+
+
+def test_score_is_the_mean_of_the_last_window(tmp_path):
+  first = [(50_000, 1.0), (100_000, 2.0), (150_000, 100.0), (200_000, 300.0)]
+  write_run(tmp_path / 'runs/a', WALK, 0, first)
+  write_run(tmp_path / 'runs/b', WALK, 1, first[:3])
+  _, result = report(tmp_path / 'runs')
+  (row,) = result['rows']
+  assert row['steps'] == 150_000  # where both are
+  assert row['scores'] == {'0': 51.0, '1': 51.0}  # (50,000, 150,000]
+  _, result = report(tmp_path / 'runs', '--window=50000')
+  assert result['rows'][0]['scores'] == {'0': 100.0, '1': 100.0}
+
+
+@pytest.mark.parametrize(
+  'step, nearest, mean',
+  [
+    (90_000, 100_000, 137.2),
+    (149_999, 100_000, 137.2),
+    (150_001, 200_000, 508.4),
+    (4_940_000, 4_900_000, 951.7),
+    (4_960_000, 5_000_000, 961.67),
+    (9_000_000, 5_000_000, 961.67),
+  ],
+)
+def test_nearest_published_step(step, nearest, mean):
+  found = compare.published(compare.load_paper(), WALK, step)
+  assert (found['steps'], found['mean']) == (nearest, mean)
+  assert (found['source'] == 'Appendix G') == (nearest == 5_000_000)
+  if nearest == 100_000:  # sample standard deviation of 5 seeds
+    assert found['std'] == pytest.approx(57.7 * (5 / 4) ** 0.5)
+
+
+def test_summary_by_hand(tmp_path, capsys):
+  write_seeds(tmp_path / 'runs', WALK, [200.0, 220.0, 240.0])  # paper 137.2
+  write_seeds(tmp_path / 'runs', 'dmc_cheetah_run', [100.0, 60.0])  # 127.6
+  write_seeds(tmp_path / 'runs', 'toy_catch', [1.0])  # not in the paper
+  write_seeds(tmp_path / 'runs', WALK, [300.0], method='planet')
+  code, result = report(tmp_path / 'runs')
+  assert code == 0
+  ours = result['summary']['dreamer']
+  assert ours['tasks'] == 2 and ours['share'] == 0.5
+  assert ours['normalized'] == pytest.approx((220 + 80) / 2 / 1000)
+  assert ours['paper_normalized'] == pytest.approx((137.2 + 127.6) / 2 / 1000)
+  # Of 60 100 200 220 240 the lowest and highest quarter (1.25, so 1) go.
+  assert ours['iqm'] == pytest.approx((100 + 200 + 220) / 3 / 1000)
+  low, high = ours['iqm_interval']
+  assert 0.12 < low < ours['iqm'] < high < 0.24
+  assert result['summary']['planet']['iqm'] is None  # one seed
+  assert 'at or above the paper in 50%' in capsys.readouterr().out
+
+
+def test_broken_lines_are_left_out(tmp_path, capsys):
+  folder = write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 7.0)])
+  with (folder / 'metrics.jsonl').open('ab') as file:
+    file.write(b'{"step": 101000, "test/return": NaN}\n')
+    file.write(b'{"step": 101000, "test/return": Infinity}\n')
+    file.write(b'\xff\xfe nonsense\n[1, 2]\n3\n')
+    file.write(b'{"step": 102000, "test/return": "high"}\n')
+    file.write(b'{"step": 103000, "test/retu')
+  code, result = report(tmp_path / 'runs')
+  assert code == 0
+  assert result['rows'][0]['scores'] == {'0': 7.0}
+  assert result['rows'][0]['steps'] == 100_000
+  err = capsys.readouterr().err
+  assert 'metrics.jsonl: 2 numbers that are not finite' in err
+  assert 'metrics.jsonl: 4 broken lines' in err
+
+
+def test_layout_of_the_release(tmp_path):
+  pairs = [(100_000, 400.0), (120_000, 410.0)]
+  for seed in range(3):
+    write_metrics(tmp_path / f'runs/{WALK}/dreamer/{seed}', pairs)
+  _, result = report(tmp_path / 'runs')
+  (row,) = result['rows']
+  assert (row['task'], row['method'], row['seeds']) == (WALK, 'dreamer', 3)
+  assert row['scores'] == {'0': 405.0, '1': 405.0, '2': 405.0}
+  assert row['verdict'] == 'above'
+
+
+def test_presets_are_methods_of_their_own(tmp_path, capsys):
+  pairs = [(100_000, 400.0)]
+  write_run(tmp_path / 'runs/a', WALK, 0, pairs, preset='cpu')
+  write_run(tmp_path / 'runs/b', WALK, 0, pairs)
+  write_run(tmp_path / 'runs/c', WALK, 1, pairs, horizon=9, steps=7)
+  _, result = report(tmp_path / 'runs')
+  assert {r['method']: r['seeds'] for r in result['rows']} == {
+    'dreamer-cpu': 1,
+    'dreamer': 2,
+  }
+  err = capsys.readouterr().err
+  assert f'runs of {WALK}, dreamer differ in horizon\n' in err
+
+
+def test_of_one_seed_twice_the_longer_counts(tmp_path, capsys):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  write_run(tmp_path / 'runs/b', WALK, 0, [(100_000, 2.0), (110_000, 4.0)])
+  write_run(tmp_path / 'runs/c', WALK, 0, [(90_000, 7.0)])
+  _, result = report(tmp_path / 'runs')
+  assert result['rows'][0]['scores'] == {'0': 3.0}
+  err = capsys.readouterr().err
+  assert 'runs/a is left out' in err and 'runs/c is left out' in err
+
+
+def test_tasks_and_methods_are_chosen_by_patterns(tmp_path, capsys):
+  write_seeds(tmp_path / 'runs', WALK, [1.0])
+  write_seeds(tmp_path / 'runs', 'dmc_cheetah_run', [1.0])
+  write_seeds(tmp_path / 'runs', WALK, [1.0], method='planet')
+  _, result = report(tmp_path / 'runs', '--tasks', 'walker', '--methods', '^d')
+  assert [(r['task'], r['method']) for r in result['rows']] == [
+    (WALK, 'dreamer')
+  ]
+  assert compare.main([f'--indir={tmp_path}', '--tasks', 'hopper']) == 2
+  assert 'there are dmc_cheetah_run, dmc_walker_walk' in capsys.readouterr().err
+
+
+def make_bad(kind, folder):
+  folder.mkdir()
+  if kind == 'no evaluation':
+    write_run(folder / 'a', WALK, 0, [])
+  elif kind == 'unreadable':
+    (write_run(folder / 'a', WALK, 0, [(1, 1)]) / 'config.json').write_text('{')
+  elif kind == 'nameless':
+    write_metrics(folder / 'a', [(100_000, 1.0)])
+
+
+@pytest.mark.parametrize(
+  'kind, message',
+  [
+    ('empty', 'there is no run in'),
+    ('no evaluation', 'no evaluation has finished'),
+    ('unreadable', 'config.json is not readable'),
+    ('nameless', 'not called task/method/seed'),
+  ],
+)
+def test_folders_without_results(tmp_path, kind, message, capsys):
+  make_bad(kind, tmp_path / 'runs')
+  assert compare.main([f'--indir={tmp_path / "runs"}']) == 2
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'words, message',
+  [
+    (['--indir', '/nowhere'], '/nowhere is not a folder'),
+    ([], '--indir'),
+    (['--indir', '.', '--window', '0'], '--window is more than 0'),
+    (['--indir', '.', '--bins', 'x'], '--bins'),
+    (['--indir', '{}', '--tasks', '('], '--tasks'),
+    (['--indir', '{}', '--yaxis', 'nothing'], 'no run has nothing by step'),
+    (['--indir', '{}', '--json', '/proc/nowhere/x'], 'cannot write'),
+  ],
+)
+def test_bad_flags(tmp_path, words, message, capsys):
+  write_seeds(tmp_path, WALK, [1.0])
+  assert compare.main([w.format(tmp_path) for w in words]) == 2
+  err = capsys.readouterr().err
+  assert err.startswith('compare.py: error: ') and message in err
+
+
+def test_curves(tmp_path, capsys):
+  runs, outdir = tmp_path / 'runs', tmp_path / 'plots'
+  for seed in range(2):
+    pairs = [(s, s / 1000 + 50 * seed) for s in range(10_000, 310_000, 10_000)]
+    write_run(runs / f'a{seed}', WALK, seed, pairs)
+  words = [f'--indir={runs}', f'--outdir={outdir}']
+  assert compare.main(words) == 0
+  one = imageio.imread(outdir / 'curves.png')[..., :3]
+  assert (outdir / 'curves.pdf').read_bytes()[:5] == b'%PDF-'
+  assert (one != 255).any((0, 1)).all()
+  write_seeds(runs, 'toy_reach', [7.0])
+  write_seeds(runs, 'dmc_hopper_hop', [7.0], method='planet')
+  assert compare.main(words) == 0
+  three = imageio.imread(outdir / 'curves.png')[..., :3]
+  assert three.shape[1] == 3 * one.shape[1] == 3 * 360
+  assert three.shape[0] == one.shape[0] == 350
+  for picture in (one, three):  # the color of the first method: the mean
+    blue = (picture == (31, 119, 180)).all(-1)
+    assert blue.sum() > 200
+  orange = (three == (255, 127, 14)).all(-1)
+  assert orange.any() and not (one == (255, 127, 14)).all(-1).any()
+  assert f'Wrote {outdir}/curves.pdf.' in capsys.readouterr().out
+
+
+def test_curves_show_mean_and_spread_by_bins(tmp_path):
+  from matplotlib.figure import Figure
+
+  for seed, base in enumerate((100, 300)):
+    pairs = [(s, base + s / 1000) for s in (1000, 2000, 3000, 4000)]
+    write_run(tmp_path / f'a{seed}', WALK, seed, pairs)
+  runs = compare.find_runs([tmp_path])
+  panel = Figure().subplots()
+  assert compare._draw_runs(panel, runs, 'label', 'C0', bins=2000) == 4000
+  first, second, mean = (line.get_xydata().tolist() for line in panel.lines)
+  assert first == [[2000, 101.5], [4000, 103.5]]
+  assert second == [[2000, 301.5], [4000, 303.5]]
+  assert mean == [[2000, 201.5], [4000, 203.5]]
+  (band,) = panel.collections
+  heights = band.get_paths()[0].vertices[:, 1]
+  assert (heights.min(), heights.max()) == (101.5, 303.5)  # +- 100
+
+
+def test_nothing_in_a_logdir_is_touched(tmp_path):
+  folder = write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 400.0)])
+  before = {p: p.stat().st_mtime_ns for p in [folder, *folder.iterdir()]}
+  assert compare.main([f'--indir={tmp_path}']) == 0
+  after = {p: p.stat().st_mtime_ns for p in [folder, *folder.iterdir()]}
+  assert after == before

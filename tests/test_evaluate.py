@@ -1,0 +1,211 @@
+"""Evaluation: real small runs, then the script as users call it."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def script(name, *words, **kwargs):
+  command = [sys.executable, str(ROOT / name), *map(str, words)]
+  return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def train(logdir, *flags):
+  words = ['--preset=debug', '--precision=32', '--steps=500', *flags]
+  result = script('dreamer.py', f'--logdir={logdir}', *words)
+  assert result.returncode == 0, result.stderr
+  return logdir
+
+
+@pytest.fixture(scope='module')
+def cartpole(tmp_path_factory):
+  """A run on the control suite that explores even in evaluations."""
+  folder = tmp_path_factory.mktemp('cartpole') / 'run'
+  return train(folder, '--task=dmc_cartpole_balance', '--eval_noise=1')
+
+
+@pytest.fixture
+def copy(cartpole, tmp_path):
+  return shutil.copytree(cartpole, tmp_path / 'moved')
+
+
+def evaluate(logdir, tmp_path, *words):
+  path = tmp_path / 'report.json'
+  result = script('evaluate.py', f'--logdir={logdir}', f'--json={path}', *words)
+  assert result.returncode == 0, result.stderr
+  return result.stdout, json.loads(path.read_text())
+
+
+def contents(folder):
+  return {
+    p.relative_to(folder): (p.stat().st_mtime_ns, p.read_bytes())
+    for p in sorted(folder.rglob('*'))
+    if p.is_file()
+  }
+
+
+def change_config(logdir, **changes):
+  path = logdir / 'config.json'
+  record = json.loads(path.read_text())
+  record['config'].update(changes)
+  path.write_text(json.dumps(record))
+
+
+def test_report_and_videos(copy, tmp_path):
+  # Nothing but the configuration and the checkpoints is needed.
+  shutil.rmtree(copy / 'episodes')
+  before, outdir = contents(copy), tmp_path / 'new/videos'
+  out, report = evaluate(copy, tmp_path, '--episodes=3', f'--outdir={outdir}')
+  assert contents(copy) == before
+  assert (report['task'], report['step']) == ('dmc_cartpole_balance', 500)
+  assert (report['method'], report['seed']) == ('dreamer', 0)
+  assert report['updates'] == 5 and report['lengths'] == [100, 100, 100]
+  returns = report['returns']
+  assert len(set(returns)) == 3  # three starts
+  assert report['mean'] == pytest.approx(np.mean(returns))
+  assert report['std'] == pytest.approx(np.std(returns))
+  for index, value in enumerate(returns):
+    assert f'Episode {index + 1} of 3: return {value:.1f} in 100 steps' in out
+  assert f'mean {np.mean(returns):.1f}' in out
+
+  gif = imageio.imread(outdir / 'behavior.gif', index=None)
+  assert gif.shape == (51, 64, 3 * 64, 3)  # rows of an episode, 3 of them
+  mp4 = imageio.imread(outdir / 'behavior.mp4', plugin='FFMPEG')
+  assert mp4.shape == gif.shape
+  assert np.abs(mp4.astype(int) - gif).mean() < 10
+  assert np.abs(np.diff(gif.astype(int), axis=0)).max() > 30  # it moves
+
+  gif = imageio.imread(outdir / 'prediction.gif', index=None).astype(int)
+  assert gif.shape == (50, 3 * 64, 3 * 64, 3)
+  mp4 = imageio.imread(outdir / 'prediction.mp4', plugin='FFMPEG')
+  assert mp4.shape == gif.shape
+  truth, model, error = np.split(gif, 3, 1)
+  expected = (model - truth + 255) / 2
+  assert np.abs(error - expected).mean() < 3  # GIFs have 256 colors
+  # The truth is of these episodes: somewhere in their video, in order.
+  video = imageio.imread(outdir / 'behavior.gif', index=None).astype(int)
+  for one in range(3):
+    place = slice(64 * one, 64 * one + 64)
+    gaps = [
+      np.abs(video[start : start + 50, :, place] - truth[:, :, place]).mean()
+      for start in range(2)
+    ]
+    assert min(gaps) < 2
+
+  strips = imageio.imread(outdir / 'prediction.png')[..., :3]
+  assert strips.shape[:2] == (960, 1000)  # 3 sequences of 10 images each
+  assert len(np.unique(strips.reshape(-1, 3), axis=0)) > 1000
+  names = {p.name for p in outdir.iterdir()}
+  assert names == {
+    *('behavior.gif', 'behavior.mp4', 'prediction.gif', 'prediction.mp4'),
+    'prediction.png',
+  }
+
+
+def test_same_seed_same_returns_without_noise(copy, tmp_path):
+  words = ('--episodes=2', '--seed=3')
+  first = evaluate(copy, tmp_path, *words)[1]
+  change_config(copy, eval_noise=0.0, seed=8)
+  assert evaluate(copy, tmp_path, *words)[1] == first
+  other = evaluate(copy, tmp_path, '--episodes=2', '--seed=4')[1]
+  assert other['returns'] != first['returns']
+
+
+@pytest.mark.parametrize(
+  'flags, method, pictures',
+  [
+    (
+      ('toy_catch', '--representation=contrastive', '--behavior=actor'),
+      'dreamer-actor-contrastive',
+      {'behavior.gif', 'behavior.mp4', 'prediction.png'},
+    ),
+    (
+      ('toy_reach', '--behavior=planning', '--plan_candidates=100'),
+      'planet',
+      {
+        *('behavior.gif', 'behavior.mp4', 'prediction.png'),
+        *('prediction.gif', 'prediction.mp4'),
+      },
+    ),
+  ],
+)
+def test_other_methods_and_tasks(tmp_path, flags, method, pictures):
+  task, *flags = flags
+  logdir = train(tmp_path / 'run', f'--task={task}', *flags)
+  outdir = tmp_path / 'videos'
+  words = ('--episodes=1', f'--outdir={outdir}')
+  report = evaluate(logdir, tmp_path, *words)[1]
+  assert (report['task'], report['method']) == (task, method)
+  assert len(report['returns']) == 1
+  assert {p.name for p in outdir.iterdir()} == pictures
+  picture = imageio.imread(outdir / 'prediction.png')
+  assert picture.shape[0] > 100 and picture.std() > 10
+
+
+def test_beside_a_training_run(copy, tmp_path):
+  """A run that replaces its checkpoint at every update goes on unharmed."""
+  command = [sys.executable, str(ROOT / 'dreamer.py'), f'--logdir={copy}']
+  command += ['--preset=debug', '--task=dmc_cartpole_balance']
+  command += ['--precision=32', '--steps=1e5', '--save_every=0']
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    try:
+      for line in process.stdout:
+        if line.startswith('First update'):
+          break
+      report = evaluate(copy, tmp_path, '--episodes=1')[1]
+      assert report['updates'] > 5
+      assert process.poll() is None
+      time.sleep(1)
+      process.terminate()
+      rest = process.stdout.read()
+      assert process.wait(60) == 0, rest
+      assert 'The same command resumes' in rest
+    finally:
+      process.kill()
+
+
+@pytest.mark.parametrize(
+  'kind, message',
+  [
+    ('missing', 'is not the logdir of a run: there is no config.json'),
+    ('no checkpoint', 'has no checkpoint yet'),
+    ('newer format', 'is of another version of this code (format)'),
+    ('newer flag', 'is of another version of this code (flags telepathy)'),
+    ('other network', 'was not made by this version of the code'),
+    ('broken', 'is not readable as the configuration of a run'),
+    ('no episodes', '--episodes is at least 1'),
+    ('unwritable', 'cannot write'),
+  ],
+)
+def test_bad_input(copy, kind, message):
+  words = ['--episodes=1']
+  path = copy / 'config.json'
+  if kind == 'missing':
+    path.unlink()
+  elif kind == 'no checkpoint':
+    shutil.rmtree(copy / 'checkpoints')
+  elif kind == 'newer format':
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), format=2)))
+  elif kind == 'newer flag':
+    change_config(copy, telepathy=True)
+  elif kind == 'other network':
+    change_config(copy, num_units=17)
+  elif kind == 'broken':
+    path.write_text('{"config": ')
+  elif kind == 'no episodes':
+    words = ['--episodes=0']
+  elif kind == 'unwritable':
+    words += ['--outdir=/proc/nowhere']
+  result = script('evaluate.py', f'--logdir={copy}', *words)
+  assert result.returncode == 2, result.stderr
+  assert message in result.stderr
+  assert 'Traceback' not in result.stderr and 'WARNING' not in result.stderr
