@@ -17,7 +17,6 @@ WITHOUT_LABMAZE = [
     'pyopengl>=3.1.4',
     'pyparsing>=3',
     'requests',
-    'scipy',
     'setuptools',
   )
 ]
@@ -43,13 +42,14 @@ setuptools.setup(
     'imageio>=2.38,<3',
     'pillow>=11',
     'matplotlib>=3.9,<4',
+    'scipy>=1.14',
     'tqdm>=4.66,<5',
     'tensorboard>=2.18,<2.22',
   ],
   extras_require={
     'test': [
-      *('pytest>=8', 'ruff>=0.17,<0.18', 'scipy>=1.14'),
-      *('gymnasium>=1', 'pygame>=2.6'),
+      *('pytest>=8', 'ruff>=0.17,<0.18'),
+      *('gymnasium>=1', 'pygame>=2.6', 'imageio-ffmpeg>=0.5'),
     ]
   },
 )
