@@ -106,6 +106,12 @@ def define_flags():
         'how environments run',
         'release: none',
       ),
+      (
+        'worker_timeout',
+        60.0,
+        'seconds without an answer until a worker is replaced; 0: none',
+        '',
+      ),
       ('action_repeat', 2, 'environment steps for each action', 'App. A'),
       ('time_limit', 1000, 'environment steps of an episode', 'section 6'),
       ('prefill', 5000, 'environment steps of random actions', 'App. A'),
@@ -505,7 +511,7 @@ class Dreamer(tf.Module):
     self._timer = tools.Stopwatch()
     self._last_log = None
     self._dataset = None
-    self._lock = threading.Lock()  # held while counters and metrics change
+    self._lock = threading.RLock()  # held while counters and metrics change
     self._learner = concurrent.futures.ThreadPoolExecutor(1, 'learner')
     self._learning = None  # future of the updates under way
     self._halted = False
@@ -1045,6 +1051,13 @@ class Dreamer(tf.Module):
 
   # Logging
 
+  def unlogged(self, metrics=None):
+    """Metrics since the last log entry: {name: [values]}; or sets them."""
+    with self._lock:
+      if metrics is not None:
+        self._metrics = metrics
+      return {k: list(v) for k, v in self._metrics.items()}
+
   def finish(self):
     """Logs what came since the last log entry."""
     if self._metrics:
@@ -1183,11 +1196,12 @@ def summarize_episode(episode, config, datadir, logger, prefix):
     logger.video(steps, 'test/policy', episode['image'][None, :VIDEO])
 
 
-def make_env(config, index=0, prefix='train', callbacks=()):
+def make_env(config, index=0, prefix='train', callbacks=(), lost=None):
   """Environment number `index` in its worker, recording episodes.
 
-  Each has a random stream of its own, from (seed, index); those of
-  evaluations (`prefix` test) differ from those of training.
+  Each has random streams of its own, from (seed, index) and the number of the
+  episode; those of evaluations (`prefix` test) differ from those of training.
+  `lost` is called with the error of a worker that had to be replaced.
   """
   stream = [config.seed, index, int(prefix == 'test')]
   seed = int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
@@ -1199,15 +1213,25 @@ def make_env(config, index=0, prefix='train', callbacks=()):
     seed,
     prefix == 'test',
   )
-  env = wrappers.Async(make, config.parallel)
-  return wrappers.Collect(env, list(callbacks))
+  env = wrappers.Async(make, config.parallel, config.worker_timeout)
+  return wrappers.Collect(env, list(callbacks), lost=lost)
 
 
-def random_agent(actspace, seed):
-  """A policy that draws actions uniformly, as `simulate` takes it."""
-  rng = np.random.default_rng(seed)
+def random_agent(actspace, seed, number=0):
+  """A policy that draws actions uniformly, as `simulate` takes it.
+
+  Args:
+    actspace: action space of the environments.
+    seed: int; with the number of an episode it seeds that episode's actions.
+    number: of the first episode.
+  """
+  rng = None
 
   def act(obs, reset, state=None):
+    nonlocal number, rng
+    if np.any(reset):
+      rng = np.random.default_rng([seed, number])
+      number += int(np.sum(reset))
     size = (len(reset), *actspace.shape)
     if getattr(actspace, 'discrete', False):
       index = rng.integers(actspace.shape[0], size=len(reset))
@@ -1248,9 +1272,12 @@ def _has_bfloat16():
 def setup_logdir(config):
   """Makes the logdir or checks that this run may resume there.
 
+  Returns:
+    A `tools.Lock` on it.
+
   Raises:
-    UserError: it cannot be written, holds something else, or holds a run
-      whose weights or replay have another shape.
+    UserError: it cannot be written, another run is using it, it holds
+      something else, or a run whose weights or replay have another shape.
   """
   logdir = config.logdir
   try:
@@ -1262,18 +1289,40 @@ def setup_logdir(config):
     raise tools.UserError(
       f'cannot write to --logdir {logdir}: {error.strerror}'
     ) from None
-  path = logdir / 'config.json'
+  _check_logdir(config)
+  lock = tools.Lock(logdir)
+  write_config(config)
+  for folder in (logdir, logdir / 'episodes'):
+    folder.mkdir(exist_ok=True)
+    tools.sweep(folder)
+  return lock
+
+
+def _check_logdir(config):
+  logdir, path = config.logdir, config.logdir / 'config.json'
   if path.exists():
-    _check_resume(config, _read_config(path)['config'])
-    write_config(config)
+    try:
+      _check_resume(config, _read_config(path)['config'])
+    except UnreadableError:
+      path.rename(path.with_suffix('.json.broken'))
+      tools.warn(
+        f'{path} is not readable and is now {path.name}.broken; going on with '
+        'the flags given'
+      )
     return
-  others = sorted({p.name for p in logdir.iterdir()} - {'episodes'})
+  names = {p.name for p in logdir.iterdir()}
+  if 'config.json.broken' in names:
+    return
+  others = sorted(names - {'episodes', 'lock'})
   if others:
     raise tools.UserError(
       f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '
       'no config.json; choose a new folder'
     )
-  write_config(config)
+
+
+class UnreadableError(tools.UserError):
+  """A config.json that was cut short or is not one."""
 
 
 def _read_config(path):
@@ -1282,9 +1331,8 @@ def _read_config(path):
     record = json.loads(path.read_text())
     record = dict(record, config=dict(record['config']))
   except (ValueError, KeyError, TypeError):
-    raise tools.UserError(
-      f'{path} is not readable as the configuration of a run; move it away '
-      'to start anew with the episodes beside it'
+    raise UnreadableError(
+      f'{path} is not readable as the configuration of a run'
     ) from None
   unknown = set(record['config']) - set(define_config())
   if record.get('format', FORMAT) != FORMAT or unknown:
@@ -1358,7 +1406,8 @@ def prefill_dataset(config, envs, logger, stop):
   if missing <= 0:
     return
   logger.say(f'Prefill: {missing} environment steps of random actions.')
-  act = random_agent(envs[0].action_space, [config.seed, done])
+  episodes, _ = tools.count_episodes(datadir)
+  act = random_agent(envs[0].action_space, config.seed, episodes)
 
   def checked(*args):
     stop.check()
@@ -1391,13 +1440,14 @@ class _Estimate:
 
 def run(config):
   """Trains, from an empty logdir or from where the last run stopped."""
-  setup_logdir(config)
+  lock = setup_logdir(config)
   stop = tools.StopSignal()
   stop.install()
   datadir = config.logdir / 'episodes'
-  datadir.mkdir(exist_ok=True)
   step = count_steps(datadir, config)
   logger = tools.Logger(config.logdir, config.steps, step)
+  losses = _Losses(config, datadir, logger)
+  make = functools.partial(make_env, config, lost=losses)
   envs = []
   try:
     summarize = functools.partial(
@@ -1407,17 +1457,33 @@ def run(config):
       lambda episode: tools.save_episodes(datadir, [episode]),
       functools.partial(summarize, prefix='train'),
     ]
-    envs += [make_env(config, i, 'train', store) for i in range(config.envs)]
-    test = [functools.partial(summarize, prefix='test')]
-    envs.append(make_env(config, 0, 'test', test))
-    _train(config, datadir, envs[:-1], envs[-1:], logger, stop)
+    envs += [make(i, 'train', store) for i in range(config.envs)]
+    envs.append(make(0, 'test', [functools.partial(summarize, prefix='test')]))
+    _train(config, datadir, envs[:-1], envs[-1], logger, stop)
   finally:
     for env in envs:
       env.close()
     logger.close()
+    lock.release()
 
 
-def _train(config, datadir, train_envs, test_envs, logger, stop):
+class _Losses:
+  """Reports environment workers that died or hung, and counts them."""
+
+  def __init__(self, config, datadir, logger):
+    self._config, self._datadir, self._logger = config, datadir, logger
+    self._count = 0
+
+  def __call__(self, error):
+    self._count += 1
+    self._logger.say(
+      f'Warning: {error}\nIts episode is dropped; a fresh worker takes over.'
+    )
+    step = count_steps(self._datadir, self._config)
+    self._logger.scalars(step, {'env_restarts': self._count})
+
+
+def _train(config, datadir, train_envs, test_env, logger, stop):
   """The loop of Algorithm 1: collect, learn, evaluate, save."""
   keras.utils.set_random_seed(config.seed)
   if config.deterministic:
@@ -1429,64 +1495,136 @@ def _train(config, datadir, train_envs, test_envs, logger, stop):
   resolve_actions(config, train_envs[0].action_space)
   write_config(config)
   _announce(config, policy, logger)
+  _number_episodes(train_envs, datadir)
   prefill_dataset(config, train_envs, logger, stop)
   with stop.immediate():
     agent = Dreamer(config, datadir, train_envs[0].action_space, logger, stop)
-    should_eval = tools.Every(config.eval_every)
-    checkpoints = tools.Checkpoints(
-      config.logdir / 'checkpoints',
-      should_eval=should_eval,
-      **agent.trackable(),
-    )
     for name, count in agent.count_parameters().items():
       logger.say(f'Found {count} {name} parameters.')
-    _resume(agent, checkpoints, config, datadir, logger)
+    progress = _Progress(config, agent, datadir, logger)
+    progress.resume()
+    _number_episodes(train_envs, datadir)
   estimate = _Estimate(agent, config, logger)
-  saver = _Saver(checkpoints, agent, config.save_every)
-  agent.after_update = lambda: (estimate(), saver.save_if_due())
+  agent.after_update = lambda: (estimate(), progress.save_if_due())
   try:
     state = None
     while agent.step < config.steps:
-      if should_eval(agent.step):
-        _evaluate(agent, test_envs)
-      wanted = min(config.eval_every, config.steps - agent.step)
-      state = tools.simulate(
-        agent, train_envs, -(-wanted // config.action_repeat), state=state
-      )
+      progress.evaluate_if_due(test_env)
+      wanted = dict(episodes=1)
+      if not progress.exact:
+        steps = min(config.eval_every, config.steps - agent.step)
+        wanted = dict(steps=-(-steps // config.action_repeat))
+      state = tools.simulate(agent, train_envs, state=state, **wanted)
       agent.catch_up()
-      saver.save()
-    if should_eval(agent.step):
-      _evaluate(agent, test_envs)
+      progress.save()
+    progress.evaluate_if_due(test_env)
+    if progress.exact:
+      progress.save()  # a longer run goes on as if it had not ended here
     agent.finish()
-    saver.save()
+    if not progress.exact:
+      progress.save()
     logger.say(f'Finished at step {agent.step}, {agent.updates} updates.')
   except tools.Stopped:
     agent.halt()
-    agent.finish()
-    saver.save()
-    logger.say(
-      f'Stopped at step {agent.step}, {agent.updates} updates; saved to '
-      f'{config.logdir}. The same command resumes.'
-    )
+    line = f'Stopped at step {agent.step}, {agent.updates} updates; '
+    if progress.exact:
+      line += 'what came after the last whole episode will be made again. '
+    else:
+      agent.finish()
+      progress.save()
+    logger.say(f'{line}Saved to {config.logdir}. The same command resumes.')
   finally:
     agent.halt()
 
 
-class _Saver:
-  """Saves checkpoints, never twice for the same update."""
+def _number_episodes(envs, datadir):
+  """Episode n starts alike, however often a run was interrupted before it."""
+  for env in envs:
+    env.number(tools.count_episodes(datadir)[0])
 
-  def __init__(self, checkpoints, agent, minutes):
-    self._checkpoints, self._agent = checkpoints, agent
-    self._seconds = 60 * minutes
-    self._time = time.time()
+
+class _Progress:
+  """What a run has done: its checkpoints, and the evaluations made.
+
+  A run is exact with --deterministic and one environment: then checkpoints are
+  made between episodes only, and a resumed run takes away what came after its
+  checkpoint, in replay and metrics.jsonl, to make it again.
+  """
+
+  def __init__(self, config, agent, datadir, logger):
+    self._config, self._agent = config, agent
+    self._datadir, self._logger = datadir, logger
+    self.exact = config.deterministic and config.envs == 1
+    self._evaluations = 0
+    self._should_eval = tools.Every(config.eval_every)
+    self._state = tools.RunState(self._collect)
+    self._checkpoints = tools.Checkpoints(
+      config.logdir / 'checkpoints',
+      should_eval=self._should_eval,
+      run=self._state,
+      **agent.trackable(),
+    )
+    self._saved = time.time()
+
+  def _collect(self):
+    return dict(
+      exact=self.exact,
+      evaluations=self._evaluations,
+      episodes=tools.count_episodes(self._datadir)[0],
+      metrics_size=self._logger.size(),
+      metrics=self._agent.unlogged(),
+    )
 
   def save(self):
     self._checkpoints.save(self._agent.updates)
-    self._time = time.time()
+    self._saved = time.time()
 
   def save_if_due(self):
-    if time.time() > self._time + self._seconds:
+    if self.exact:
+      return
+    if time.time() > self._saved + 60 * self._config.save_every:
       self.save()
+
+  def evaluate_if_due(self, env):
+    """One episode without learning, exploration noise or stored rows."""
+    if not self._should_eval(self._agent.step):
+      return
+    env.number(self._evaluations)
+    act = functools.partial(self._agent, training=False)
+    tools.simulate(act, [env], episodes=1)
+    self._evaluations += 1
+
+  def resume(self):
+    """Restores the newest checkpoint; steps are those of whole episodes."""
+    restored = self._checkpoints.restore(repair=True)
+    agent, saved = self._agent, self._state.restored
+    if restored and self.exact and saved['exact']:
+      self._rewind(saved)
+    before, agent.step = agent.step, count_steps(self._datadir, self._config)
+    if not restored:
+      if self.exact:
+        self.save()  # so that the first evaluation can be taken back, too
+      return
+    self._evaluations = saved['evaluations']
+    if self.exact and saved['exact']:
+      agent.unlogged(saved['metrics'])
+    line = f'Resumed at step {agent.step}, {agent.updates} updates.'
+    if agent.step < before:
+      dropped = before - agent.step
+      line += f' ({dropped} steps of unfinished episodes were dropped.)'
+    self._logger.say(line)
+    if not self.exact:
+      self._logger.scalars(agent.step, dict(resumed=1, updates=agent.updates))
+
+  def _rewind(self, saved):
+    """Takes away what came after the checkpoint; it will be made again."""
+    later = sorted(self._datadir.glob('*.npz'))[saved['episodes'] :]
+    for path in later:
+      path.unlink()
+    if self._logger.size() > saved['metrics_size']:
+      self._logger.rewind(saved['metrics_size'])
+    if later:
+      self._logger.say(f'{len(later)} episodes will be made again.')
 
 
 def _announce(config, policy, logger):
@@ -1526,26 +1664,6 @@ def resolve_actions(config, actspace):
     )
   config.action_dist = dist
   config.expl = expl if config.expl == 'auto' else config.expl
-
-
-def _resume(agent, checkpoints, config, datadir, logger):
-  """Restores the newest checkpoint; steps are those of whole episodes."""
-  restored = checkpoints.restore()
-  before, agent.step = agent.step, count_steps(datadir, config)
-  if not restored:
-    return
-  line = f'Resumed at step {agent.step}, {agent.updates} updates.'
-  if agent.step < before:
-    dropped = before - agent.step
-    line += f' ({dropped} steps of unfinished episodes were dropped.)'
-  logger.say(line)
-
-
-def _evaluate(agent, envs):
-  """One episode without learning, exploration noise or stored rows."""
-  tools.simulate(
-    functools.partial(agent, training=False), envs, episodes=len(envs)
-  )
 
 
 def main(argv=None):

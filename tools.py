@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import difflib
+import fcntl
 import functools
 import io
 import itertools
@@ -20,7 +21,9 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
+import socket
 import struct
 import sys
 import time
@@ -442,13 +445,23 @@ def save_episodes(directory, episodes):
   directory.mkdir(parents=True, exist_ok=True)
   paths = []
   for episode in episodes:
-    now = datetime.datetime.now(datetime.UTC)
-    stamp = now.strftime('%Y%m%dT%H%M%S%f')
+    stamp = _next_stamp(directory)
     name = f'{stamp}-{uuid.uuid4().hex}-{len(episode["reward"])}.npz'
     with atomic_write(directory / name) as file:
       np.savez(file, **episode)
     paths.append(directory / name)
   return paths
+
+
+def _next_stamp(directory):
+  """The time, but after all names there, so that they sort by their age."""
+  form = '%Y%m%dT%H%M%S%f'
+  now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+  newest = max((p.name for p in directory.glob('*.npz')), default='')
+  with contextlib.suppress(ValueError):
+    last = datetime.datetime.strptime(newest.partition('-')[0], form)
+    now = max(now, last + datetime.timedelta(microseconds=1))
+  return now.strftime(form)
 
 
 def episode_length(path):
@@ -675,7 +688,8 @@ def simulate(agent, envs, steps=0, episodes=0, state=None):
 
   Stops when the episodes that ended hold `steps` agent steps, or when
   `episodes` of them ended; what is under way then goes on at the next call
-  with the state returned here.
+  with the state returned here. Episodes with `info['lost']`, whose worker died,
+  do not count.
 
   Args:
     agent: maps (obs, reset, agent_state) to (action, agent_state), where obs
@@ -704,10 +718,11 @@ def simulate(agent, envs, steps=0, episodes=0, state=None):
       e.step(a, blocking=False) for e, a in zip(envs, action, strict=True)
     ]
     for index, promise in enumerate(waiting):
-      obs[index], _, done[index], _ = promise()
+      obs[index], _, done[index], info = promise()
       length[index] += 1
       if done[index]:
-        step, episode = step + length[index], episode + 1
+        if not info.get('lost'):
+          step, episode = step + length[index], episode + 1
         length[index] = 0
   return (
     max(0, step - steps),
@@ -783,6 +798,8 @@ METRICS = {
   'run/episodes': 'Episodes in the replay',
   'run/updates': 'Gradient steps of all optimizers, so far',
   'run/fps': 'Environment steps a second since the last entry',
+  'run/env_restarts': 'Workers that died or hung and were replaced, so far',
+  'run/resumed': 'The run was resumed here; later steps were lost',
   'world_model/model_loss': 'Nats for a state: Eq. 10 or 12, negated',
   'world_model/image_loss': 'Nats for an image; 11,291.9 where it is exact',
   'world_model/state_loss': 'Nats: J_S of Eq. 12 and ln K, negated',
@@ -850,6 +867,16 @@ class Logger:
       with atomic_write(self._metrics) as file:
         file.write(whole)
 
+  def size(self):
+    """Bytes of metrics.jsonl."""
+    return self._metrics.stat().st_size if self._metrics.exists() else 0
+
+  def rewind(self, size):
+    """Cuts off what metrics.jsonl has beyond `size` bytes."""
+    content = self._metrics.read_bytes()
+    with atomic_write(self._metrics) as file:
+      file.write(content[:size])
+
   def say(self, line):
     self._bar.write(line, file=sys.stdout)
     sys.stdout.flush()
@@ -885,38 +912,146 @@ class Logger:
 # --- Checkpoints and signals ------------------------------------------------
 
 
+class RunState(tf.train.experimental.PythonState):
+  """What a checkpoint holds besides tensors: a dictionary, as JSON.
+
+  Args:
+    collect: function that returns the dictionary when a checkpoint is saved.
+  """
+
+  def __init__(self, collect):
+    self._collect = collect
+    self.restored = {}  # what the restored checkpoint held
+
+  def serialize(self):
+    return json.dumps(self._collect())
+
+  def deserialize(self, text):
+    self.restored = json.loads(text)
+
+
 class Checkpoints:
   """Keeps the newest two checkpoints of trackable objects in a folder."""
 
+  KEEP = 2
+
   def __init__(self, directory, **objects):
+    self._directory = pathlib.Path(directory)
     self._checkpoint = tf.train.Checkpoint(**objects)
     self._manager = tf.train.CheckpointManager(
-      self._checkpoint, str(directory), max_to_keep=2
+      self._checkpoint, str(directory), max_to_keep=self.KEEP
     )
 
   def save(self, number):
-    """Saves under `number` (updates)."""
-    return self._manager.save(checkpoint_number=number)
+    """Saves under `number` (updates), or the next that is free."""
+    number = max([number, *(n + 1 for n in self._numbers())])
+    path = self._manager.save(checkpoint_number=number)
+    for file in self._directory.glob(f'{pathlib.Path(path).name}.*'):
+      with file.open('rb') as opened:
+        os.fsync(opened.fileno())
+    return path
 
-  def restore(self):
-    """Restores the newest, all of it; returns its path, None if none.
+  def restore(self, repair=False):
+    """Restores the newest that is whole; returns its path, None if none.
+
+    Args:
+      repair: rename broken ones to *.broken, and remove what a run that was
+        killed left behind.
 
     Raises:
       UserError: it does not fit these objects.
     """
-    latest = self._manager.latest_checkpoint
-    if latest:
+    if repair:
+      self._sweep()
+    for number in reversed(self._numbers()):
+      path = str(self._directory / f'ckpt-{number}')
       try:
-        status = self._checkpoint.restore(latest).expect_partial()
-        status.assert_existing_objects_matched()
-      except (AssertionError, ValueError, KeyError) as error:
-        tf.get_logger().setLevel('ERROR')  # it would list every value
+        self._restore(path)
+        return path
+      except (tf.errors.OpError, IndexError) as error:
         reason = str(error).partition('\n')[0][:200]
-        raise UserError(
-          f'{latest} was not made by this version of the code ({reason}); use '
-          'the version that made it, or a new logdir'
-        ) from None
-    return latest
+        warn(
+          f'the checkpoint {path} is broken ({reason}); taking the one before'
+        )
+        for file in self._files(number) if repair else ():
+          file.rename(file.with_name(f'{file.name}.broken'))
+    return None
+
+  def _restore(self, path):
+    try:
+      status = self._checkpoint.restore(path).expect_partial()
+      status.assert_existing_objects_matched()
+    except (AssertionError, ValueError, KeyError) as error:
+      tf.get_logger().setLevel('ERROR')  # it would list every value
+      reason = str(error).partition('\n')[0][:200]
+      raise UserError(
+        f'{path} was not made by this version of the code ({reason}); use '
+        'the version that made it, or a new logdir'
+      ) from None
+
+  def _numbers(self):
+    """Of the checkpoints in the folder, sorted; the index is written last."""
+    names = [p.name for p in self._directory.glob('ckpt-*.index')]
+    found = [re.fullmatch(r'ckpt-(\d+)\.index', name) for name in names]
+    return sorted(int(match[1]) for match in found if match)
+
+  def _sweep(self):
+    """Removes what is neither one of the newest nor set aside."""
+    keep = {f'ckpt-{n}' for n in self._numbers()[-self.KEEP :]}
+    for path in self._directory.glob('*'):
+      if path.name.split('.')[0] in keep or path.name == 'checkpoint':
+        continue
+      if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+      elif not path.name.endswith('.broken'):
+        path.unlink()
+
+
+class Lock:
+  """Keeps a second process from writing to the same folder.
+
+  The file `lock` names the holder; the lock itself is one of the operating
+  system, which ends with its process, however that ends.
+
+  Args:
+    directory: the folder.
+
+  Raises:
+    UserError: another process holds it.
+  """
+
+  def __init__(self, directory):
+    path = pathlib.Path(directory) / 'lock'
+    self._file = path.open('a+')
+    self._file.seek(0)
+    holder = self._file.read().strip()
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      age = datetime.timedelta(seconds=int(time.time() - path.stat().st_mtime))
+      self._file.close()
+      raise UserError(
+        f'--logdir {directory} is in use by {holder or "another process"}, '
+        f'for {age}: stop that, or choose another folder'
+      ) from None
+    except OSError as error:  # some network file systems have no locks
+      warn(f'{path} cannot be locked: {error.strerror}')
+    if holder:
+      warn(f'taking over {path} from {holder}, which did not end properly')
+    self._file.truncate(0)
+    self._file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    self._file.flush()
+
+  def release(self):
+    """Ends it; the file stays, empty."""
+    self._file.truncate(0)
+    self._file.close()
+
+
+def sweep(directory):
+  """Removes temporary files that `atomic_write` left when it was killed."""
+  for path in pathlib.Path(directory).glob('.*.tmp'):
+    path.unlink()
 
 
 class StopSignal:

@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import contextlib
 import difflib
+import faulthandler
 import functools
 import importlib
 import importlib.util
@@ -117,6 +118,10 @@ class WorkerError(RuntimeError):
   """
 
   traceback = ''
+
+
+class WorkerLost(WorkerError):  # noqa: N818 (says more than WorkerLostError)
+  """A worker died or hangs; a fresh one may do better."""
 
 
 # ---------------------------------------------------------------------------
@@ -219,7 +224,8 @@ def make_task(task, action_repeat=2, time_limit=1000, seed=None, test=False):
   else:
     env = NormalizeActions(env)
   env = TimeLimit(env, time_limit // action_repeat)
-  return RewardObs(env)
+  env = RewardObs(CheckFinite(env, task))
+  return env if seed is None else EpisodeSeeds(env, seed)
 
 
 def _toy(name, seed):
@@ -265,6 +271,9 @@ class DeepMindControl:
       self.render()
     except Exception as error:
       raise _render_error(error) from error
+
+  def reseed(self, seed):
+    self._env.task.random.seed(seed)
 
   def reset(self):
     self._now = self._env.reset()
@@ -387,20 +396,32 @@ class Atari:
 
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     self._ale = ale_py.ALEInterface()
-    self._random = np.random.RandomState(seed)
-    self._ale.setInt('random_seed', self._random.randint(2**31))
     self._ale.setFloat('repeat_action_probability', sticky)
-    self._ale.loadROM(ale_py.roms.get_rom_path(name))
+    self._rom = ale_py.roms.get_rom_path(name)
+    self._random = np.random.RandomState(seed)
+    self._load()
     legal, minimal = self._ale.getLegalActionSet, self._ale.getMinimalActionSet
     self._actions = legal() if all_actions else minimal()
     self._repeat, self._size = action_repeat, tuple(size)
     self._noops, self._life_done = noops, life_done
     self._goes_on = False  # whether the next episode continues this game
+    self._reseeded = False
     self.observation_space = gym.spaces.Dict({'image': _image_space(size)})
     self.action_space = gym.spaces.Discrete(len(self._actions))
 
+  def _load(self):
+    self._ale.setInt('random_seed', self._random.randint(2**31))
+    self._ale.loadROM(self._rom)  # only now does the emulator take the seed
+
+  def reseed(self, seed):
+    self._random.seed(seed)
+    self._reseeded = True
+
   def reset(self):
     if not self._goes_on:
+      if self._reseeded:
+        self._load()
+        self._reseeded = False
       self._ale.reset_game()
       frames = 1 + self._random.randint(self._noops) if self._noops else 0
       for _ in range(frames):
@@ -486,6 +507,9 @@ class DeepMindLab:
     self.observation_space = gym.spaces.Dict({'image': _image_space(size)})
     self.action_space = gym.spaces.Discrete(len(self.ACTIONS))
 
+  def reseed(self, seed):
+    self._random.seed(seed)
+
   def reset(self):
     self._lab.reset(seed=self._random.randint(2**31 - 1))
     self._image = self._lab.observations()['RGB_INTERLEAVED']
@@ -563,6 +587,9 @@ class GymEnv:
       self.observe()
     except (TypeError, AttributeError, NotImplementedError) as error:
       raise self._no_images(error) from error
+
+  def reseed(self, seed):
+    self._seed = seed
 
   def reset(self):
     self._reset(self._seed)
@@ -715,6 +742,9 @@ class ToyReach:
     self._dot = np.zeros(2)
     self._step = 0
 
+  def reseed(self, seed):
+    self._random.seed(seed)
+
   @property
   def state(self):
     """Places of dot and target, float64 [4]: x, y, x, y in [-1, 1]."""
@@ -768,6 +798,9 @@ class ToyCatch:
     self._random = np.random.RandomState(seed)
     self._ball = self._paddle = 32
     self._step = 0
+
+  def reseed(self, seed):
+    self._random.seed(seed)
 
   @property
   def state(self):
@@ -1014,6 +1047,62 @@ class RewardObs(Wrapper):
     return {**obs, 'reward': np.array(reward, np.float32)}, reward, done, info
 
 
+class CheckFinite(Wrapper):
+  """Refuses rewards and observations that are not finite.
+
+  Args:
+    env: an environment with dictionaries as observations.
+    name: of the task, for the error.
+  """
+
+  def __init__(self, env, name):
+    super().__init__(env)
+    self._name = name
+
+  def reset(self):
+    obs = self._env.reset()
+    self._check(obs)
+    return obs
+
+  def step(self, action):
+    obs, reward, done, info = self._env.step(action)
+    self._check({**obs, 'the reward': reward})
+    return obs, reward, done, info
+
+  def _check(self, values):
+    for key, value in values.items():
+      value = np.asarray(value)
+      if value.dtype.kind == 'f' and not np.isfinite(value).all():
+        raise FloatingPointError(
+          f'{self._name} gave {key} that is not finite: {value}'
+        )
+
+
+class EpisodeSeeds(Wrapper):
+  """Seeds each episode by its number, so that any of them can be run again.
+
+  Args:
+    env: an environment with `reseed(seed)`, which says what the next `reset`
+      starts from.
+    seed: int; episode n gets a seed made of this and n.
+  """
+
+  def __init__(self, env, seed):
+    super().__init__(env)
+    self._seed = seed
+    self._number = 0
+
+  def number(self, number):
+    """The next episode is this one; without it they count from 0."""
+    self._number = number
+
+  def reset(self):
+    sequence = np.random.SeedSequence([self._seed, self._number])
+    self._env.reseed(int(sequence.generate_state(1)[0] >> 1))
+    self._number += 1
+    return self._env.reset()
+
+
 class Collect(Wrapper):
   """Records episodes, in the trainer's process, around an `Async` or plain env.
 
@@ -1029,14 +1118,23 @@ class Collect(Wrapper):
   every callback as `callback(episode)` and put into `info['episode']`. Without
   `info['discount']` the discount is 1 - done.
 
+  A worker that died or hangs is restarted. Its episode is dropped: the step
+  then returns done, with `info['lost']`, and no callback is called. After
+  `LOSSES` losses without a whole episode between them its error is raised.
+
   Args:
     env: an `Async` or an environment.
     callbacks: functions of one argument, the episode.
     precision: bits of the stored floats and signed integers, 16, 32 or 64.
+    lost: function of one argument, called with the error of a lost worker.
   """
 
-  def __init__(self, env, callbacks=None, precision=32):
+  LOSSES = 5
+
+  def __init__(self, env, callbacks=None, precision=32, lost=None):
     super().__init__(env)
+    self._lost = lost or (lambda error: None)
+    self._losses = 0
     self._callbacks = list(callbacks or ())
     self._float = {16: np.float16, 32: np.float32, 64: np.float64}[precision]
     self._int = {16: np.int16, 32: np.int32, 64: np.int64}[precision]
@@ -1048,6 +1146,14 @@ class Collect(Wrapper):
       functools.partial(self._record_reset, self._send('reset'))
     )
     return promise() if blocking else promise
+
+  def _restart(self, error):
+    """Replaces a lost worker; raises its error if that happens too often."""
+    self._losses += 1
+    if self._losses >= self.LOSSES:
+      raise error
+    self._lost(error)
+    self._env.restart()
 
   def step(self, action, blocking=True):
     """Returns obs, reward, done, info, or without blocking a promise of them.
@@ -1072,21 +1178,33 @@ class Collect(Wrapper):
     return lambda: result
 
   def _record_reset(self, promise):
-    obs = promise()
+    while True:
+      try:
+        obs = promise()
+        break
+      except WorkerLost as error:
+        self._restart(error)
+        promise = self._send('reset')
     space = self._env.action_space
     action = np.zeros(space.shape, space.dtype)
     self._rows = [{**obs, 'action': action, 'reward': 0.0, 'discount': 1.0}]
     return obs
 
   def _record_step(self, action, promise):
-    obs, reward, done, info = promise()
+    try:
+      obs, reward, done, info = promise()
+    except WorkerLost as error:
+      self._restart(error)
+      row, self._rows = self._rows[-1], None
+      obs = {k: v for k, v in row.items() if k not in ('action', 'discount')}
+      return obs, 0.0, True, {'lost': True}
     discount = info.get('discount', 1.0 - float(done))
     self._rows.append(
       {**obs, 'action': action, 'reward': reward, 'discount': discount}
     )
     if done:
       episode = self._stack(self._rows)
-      self._rows = None
+      self._rows, self._losses = None, 0
       for callback in self._callbacks:
         callback(episode)
       info = {**info, 'episode': episode}
@@ -1125,22 +1243,42 @@ class Async:
     constructor: makes the environment; a function without arguments, which
       must pickle for 'process', e.g. `partial(make_task, 'toy_reach')`.
     strategy: 'process', 'thread' or 'none'.
+    timeout: seconds after which a process that gives no answer is killed; 0
+      waits for ever. It counts from the call, or the worker's start, to the
+      answer.
 
-  Every use raises WorkerError if the environment failed or its worker died,
-  but TaskError and RenderError arrive as what they are. All of them carry the
-  worker's traceback as text in `traceback`.
+  Every use raises WorkerError if the environment failed and WorkerLost if its
+  worker died or was killed, but TaskError and RenderError arrive as what they
+  are. All of them carry the worker's traceback as text in `traceback`.
   """
 
-  def __init__(self, constructor, strategy='process'):
+  def __init__(self, constructor, strategy='process', timeout=0):
     if strategy not in STRATEGIES:
       raise ValueError(f'Strategy {strategy!r} is not one of {STRATEGIES}.')
-    if strategy == 'process':
-      self._worker = _ProcessWorker(constructor)
-    elif strategy == 'thread':
+    self._constructor, self._strategy = constructor, strategy
+    self._timeout = timeout
+    self._number = None
+    self._worker = self._start()
+
+  def _start(self):
+    if self._strategy == 'process':
+      return _ProcessWorker(self._constructor, self._timeout)
+    if self._strategy == 'thread':
       executor = concurrent.futures.ThreadPoolExecutor(1, 'environment')
-      self._worker = _LocalWorker(constructor, executor)
-    else:
-      self._worker = _LocalWorker(constructor, _Immediate())
+      return _LocalWorker(self._constructor, executor)
+    return _LocalWorker(self._constructor, _Immediate())
+
+  def number(self, number):
+    """The next episode is this one (see `EpisodeSeeds`)."""
+    self._number = number
+    self._worker.call('number', number)()
+
+  def restart(self):
+    """Replaces the worker; episodes go on with the number after the last."""
+    self._worker.close()
+    self._worker = self._start()
+    if self._number is not None:
+      self._worker.call('number', self._number)
 
   @property
   def observation_space(self):
@@ -1152,6 +1290,8 @@ class Async:
 
   def reset(self, blocking=True):
     """Returns obs, or without blocking a function without arguments for it."""
+    if self._number is not None:
+      self._number += 1
     promise = self._worker.call('reset')
     return promise() if blocking else promise
 
@@ -1168,13 +1308,15 @@ class Async:
     self._worker.close()
 
 
+_KNOWN = (TaskError, RenderError, WorkerError, WorkerLost)
+
+
 def _attempt(function, *args):
   """Returns (True, result), or (False, error as text) if `function` fails."""
   try:
     return True, function(*args)
   except Exception as error:
-    known = (TaskError, RenderError, WorkerError)
-    kind = next((x.__name__ for x in known if isinstance(error, x)), '')
+    kind = type(error).__name__ if isinstance(error, _KNOWN) else ''
     message = str(error) or type(error).__name__
     if not kind:
       message += f' ({type(error).__name__} in the environment)'
@@ -1187,7 +1329,7 @@ def _resolve(answer):
   if success:
     return payload
   kind, message, trace = payload
-  classes = {'TaskError': TaskError, 'RenderError': RenderError}
+  classes = {x.__name__: x for x in _KNOWN}
   error = classes.get(kind, WorkerError)(message)
   error.traceback = trace
   error.add_note(f'In the environment worker:\n{trace}')
@@ -1239,8 +1381,9 @@ class _ProcessWorker:
   module, and with it TensorFlow, into the worker.
   """
 
-  def __init__(self, constructor):
+  def __init__(self, constructor, timeout=0):
     self._pending = collections.deque()
+    self._timeout = timeout or None  # of `poll`
     self._connection, other = mp_connection.Pipe()
     # Standard input is a file, so that the worker can read it again if it has
     # to start over with another OpenGL.
@@ -1280,20 +1423,33 @@ class _ProcessWorker:
     """Takes answers, which come in the order of the calls, up to this one."""
     while not future.done():
       try:
-        answer = self._connection.recv()
+        if not self._connection.poll(self._timeout):
+          answer = self._kill()
+        else:
+          answer = self._connection.recv()
       except (EOFError, OSError):
         answer = self._obituary()
       self._pending.popleft().set_result(answer)
     return _resolve(future.result())
 
-  def _obituary(self):
+  def _kill(self):
+    """Ends a worker that hangs, and returns its answer."""
+    self._process.send_signal(signal.SIGABRT)  # it prints where it is
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(2)
+    self._process.kill()
+    return self._obituary(f'gave no answer for {self._timeout:g} seconds')
+
+  def _obituary(self, cause=None):
     """Returns the answer of a worker that can give none any more."""
     if not self._end.alive:
       return False, ('', 'The environment is closed.', '')
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(5)
     code = self._process.returncode
-    if code is not None and code < 0:
+    if cause:
+      pass
+    elif code is not None and code < 0:
       cause = f'was killed by signal {signal.Signals(-code).name}'
     else:
       cause = f'ended with exit code {code}'
@@ -1304,7 +1460,7 @@ class _ProcessWorker:
     message = f'The environment worker {cause}.'
     if tail:
       message += f' Its last output:\n{tail}'
-    return False, ('', message, tail)
+    return False, ('WorkerLost', message, tail)
 
 
 _WORKER_CODE = """
@@ -1362,6 +1518,7 @@ def _work(handle, fallback):
   """
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
+  faulthandler.enable()  # prints a traceback when it crashes or is aborted
   environment = dict(os.environ)
   connection = mp_connection.Connection(int(handle))
   success, env = _attempt(_construct)

@@ -170,14 +170,46 @@ def test_evaluation_plays_whole_games():
   assert [end[1:] for end in ends] == [(0, 0.0), (0, 0.0)]
 
 
+def innermost(env):
+  while isinstance(env, wrappers.Wrapper):
+    env = env._env
+  return env
+
+
 class OneHot(wrappers.Wrapper):
   """Numbers for a task that takes one-hot vectors."""
 
   action_space = property(lambda self: gym.spaces.Discrete(4))
-  _ale = property(lambda self: self._env._env._env._env._ale)
+  _ale = property(lambda self: innermost(self._env)._ale)
 
   def step(self, action):
     return self._env.step(np.eye(4, dtype=np.float32)[action])
+
+
+@pytest.mark.parametrize(
+  'task', ['atari_breakout', 'gym_CartPole-v1', 'toy_reach', 'toy_catch']
+)
+def test_episodes_can_be_run_again_by_number(task):
+  make = functools.partial(wrappers.make_task, task, 1, 40, 3, True)
+
+  def episode(env, number=None):
+    rng, rows = np.random.default_rng(0), []
+    if number is not None:
+      env.number(number)
+    rows, done = [env.reset()], False
+    while not done:
+      size = env.action_space.shape[0]
+      action = np.eye(size, dtype=np.float32)[rng.integers(size)]
+      obs, _, done, _ = env.step(action)
+      rows.append(obs)
+    return [np.concatenate([o[k].ravel() for k in sorted(o)]) for o in rows]
+
+  env = make()
+  first, second, third = (episode(env) for _ in range(3))
+  for expected, number in ((third, 2), (second, 1), (first, 0), (third, 2)):
+    again = episode(env if number else make(), number)
+    np.testing.assert_array_equal(np.array(again), np.array(expected))
+  assert len(third) != len(second) or not np.array_equal(third, second)
 
 
 def test_the_time_limit_begins_a_new_game_with_discount_1():
@@ -189,7 +221,7 @@ def test_the_time_limit_begins_a_new_game_with_discount_1():
       _, _, done, info = env.step(action)
       assert done == (step == 99) and info['discount'] == 1
   env.reset()
-  frames = env._env._env._env._ale.getEpisodeFrameNumber()
+  frames = innermost(env)._ale.getEpisodeFrameNumber()
   assert frames <= 30
 
 
@@ -356,7 +388,7 @@ def test_gym_continuous_actions_are_scaled():
   assert env.action_space.shape == (2,)
   env.reset()
   env.step(np.array([1.0, -0.5], np.float32))
-  inner = env._env._env._env._env._env  # of RewardObs ... GymEnv
+  inner = innermost(env)._env
   np.testing.assert_allclose(inner.action, [[2.0], [-1.0]])
 
 

@@ -222,19 +222,32 @@ def measure_task(task):
   env = make(seed=3)
   space = env.action_space
   actions = actions[:, : space.shape[0]].astype(np.float32)
-  raw = wrappers.DeepMindControl(task.removeprefix('dmc_'), seed=3)
+  plain = wrappers.DeepMindControl(task.removeprefix('dmc_'), seed=3)
+  raw = wrappers.EpisodeSeeds(plain, 3)
   low, high = raw.action_space.low, raw.action_space.high
   scaled = low + (actions.astype(np.float64) + 1) * (high - low) / 2
   return {
     'action_space': space,
     'observation_space': env.observation_space,
     'raw_bounds': (low, high),
-    'spec': raw._env.action_spec(),
+    'spec': plain._env.action_spec(),
     'raw': rollout(raw, np.repeat(scaled, 2, 0)),
     'rows': rollout(env, actions),
     'again': rollout(make(seed=3), actions),
     'other': rollout(make(seed=4), actions),
+    'third': third_episode(make(seed=3), actions),
+    'numbered': third_episode(make(seed=3), actions, number=True),
   }
+
+
+def third_episode(env, actions, number=False):
+  """After two others, or at once by its number."""
+  if number:
+    env.number(2)
+  for _ in range(0 if number else 2):
+    env.reset()
+    env.step(actions[0])
+  return rollout(env, actions)
 
 
 @pytest.fixture(scope='module', params=PAPER_TASKS)
@@ -266,6 +279,10 @@ class TestControlSuite:
         assert key == 'image' or value.dtype == np.float32
       assert obs['reward'] == np.float32(reward)
       assert obs['image'].std() > 5
+
+  def test_episodes_can_be_run_again_by_number(self, played):
+    assert same(played['third'], played['numbered'])
+    assert not same(played['third'], played['rows'])
 
   def test_seed(self, played):
     assert same(played['rows'], played['again'])
