@@ -796,12 +796,15 @@ class Dreamer(tf.Module):
   def _update(self):
     """Draws a batch and makes one update; checks that it is finite."""
     if self._dataset is None:
-      self._dataset = load_dataset(self._datadir, self._c, self.updates)
+      self._dataset = load_dataset(
+        self._datadir, self._c, self.updates, self._actions, source=True
+      )
       if not self._c.deterministic:
         self._dataset = tools.prefetch(self._dataset)
     first = self._timer.count == 0
     self._set_learning_rates()
-    batch = next(self._dataset)
+    batch = dict(next(self._dataset))
+    source = batch.pop('source')
     with self._timer():
       if first:
         with self._stop.immediate():  # tracing can take a minute
@@ -813,8 +816,10 @@ class Dreamer(tf.Module):
     for name, value in metrics.items():
       scaled = name.endswith('_norm') and f'{name[:5]}_skipped' in metrics
       if not np.isfinite(value) and not scaled:
+        path = self._write_suspects(metrics, source)
         raise tools.NonFiniteError(
-          f'{name} became {value} in update {self.updates}'
+          f'{name} became {value} in update {self.updates}; its batch is '
+          f'listed in {path}'
         )
     with self._lock:
       for name, value in metrics.items():
@@ -824,6 +829,17 @@ class Dreamer(tf.Module):
       self._logger.progress(self.step, self.updates)
       if first:
         self._logger.say('First update done.')
+
+  def _write_suspects(self, metrics, source):
+    """Writes which windows were in a batch, beside the replay."""
+    path = self._datadir.parent / f'nonfinite-{self.updates}.json'
+    windows = np.asarray(source).astype(bytes)  # prefetched: a tensor
+    windows = [name.decode() for name in windows.tolist()]
+    metrics = {k: str(v) for k, v in metrics.items()}
+    with tools.atomic_write(path) as file:
+      record = dict(update=self.updates, metrics=metrics, windows=windows)
+      file.write((json.dumps(record, indent=2) + '\n').encode())
+    return path
 
   def _set_learning_rates(self):
     """As the flags say, which a resumed run may change."""
@@ -1152,7 +1168,7 @@ def count_steps(datadir, config):
   return tools.count_episodes(datadir)[1] * config.action_repeat
 
 
-def load_dataset(directory, config, start=0):
+def load_dataset(directory, config, start=0, actions=None, source=False):
   """Yields batches of windows for ever: numpy arrays [B, T, ...].
 
   Images stay uint8; they become floats on the device, in the compiled step.
@@ -1163,6 +1179,8 @@ def load_dataset(directory, config, start=0):
       `replay_capacity`.
     start: index of the first batch; batch number n is the same however often
       the run was interrupted, as long as the episodes are.
+    actions: A, if episodes with other actions are to be set aside.
+    source: say where the windows are from, as `source`, strings [B].
   """
   capacity = -(-config.replay_capacity // config.action_repeat)
   windows = tools.load_episodes(
@@ -1173,12 +1191,15 @@ def load_dataset(directory, config, start=0):
     seed=config.seed,
     capacity=capacity,
     start=start,
+    shapes=actions and dict(image=(64, 64, 3), action=(actions,)),
   )
   while True:
     batch = [next(windows) for _ in range(config.batch_size)]
     data = {'image': np.stack([x['image'] for x in batch])}
     for key in ('action', 'reward', 'discount'):
       data[key] = np.stack([x[key] for x in batch]).astype(np.float32)
+    if source:
+      data['source'] = np.array([x['source'] for x in batch])
     yield data
 
 
@@ -1495,6 +1516,8 @@ def _train(config, datadir, train_envs, test_env, logger, stop):
   resolve_actions(config, train_envs[0].action_space)
   write_config(config)
   _announce(config, policy, logger)
+  shapes = dict(image=(64, 64, 3), action=train_envs[0].action_space.shape)
+  tools.Replay(datadir, shapes=shapes).check()
   _number_episodes(train_envs, datadir)
   prefill_dataset(config, train_envs, logger, stop)
   with stop.immediate():

@@ -48,7 +48,7 @@ setuptools.setup(
   ],
   extras_require={
     'test': [
-      *('pytest>=8', 'ruff>=0.17,<0.18'),
+      *('pytest>=8', 'hypothesis>=6.100', 'ruff>=0.17,<0.18'),
       *('gymnasium>=1', 'pygame>=2.6', 'imageio-ffmpeg>=0.5'),
     ]
   },

@@ -29,7 +29,6 @@ import sys
 import time
 import uuid
 import zipfile
-import zlib
 
 import imageio.v3 as imageio
 import keras
@@ -486,70 +485,119 @@ class EpisodeFile:
   and the page cache keeps what is hot. (Reads rather than memory maps: a map
   holds a file descriptor for each episode and a truncated file would kill the
   process.) Compressed files, as the 2020 release wrote them, are read whole.
+  Nothing in a file is trusted: its structure is checked before the first read,
+  and its checksums once, at the first read.
+
+  Args:
+    path: of the file.
+    shapes: {key: shape of a row} that the arrays must have.
   """
 
-  def __init__(self, path):
+  LARGEST = 2**30  # bytes; a whole game of Atari has 0.33e9
+
+  def __init__(self, path, shapes=None):
     self.path = pathlib.Path(path)
     self.length = episode_length(path)
+    self._shapes = shapes or {}
     self._members = None
 
   def read(self, start, stop):
     """Rows [start, stop): dictionary of arrays. ValueError if broken."""
-    try:
+    with self._errors():
       if self._members is None:
-        self._members = self._locate()
+        members = self._locate()
+        self._check_sums()
+        self._members = members
       if not self._members:
         whole = _load_compressed(self.path)
-        return {k: v[start:stop] for k, v in whole.items()}
-      with self.path.open('rb') as file:
-        return {
-          key: self._read(file, start, stop, *member)
-          for key, member in self._members.items()
-        }
-    except (
-      OSError,
-      EOFError,
-      KeyError,
-      zipfile.BadZipFile,
-      zlib.error,
-      struct.error,
-    ) as e:
-      raise ValueError(f'{type(e).__name__}: {e}') from e
+        rows = {k: v[start:stop] for k, v in whole.items()}
+      else:
+        with self.path.open('rb') as file:
+          rows = {
+            key: self._read(file, start, stop, *member)
+            for key, member in self._members.items()
+          }
+      for key in ('action', 'reward', 'discount'):
+        if not np.isfinite(rows[key]).all():
+          raise ValueError(f'{key} is not finite')
+      return rows
+
+  def check(self):
+    """ValueError if its structure is broken; reads no images."""
+    with self._errors():
+      self._locate()
+
+  @contextlib.contextmanager
+  def _errors(self):
+    try:
+      yield
+    except ValueError:
+      raise
+    except Exception as error:  # anything may be wrong with such a file
+      raise ValueError(f'{type(error).__name__}: {error}') from error
 
   def _locate(self):
     """Maps each key to (offset, dtype, row shape); empty if compressed."""
-    members = {}
-    with zipfile.ZipFile(self.path) as archive, self.path.open('rb') as file:
+    members, arrays, stored = {}, {}, True
+    with zipfile.ZipFile(self.path) as archive:
       infos = archive.infolist()
-      if any(i.compress_type != zipfile.ZIP_STORED for i in infos):
-        self._check(
-          {k: v.shape for k, v in _load_compressed(self.path).items()}
-        )
-        return {}
-      shapes = {}
+      if sum(i.file_size for i in infos) > self.LARGEST:
+        raise ValueError('it unpacks to more than a GiB')
+      if len({i.filename for i in infos}) < len(infos):
+        raise ValueError('it holds a name twice')
       for info in infos:
-        file.seek(info.header_offset + 26)  # lengths in the local header
-        file.seek(sum(struct.unpack('<HH', file.read(4))), os.SEEK_CUR)
-        version = np.lib.format.read_magic(file)
-        read_header = getattr(
-          np.lib.format, f'read_array_header_{version[0]}_{version[1]}'
-        )
-        shape, fortran, dtype = read_header(file)
-        if dtype.hasobject or (fortran and len(shape) > 1):
+        with archive.open(info) as file:
+          version = np.lib.format.read_magic(file)
+          read_header = getattr(
+            np.lib.format, f'read_array_header_{version[0]}_{version[1]}'
+          )
+          shape, fortran, dtype = read_header(file)
+          header = file.tell()
+        if dtype.kind not in 'biuf' or (fortran and len(shape) > 1):
           raise ValueError(f'{info.filename} is not a plain array')
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if info.file_size != header + size:
+          raise ValueError(f'{info.filename} has not the size of its array')
         key = info.filename.removesuffix('.npy')
-        shapes[key] = shape
-        members[key] = file.tell(), dtype, shape[1:]
-    self._check(shapes)
-    return members
+        if '/' in key or '\\' in key:
+          raise ValueError(f'{info.filename} is no name of an array')
+        arrays[key] = shape, dtype
+        stored = stored and info.compress_type == zipfile.ZIP_STORED
+        if stored:
+          offset = self._data_offset(info) + header
+          members[key] = offset, dtype, shape[1:]
+    self._check(arrays)
+    return members if stored else {}
 
-  def _check(self, shapes):
-    missing = {'image', 'action', 'reward', 'discount'} - set(shapes)
+  def _data_offset(self, info):
+    with self.path.open('rb') as file:
+      file.seek(info.header_offset + 26)  # lengths in the local header
+      return sum(struct.unpack('<HH', file.read(4))) + file.tell()
+
+  def _check_sums(self):
+    """Reads all of it once, as bits may have flipped."""
+    with zipfile.ZipFile(self.path) as archive:
+      broken = archive.testzip()
+    if broken:
+      raise ValueError(f'the checksum of {broken} is wrong')
+
+  def _check(self, arrays):
+    missing = {'image', 'action', 'reward', 'discount'} - set(arrays)
     if missing:
       raise ValueError(f'it lacks {", ".join(sorted(missing))}')
-    for key, shape in shapes.items():
+    for key, (shape, _) in arrays.items():
       if not shape or shape[0] != self.length:
         raise ValueError(f'{key} has shape {shape}, not {self.length} rows')
+    if arrays['image'][1] != np.uint8:
+      raise ValueError(f'image is {arrays["image"][1]}, not uint8')
+    for key, expected in (
+      *self._shapes.items(),
+      ('reward', ()),
+      ('discount', ()),
+    ):
+      if arrays[key][0][1:] != expected:
+        shape = arrays[key][0]
+        raise ValueError(f'{key} has shape {shape}, each row not {expected}')
 
   @staticmethod
   def _read(file, start, stop, offset, dtype, shape):
@@ -573,11 +621,13 @@ class Replay:
   Args:
     directory: folder of episode files; `rescan` looks for new ones.
     capacity: agent steps to draw from, the newest; 0 for all.
+    shapes: {key: shape of a row} that all episodes must have.
   """
 
-  def __init__(self, directory, capacity=0):
+  def __init__(self, directory, capacity=0, shapes=None):
     self._directory = pathlib.Path(directory)
     self._capacity = capacity
+    self._shapes = shapes
     self._episodes = {}
     self._recent = []
     self._changed = None
@@ -590,7 +640,8 @@ class Replay:
     names = sorted(p.name for p in self._directory.glob('*.npz'))
     known = self._episodes
     self._episodes = {
-      n: known.get(n) or EpisodeFile(self._directory / n) for n in names
+      n: known.get(n) or EpisodeFile(self._directory / n, self._shapes)
+      for n in names
     }
     self._recent, steps = [], 0
     for name in reversed(names):
@@ -600,8 +651,17 @@ class Replay:
       steps += self._episodes[name].length - 1
     self._recent.reverse()
 
+  def check(self):
+    """Sets aside files whose structure is broken, all at once."""
+    self.rescan()
+    for episode in list(self._episodes.values()):
+      try:
+        episode.check()
+      except ValueError as error:
+        self._set_aside(episode, error)
+
   def window(self, rng, length=None, balance=False):
-    """One window: dictionary of arrays [length, ...].
+    """One window: dictionary of arrays [length, ...], and `source`.
 
     An episode is drawn uniformly, then a window of it: any that fits, the
     one that ends in the last row included. With `balance`, draws that do not
@@ -623,7 +683,8 @@ class Replay:
       start = int(rng.integers((episode.length if balance else last) + 1))
       start = min(start, last)
       try:
-        return episode.read(start, start + total)
+        window = episode.read(start, start + total)
+        return dict(window, source=f'{episode.path.name}, row {start}')
       except ValueError as error:
         self._set_aside(episode, error)
 
@@ -637,7 +698,14 @@ class Replay:
 
 
 def load_episodes(
-  directory, rescan, length=None, balance=False, seed=0, capacity=0, start=0
+  directory,
+  rescan,
+  length=None,
+  balance=False,
+  seed=0,
+  capacity=0,
+  start=0,
+  shapes=None,
 ):
   """Yields windows of episodes for ever.
 
@@ -652,11 +720,12 @@ def load_episodes(
     balance: see `Replay.window`.
     seed, start: the random stream.
     capacity: agent steps to draw from, the newest; 0 for all.
+    shapes: see `Replay`.
 
   Raises:
     UserError: no episode is long enough.
   """
-  replay = Replay(directory, capacity)
+  replay = Replay(directory, capacity, shapes)
   for block in itertools.count(start):
     replay.rescan()
     rng = np.random.default_rng([seed, block])
@@ -969,11 +1038,11 @@ class Checkpoints:
         self._restore(path)
         return path
       except (tf.errors.OpError, IndexError) as error:
+        if number not in self._numbers():
+          continue  # a run beside us has replaced it
         reason = str(error).partition('\n')[0][:200]
-        warn(
-          f'the checkpoint {path} is broken ({reason}); taking the one before'
-        )
-        for file in self._files(number) if repair else ():
+        warn(f'{path} is broken ({reason}); taking the checkpoint before')
+        for file in self._directory.glob(f'ckpt-{number}.*') if repair else ():
           file.rename(file.with_name(f'{file.name}.broken'))
     return None
 

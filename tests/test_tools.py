@@ -8,11 +8,18 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import types
+import warnings
+import zipfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
+import hypothesis
 import imageio.v3 as imageio
 import keras
 import numpy as np
@@ -20,6 +27,7 @@ import pytest
 import scipy.special
 import scipy.stats
 import tensorflow as tf
+from hypothesis import strategies
 from tensorflow_probability import distributions as tfd
 
 import tools
@@ -673,6 +681,10 @@ def test_every_row_comes_back_in_order(tmp_path, compressed, balance):
       tools.save_episodes(tmp_path, [episode])
   windows = draw(tmp_path, 400, 100, 4, balance)
   for window in windows:
+    name, _, row = window.pop('source').partition(', row ')
+    number = identify(window)[0]
+    assert name.endswith(f'-{lengths[number]}.npz')
+    assert int(row) == identify(window)[1][0]
     assert set(window) == set(make_episode(1, 4))
     assert all(len(v) == 4 for v in window.values())
     assert window['image'].dtype == np.uint8
@@ -825,6 +837,58 @@ def broken_compressed_bytes(path):
   path.write_bytes(content)
 
 
+def broken_bit(path):
+  np.savez(path, **make_episode(9, 6))
+  content = bytearray(path.read_bytes())
+  content[content.index(bytes([9, 1, 0])) + 2] ^= 4  # in an image
+  path.write_bytes(content)
+
+
+def broken_dtype(path):
+  episode = make_episode(9, 6)
+  np.savez(path, **dict(episode, image=episode['image'].astype(np.float32)))
+
+
+def broken_reward(path):
+  episode = make_episode(9, 6)
+  episode['reward'][:] = np.nan
+  np.savez(path, **episode)
+
+
+def broken_reward_shape(path):
+  np.savez(path, **dict(make_episode(9, 6), reward=np.zeros((6, 1))))
+
+
+def broken_bomb(path):
+  # 64 MB of zeros in 300 KB, which say that they are 6 GiB.
+  np.savez_compressed(path, **make_episode(9, 6))
+  array = np.lib.format
+  header = dict(descr='|u1', fortran_order=False, shape=(6, 2**30))
+  with (
+    zipfile.ZipFile(path, 'a', zipfile.ZIP_DEFLATED, compresslevel=1) as z,
+    z.open('bomb.npy', 'w', force_zip64=True) as file,
+  ):
+    array.write_array_header_2_0(file, header)
+    file.write(bytes(2**26))
+
+
+def broken_path(path):
+  np.savez(path, **{'../../evil': np.zeros(6)}, **make_episode(9, 6))
+
+
+def broken_name_twice(path):
+  np.savez(path, **make_episode(9, 6))
+  with (
+    warnings.catch_warnings(action='ignore'),
+    zipfile.ZipFile(path, 'a') as archive,
+  ):
+    archive.writestr('reward.npy', b'other')
+
+
+def broken_folder(path):
+  path.mkdir()
+
+
 BROKEN = [v for k, v in sorted(globals().items()) if k.startswith('broken_')]
 
 
@@ -867,6 +931,74 @@ def test_episode_that_is_deleted_later(tmp_path):
   next(generator)
   gone.unlink()
   assert {identify(next(generator))[0] for _ in range(30)} == {1}
+
+
+@pytest.mark.parametrize('key', ['image', 'action'])
+def test_rows_of_another_shape_are_set_aside(tmp_path, key, capsys):
+  tools.save_episodes(tmp_path, [make_episode(1, 6), make_episode(2, 6)])
+  odd = make_episode(9, 6)
+  odd[key] = odd[key][..., :1]
+  (path,) = tools.save_episodes(tmp_path, [odd])
+  shapes = dict(image=(4, 4, 3), action=(2,))
+  windows = tools.load_episodes(tmp_path, 20, 3, shapes=shapes)
+  assert {identify(next(windows))[0] for _ in range(60)} == {1, 2}
+  assert path.with_suffix('.npz.broken').exists()
+  assert f'{key} has shape' in capsys.readouterr().out
+
+
+def test_what_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
+  np.savez_compressed(tmp_path / 'a-x-6.npz', **make_episode(1, 6))
+  episode = tools.EpisodeFile(tmp_path / 'a-x-6.npz')
+  monkeypatch.setattr(tools.EpisodeFile, 'LARGEST', 1000)
+  with pytest.raises(ValueError, match='unpacks to more'):
+    episode.read(0, 3)
+
+
+def test_check_finds_broken_structure_before_anything_is_read(tmp_path, capsys):
+  tools.save_episodes(tmp_path, [make_episode(1, 6)])
+  broken_truncated(tmp_path / 'a-x-6.npz')
+  broken_length(tmp_path / 'b-x-999999999.npz')
+  tools.Replay(tmp_path).check()
+  assert tools.count_episodes(tmp_path) == (1, 5)
+  out = capsys.readouterr().out
+  assert 'a-x-6.npz.broken' in out and 'b-x-999999999.npz.broken' in out
+
+
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_any_damage_is_noticed_or_harmless(data):
+  """Bytes changed, cut out or put in: a broken file, or the same rows."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'a-x-6.npz'
+    save = np.savez_compressed if data.draw(strategies.booleans()) else np.savez
+    episode = make_episode(1, 6)
+    save(path, **episode)
+    content = bytearray(path.read_bytes())
+    place = data.draw(strategies.integers(0, len(content) - 1))
+    kind = data.draw(strategies.sampled_from(['flip', 'cut', 'insert']))
+    if kind == 'flip':
+      content[place] ^= data.draw(strategies.integers(1, 255))
+    elif kind == 'cut':
+      del content[place : place + data.draw(strategies.integers(1, 5000))]
+    else:
+      content[place:place] = data.draw(strategies.binary(min_size=1))
+    path.write_bytes(content)
+    try:
+      rows = tools.EpisodeFile(path).read(1, 4)
+    except ValueError:
+      return
+    for key in set(rows) & set(episode):
+      np.testing.assert_array_equal(rows[key], episode[key][1:4])
+    assert {'image', 'action', 'reward', 'discount'} <= set(rows)
+
+
+def test_names_sort_by_age_even_if_the_clock_goes_back(tmp_path):
+  (late,) = tools.save_episodes(tmp_path, [make_episode(1, 3)])
+  future = tmp_path / '29990101T000000000000-x-3.npz'
+  late.rename(future)
+  paths = [tools.save_episodes(tmp_path, [make_episode(1, 3)])[0]]
+  paths += tools.save_episodes(tmp_path, [make_episode(1, 3)] * 2)
+  assert sorted(tmp_path.glob('*.npz')) == [future, *paths]
 
 
 def test_all_broken_is_a_user_error(tmp_path):
@@ -1231,8 +1363,102 @@ def test_checkpoint_that_lacks_something_is_refused(tmp_path):
   tools.Checkpoints(tmp_path, **objects).save(1)
   head = keras.layers.Dense(3)
   head.build((None, 2))
-  with pytest.raises(AssertionError):
+  with pytest.raises(tools.UserError, match='not made by this version'):
     tools.Checkpoints(tmp_path, head=head, **objects).restore()
+
+
+@pytest.mark.parametrize('part', ['index', 'data-00000-of-00001'])
+@pytest.mark.parametrize('damage', ['cut', 'empty', 'flip', 'gone'])
+def test_broken_checkpoint_gives_way_to_the_one_before(
+  tmp_path, part, damage, capsys
+):
+  objects, optimizer = make_objects()
+  checkpoints = tools.Checkpoints(tmp_path, **objects)
+  expected = []
+  for number in (1, 2):
+    dense_step(objects, optimizer, number)
+    expected.append(objects['layer'].get_weights())
+    checkpoints.save(number)
+  path = tmp_path / f'ckpt-2.{part}'
+  content = path.read_bytes()
+  middle = len(content) // 2
+  flipped = bytes([content[middle] ^ 1])
+  if damage == 'gone':
+    path.unlink()
+  else:
+    path.write_bytes(
+      dict(
+        cut=content[:middle],
+        empty=b'',
+        flip=content[:middle] + flipped + content[middle + 1 :],
+      )[damage]
+    )
+  (tmp_path / 'checkpoint').write_text('nonsense')
+  fresh, fresh_optimizer = make_objects()
+  again = tools.Checkpoints(tmp_path, **fresh)
+  assert again.restore(repair=True) == str(tmp_path / 'ckpt-1')
+  for a, b in zip(fresh['layer'].get_weights(), expected[0], strict=True):
+    np.testing.assert_array_equal(a, b)
+  if (part, damage) != ('index', 'gone'):
+    assert 'ckpt-2 is broken' in capsys.readouterr().out
+    assert list(tmp_path.glob('ckpt-2.*.broken'))
+  assert not (tmp_path / 'ckpt-2.index').exists()
+  # And it goes on from there.
+  dense_step(fresh, fresh_optimizer, 3)
+  again.save(1)
+  assert again.restore(repair=True).endswith('ckpt-2')
+
+
+def test_restore_sweeps_what_a_killed_run_left(tmp_path):
+  objects, _ = make_objects()
+  checkpoints = tools.Checkpoints(tmp_path, **objects)
+  for number in (4, 5):
+    checkpoints.save(number)
+  before = {p.name for p in tmp_path.iterdir()}
+  (tmp_path / 'ckpt-6_temp').mkdir()
+  (tmp_path / 'ckpt-6_temp/part-0').write_text('x')
+  (tmp_path / 'ckpt-6.data-00000-of-00001').write_text('x')
+  (tmp_path / 'checkpoint.tmp123').write_text('x')
+  for name in ('index', 'data-00000-of-00001'):
+    shutil.copy(tmp_path / f'ckpt-4.{name}', tmp_path / f'ckpt-3.{name}')
+  checkpoints.restore()
+  assert len(list(tmp_path.iterdir())) == len(before) + 5  # reading only
+  assert checkpoints.restore(repair=True).endswith('ckpt-5')
+  assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def test_checkpoints_never_write_over_each_other(tmp_path):
+  objects, _ = make_objects()
+  checkpoints = tools.Checkpoints(tmp_path, **objects)
+  paths = [checkpoints.save(7) for _ in range(3)]
+  assert [p.rsplit('-', 1)[1] for p in paths] == ['7', '8', '9']
+
+
+def test_run_state_round_trip(tmp_path):
+  held = dict(metrics=dict(loss=[0.1, 2.5]), count=3)
+  state = tools.RunState(lambda: held)
+  tools.Checkpoints(tmp_path, run=state).save(1)
+  fresh = tools.RunState(dict)
+  tools.Checkpoints(tmp_path, run=fresh).restore()
+  assert fresh.restored == held
+
+
+def test_lock_names_its_holder(tmp_path, capsys):
+  lock = tools.Lock(tmp_path)
+  with pytest.raises(tools.UserError, match=f'use by process {os.getpid()} on'):
+    tools.Lock(tmp_path)
+  lock.release()
+  tools.Lock(tmp_path).release()
+  assert capsys.readouterr().out == ''
+
+
+def test_lock_of_a_killed_process_is_taken_over(tmp_path, capsys):
+  code = 'import os, sys, tools; lock = tools.Lock(sys.argv[1]); '
+  code += 'os.kill(os.getpid(), 9)'
+  root = pathlib.Path(tools.__file__).parent
+  subprocess.run([sys.executable, '-c', code, str(tmp_path)], cwd=root)
+  tools.Lock(tmp_path).release()
+  assert 'which did not end properly' in capsys.readouterr().out
 
 
 @pytest.fixture

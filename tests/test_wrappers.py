@@ -133,6 +133,33 @@ class Faulty:
     pass
 
 
+class Fragile(Counting):
+  """Dies or hangs at its second step, as its worker's turn in `fates` says."""
+
+  def __init__(self, path, fates):
+    super().__init__(length=3)
+    with path.open('a+') as file:
+      file.write('worker\n')
+      file.seek(0)
+      turn = len(file.readlines()) - 1
+    self._fate = fates[turn] if turn < len(fates) else 'live'
+
+  def number(self, number):
+    self.count = 100 * number
+
+  def step(self, action):
+    if self._step == 1 and self._fate == 'die':
+      os.kill(os.getpid(), signal.SIGKILL)
+    if self._step == 1 and self._fate == 'hang':
+      forever()
+    return super().step(action)
+
+
+def forever():
+  while True:
+    time.sleep(1)
+
+
 class Closing(Counting):
   """Writes into a file that it was closed."""
 
@@ -1035,6 +1062,93 @@ class TestAsync:
 def nap():
   time.sleep(0.5)
   return 'rested'
+
+
+class TestLostWorkers:
+  def collect(self, tmp_path, fates, episodes, timeout=0):
+    """Returns finished episodes, reported errors, and rows that were given."""
+    make = functools.partial(Fragile, tmp_path / 'workers', fates)
+    finished, errors, rows = [], [], []
+    env = wrappers.Collect(
+      wrappers.Async(make, 'process', timeout),
+      [finished.append],
+      lost=errors.append,
+    )
+    env.number(1)
+    try:
+      while len(finished) < episodes:
+        env.reset()
+        done = False
+        while not done:
+          obs, reward, done, info = env.step(np.zeros(2, np.float32))
+          rows.append((set(obs), reward, done, 'lost' in info))
+    finally:
+      env.close()
+    return finished, errors, rows
+
+  def test_one_that_dies_is_replaced_and_its_episode_dropped(self, tmp_path):
+    finished, errors, rows = self.collect(tmp_path, ['die'], 2)
+    keys = {'image', 'count', 'float'}
+    assert [row[1:] for row in rows[:2]] == [
+      (50.5, False, False),
+      (0.0, True, True),
+    ]
+    assert all(row[0] >= keys for row in rows)
+    assert [len(e['reward']) for e in finished] == [4, 4]
+    # The fresh worker goes on with the number after the lost episode's.
+    assert finished[0]['count'].tolist() == [200, 201, 202, 203]
+    (error,) = errors
+    assert isinstance(error, wrappers.WorkerLost) and 'SIGKILL' in str(error)
+
+  def test_one_that_hangs_says_where(self, tmp_path):
+    finished, errors, _ = self.collect(tmp_path, ['hang'], 1, timeout=3)
+    assert len(finished) == 1
+    (error,) = errors
+    assert 'gave no answer for 3 seconds' in str(error)
+    assert 'in forever' in error.traceback
+
+  def test_five_in_a_row_are_too_many(self, tmp_path):
+    with pytest.raises(wrappers.WorkerLost, match='SIGKILL'):
+      self.collect(tmp_path, ['die'] * 5, 1)
+    assert (tmp_path / 'workers').read_text() == 5 * 'worker\n'
+
+  def test_four_in_a_row_are_not(self, tmp_path):
+    finished, errors, _ = self.collect(tmp_path, ['die'] * 4, 1)
+    assert len(finished) == 1 and len(errors) == 4
+
+  def test_reset_is_tried_again(self, tmp_path):
+    make = functools.partial(Fragile, tmp_path / 'workers', [])
+    errors = []
+    env = wrappers.Collect(wrappers.Async(make), lost=errors.append)
+    pid = env._env._worker._process.pid
+    os.kill(pid, signal.SIGKILL)
+    assert env.reset()['count'] == 0
+    assert len(errors) == 1
+    env.close()
+
+  def test_errors_of_the_environment_are_not_losses(self):
+    errors = []
+    env = wrappers.Collect(wrappers.Async(Faulty), lost=errors.append)
+    env.reset()
+    with pytest.raises(wrappers.WorkerError) as caught:
+      env.step('fail')
+    assert not isinstance(caught.value, wrappers.WorkerLost) and not errors
+    assert "raise KeyError('wheel')" in caught.value.traceback
+    env.close()
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+@pytest.mark.parametrize('what', ['reward', 'observation'])
+def test_numbers_that_are_not_finite_are_refused(bad, what):
+  env = Counting()
+  checked = wrappers.CheckFinite(env, 'gym_Counting-v0')
+  checked.reset()
+  checked.step(np.zeros(2))
+  env.count = np.float64(bad) if what == 'reward' else 0
+  if what == 'observation':
+    env._observe = lambda: {'float': np.array([0, bad])}
+  with pytest.raises(FloatingPointError, match='gym_Counting-v0 gave'):
+    checked.step(np.zeros(2)) if what == 'reward' else checked.reset()
 
 
 class TestProcess:
