@@ -1551,11 +1551,11 @@ def _train(config, datadir, train_envs, test_env, logger, stop):
     agent.halt()
     line = f'Stopped at step {agent.step}, {agent.updates} updates; '
     if progress.exact:
-      line += 'what came after the last whole episode will be made again. '
+      line += 'what came after the last whole episode will be made again; '
     else:
       agent.finish()
       progress.save()
-    logger.say(f'{line}Saved to {config.logdir}. The same command resumes.')
+    logger.say(f'{line}saved to {config.logdir}. The same command resumes.')
   finally:
     agent.halt()
 
@@ -1703,9 +1703,19 @@ def main(argv=None):
     print('Stopped before the first update; the same command resumes.')
     return 0
   except ERRORS as error:
-    where = 'environment: ' * isinstance(error, wrappers.WorkerError)
+    where = ''
+    if isinstance(error, wrappers.WorkerError):
+      where = 'environment: '
+      print(error.traceback, file=sys.stderr)
     print(f'dreamer.py: error: {where}{error}', file=sys.stderr)
     return 2
+  except OSError as error:
+    print(
+      f'dreamer.py: error: {error.filename or "logdir"}: {error.strerror}. '
+      'What was saved before is intact; the same command resumes.',
+      file=sys.stderr,
+    )
+    return 1
   except tools.NonFiniteError as error:
     print(
       f'dreamer.py: error: {error}. The last checkpoint is intact.',

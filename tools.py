@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import difflib
+import errno
 import fcntl
 import functools
 import io
@@ -422,6 +423,9 @@ def atomic_write(path):
       os.fsync(folder)
     finally:
       os.close(folder)
+  except OSError as error:  # such as a full disk
+    error.filename = error.filename or str(path)
+    raise
   finally:
     temporary.unlink(missing_ok=True)
 
@@ -1014,7 +1018,13 @@ class Checkpoints:
   def save(self, number):
     """Saves under `number` (updates), or the next that is free."""
     number = max([number, *(n + 1 for n in self._numbers())])
-    path = self._manager.save(checkpoint_number=number)
+    try:
+      path = self._manager.save(checkpoint_number=number)
+    except tf.errors.OpError as error:
+      reason = str(error).partition('\n')[0]
+      full = 'space' in reason or 'quota' in reason
+      code = errno.ENOSPC if full else errno.EIO
+      raise OSError(code, reason[:200], str(self._directory)) from None
     for file in self._directory.glob(f'{pathlib.Path(path).name}.*'):
       with file.open('rb') as opened:
         os.fsync(opened.fileno())

@@ -1149,11 +1149,16 @@ class Collect(Wrapper):
 
   def _restart(self, error):
     """Replaces a lost worker; raises its error if that happens too often."""
-    self._losses += 1
-    if self._losses >= self.LOSSES:
-      raise error
-    self._lost(error)
-    self._env.restart()
+    while True:
+      self._losses += 1
+      if self._losses >= self.LOSSES:
+        raise error
+      self._lost(error)
+      try:
+        self._env.restart()
+        return
+      except WorkerLost as another:
+        error = another
 
   def step(self, action, blocking=True):
     """Returns obs, reward, done, info, or without blocking a promise of them.
@@ -1173,7 +1178,10 @@ class Collect(Wrapper):
   def _send(self, method, *args):
     method = getattr(self._env, method)
     if isinstance(self._env, Async):
-      return method(*args, blocking=False)
+      try:
+        return method(*args, blocking=False)
+      except WorkerLost as error:
+        return functools.partial(_raise, error)
     result = method(*args)
     return lambda: result
 
@@ -1309,6 +1317,10 @@ class Async:
 
 
 _KNOWN = (TaskError, RenderError, WorkerError, WorkerLost)
+
+
+def _raise(error):
+  raise error
 
 
 def _attempt(function, *args):

@@ -1,0 +1,318 @@
+"""Runs that are killed, starved or fed with nonsense, in real processes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soak
+import tensorflow as tf
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def command(logdir, *flags, task='toy_reach'):
+  words = ['--preset=debug', f'--task={task}', '--precision=32', *flags]
+  return [
+    sys.executable,
+    str(ROOT / 'dreamer.py'),
+    f'--logdir={logdir}',
+    *words,
+  ]
+
+
+def run(logdir, *flags, **kwargs):
+  """Runs to the end; returns the finished process."""
+  words = command(logdir, *flags, **kwargs)
+  return subprocess.run(words, capture_output=True, text=True, timeout=600)
+
+
+def run_until(logdir, words, number, *flags, **kwargs):
+  """Runs until a line has these words, and sends a signal then."""
+  process = subprocess.Popen(
+    command(logdir, *flags, **kwargs),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  seen = []
+  with process:
+    for line in process.stdout:
+      seen.append(line)
+      if words in line:
+        process.send_signal(number)
+        break
+    seen += process.stdout.readlines()
+  assert any(words in line for line in seen), seen
+  return process.returncode, ''.join(seen)
+
+
+def read_metrics(logdir):
+  """Lines of metrics.jsonl without what depends on the clock."""
+  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if k != 'fps'} for line in lines
+  ]
+
+
+def read_episodes(logdir):
+  """All arrays of all episodes, in order."""
+  episodes = []
+  for path in sorted(logdir.glob('episodes/*.npz')):
+    with np.load(path, allow_pickle=False) as file:
+      episodes.append({k: file[k].tobytes() for k in sorted(file.files)})
+  return episodes
+
+
+def read_weights(logdir):
+  """All that the newest checkpoint holds: networks, optimizers, counters."""
+  numbers = [int(p.stem[5:]) for p in logdir.glob('checkpoints/ckpt-*.index')]
+  path = logdir / f'checkpoints/ckpt-{max(numbers)}'
+  reader = tf.train.load_checkpoint(str(path))
+  own = ('_CHECKPOINTABLE_OBJECT_GRAPH', 'save_counter')
+  return {
+    name: np.asarray(reader.get_tensor(name)).tobytes()
+    for name in reader.get_variable_to_shape_map()
+    if not name.startswith((*own, 'run/'))
+  }
+
+
+def everything(logdir):
+  return read_metrics(logdir), read_episodes(logdir), read_weights(logdir)
+
+
+EXACT = ('--deterministic=True', '--steps=600', '--log_every=150')
+
+
+@pytest.fixture(scope='module', params=['toy_reach', 'dmc_cartpole_balance'])
+def whole(request, tmp_path_factory):
+  """A task, and the logdir of a run of it that was never interrupted."""
+  logdir = tmp_path_factory.mktemp('whole') / request.param
+  result = run(logdir, *EXACT, '--seed=3', task=request.param)
+  assert result.returncode == 0, result.stderr
+  return request.param, logdir
+
+
+def test_exact_resume(tmp_path, whole):
+  """Interrupted again and again, or never: the same to the last bit."""
+  task, logdir = whole
+  parts = tmp_path / 'parts'
+  places = [
+    ('at step 200', signal.SIGTERM),  # in the prefill
+    ('First update', signal.SIGKILL),
+    ('at step 500', signal.SIGTERM),
+  ]
+  for words, number in places:
+    run_until(parts, words, number, *EXACT, '--seed=3', task=task)
+  if task == 'toy_reach':  # one that had ended goes on as if it had not
+    shorter = [x.replace('600', '550') for x in EXACT]
+    assert run(parts, *shorter, '--seed=3', task=task).returncode == 0
+  assert run(parts, *EXACT, '--seed=3', task=task).returncode == 0
+  metrics, episodes, weights = everything(logdir)
+  again = everything(parts)
+  assert metrics == again[0]
+  assert episodes == again[1] and len(episodes) in (6, 12)
+  assert weights == again[2] and len(weights) > 100
+  assert sum('model_loss' in line for line in metrics) >= 2
+  assert sum('test/return' in line for line in metrics) >= 1
+
+
+def test_another_seed_is_another_run(tmp_path, whole):
+  task, logdir = whole
+  if task != 'toy_reach':
+    pytest.skip('one task is enough')
+  assert run(tmp_path, *EXACT, '--seed=4', task=task).returncode == 0
+  pairs = list(zip(everything(logdir), everything(tmp_path), strict=True))
+  assert all(first != other for first, other in pairs)
+  assert all(x != y for x, y in zip(*pairs[1], strict=True))
+
+
+def test_kills_at_random_times(tmp_path):
+  """A short soak; `tests/soak.py` runs for hours."""
+  run = soak.Soak(tmp_path / 'run', seed=1)
+  try:
+    run.start()
+    for _ in range(4):
+      run.kill()
+    run.finish()
+  finally:
+    run.close()
+  assert run.counts['trainer'] >= 1 and run.counts['worker'] >= 1
+  assert len(read_episodes(tmp_path / 'run')) >= 8
+  lines = read_metrics(tmp_path / 'run')
+  assert sum('resumed' in line for line in lines) == run.counts['starts'] - 1
+
+
+def test_dead_worker_is_replaced_and_counted(tmp_path):
+  run = soak.Soak(tmp_path / 'run')
+  try:
+    run.start()
+    # The first evaluation has happened: the first worker is that of training.
+    os.kill(run._workers()[0], signal.SIGKILL)
+    end = time.time() + 60
+    while not any('env_restarts' in x for x in read_metrics(tmp_path / 'run')):
+      assert time.time() < end
+      time.sleep(0.2)
+    count = len(list(tmp_path.glob('run/episodes/*')))
+    while len(list(tmp_path.glob('run/episodes/*.npz'))) < count + 2:
+      assert time.time() < end
+      time.sleep(0.2)
+    run.finish()
+  finally:
+    run.close()
+  out = (tmp_path / 'run.out').read_text()
+  assert 'was killed by signal SIGKILL' in out
+  assert 'a fresh worker takes over' in out
+
+
+def spoil_config(logdir):
+  (logdir / 'config.json').write_text('{"config": {"ta')
+  return 'config.json.broken'
+
+
+def spoil_checkpoint(logdir):
+  newest = max(
+    logdir.glob('checkpoints/*.data*'), key=lambda p: p.stat().st_mtime
+  )
+  newest.write_bytes(newest.read_bytes()[:1000])
+  return f'{newest.name}.broken'
+
+
+def spoil_episode(logdir):
+  path = sorted(logdir.glob('episodes/*.npz'))[1]
+  path.write_bytes(path.read_bytes()[:-3000])
+  return f'{path.name}.broken'
+
+
+def spoil_metrics(logdir):
+  with (logdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 5')
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  logdir = tmp_path_factory.mktemp('finished') / 'run'
+  result = run(logdir, '--steps=500', '--save_every=0')
+  assert result.returncode == 0, result.stderr
+  return logdir
+
+
+def test_run_goes_on_from_what_is_sound(finished, tmp_path):
+  """All four kinds of damage at once."""
+  logdir = tmp_path / 'run'
+  subprocess.run(['cp', '-r', finished, logdir], check=True)
+  spoilers = (spoil_config, spoil_checkpoint, spoil_episode, spoil_metrics)
+  aside = [name for name in (spoil(logdir) for spoil in spoilers) if name]
+  result = run(logdir, '--steps=600')
+  assert result.returncode == 0, result.stderr
+  assert 'Resumed at step 450, ' in result.stdout  # 50 were in the episode
+  assert 'Finished at step 600' in result.stdout
+  present = {p.name for p in logdir.rglob('*.broken')}
+  assert set(aside) <= present
+  for name in aside:
+    assert name.removesuffix('.broken') in result.stdout
+  assert json.loads((logdir / 'config.json').read_text())['config']['steps']
+  assert all('step' in line for line in read_metrics(logdir))
+  assert run(logdir, '--steps=600').returncode == 0  # nothing is left over
+
+
+def test_two_trainers_on_one_logdir(tmp_path):
+  logdir = tmp_path / 'run'
+  first = subprocess.Popen(
+    command(logdir, '--steps=1e9'), stdout=subprocess.PIPE, text=True
+  )
+  try:
+    while 'Prefill' not in (line := first.stdout.readline()):
+      assert line
+    before = (logdir / 'config.json').stat().st_mtime_ns
+    second = run(logdir)
+    assert second.returncode == 2
+    assert f'is in use by process {first.pid} on' in second.stderr
+    assert 'Traceback' not in second.stderr
+    assert (logdir / 'config.json').stat().st_mtime_ns == before
+    assert first.poll() is None
+  finally:
+    first.kill()
+    first.wait()
+  after = run(logdir, '--steps=500')
+  assert after.returncode == 0
+  assert f'from process {first.pid} on' in after.stdout  # taken over
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of 6 MB that can be made larger, or read-only."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=6m', 'tmpfs', str(folder)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('mounting a file system is not permitted here')
+  yield folder
+  subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def remount(folder, option):
+  subprocess.run(['mount', '-o', f'remount,{option}', str(folder)], check=True)
+
+
+def test_full_and_read_only_disks(small_disk):
+  logdir = small_disk / 'run'
+  result = run(logdir, '--steps=5000')
+  assert result.returncode == 1
+  assert 'No space left on device' in result.stderr
+  assert 'Traceback' not in result.stderr
+  episodes = read_episodes(logdir)  # all are whole
+  assert episodes and not list(logdir.rglob('.*.tmp'))
+  remount(small_disk, 'ro')
+  result = run(logdir)
+  assert result.returncode == 2
+  assert f'cannot write to --logdir {logdir}: Read-only' in result.stderr
+  remount(small_disk, 'rw,size=60m')
+  result = run(logdir, '--steps=700')
+  assert result.returncode == 0, result.stderr
+  assert read_episodes(logdir)[: len(episodes)] == episodes
+
+
+def statm(pid):
+  pages = int(pathlib.Path(f'/proc/{pid}/statm').read_text().split()[1])
+  files = len(list(pathlib.Path(f'/proc/{pid}/fd').iterdir()))
+  return pages * os.sysconf('SC_PAGE_SIZE') / 1e6, files
+
+
+def test_memory_and_files_stay_flat(tmp_path):
+  """2,000 updates and 200 episodes after a warm-up."""
+  run = soak.Soak(
+    tmp_path / 'run',
+    flags=['--train_steps=20', '--eval_every=2000', '--log_every=500'],
+  )
+  try:
+    run.start()
+    pids = [run._process.pid, *run._workers()]
+
+    def progress():
+      updates = [
+        x['updates'] for x in read_metrics(tmp_path / 'run') if 'updates' in x
+      ]
+      return max(updates, default=0), len(
+        list(tmp_path.glob('run/episodes/*.npz'))
+      )
+
+    def wait(updates, episodes):
+      while progress()[0] < updates or progress()[1] < episodes:
+        assert run._process.poll() is None
+        time.sleep(0.5)
+      return [statm(pid) for pid in pids], progress()
+
+    before, (updates, episodes) = wait(400, 50)
+    after, _ = wait(updates + 2000, episodes + 200)
+    run.finish()
+  finally:
+    run.close()
+  for (memory, files), (later, more) in zip(before, after, strict=True):
+    assert later - memory < 50, (before, after)
+    assert more <= files + 3, (before, after)
