@@ -1070,9 +1070,13 @@ class Checkpoints:
 
   def _numbers(self):
     """Of the checkpoints in the folder, sorted; the index is written last."""
-    names = [p.name for p in self._directory.glob('ckpt-*.index')]
-    found = [re.fullmatch(r'ckpt-(\d+)\.index', name) for name in names]
-    return sorted(int(match[1]) for match in found if match)
+    numbers = []
+    for path in self._directory.glob('ckpt-*.index'):
+      match = re.fullmatch(r'ckpt-(\d+)\.index', path.name)
+      with contextlib.suppress(FileNotFoundError):  # a run beside us goes on
+        if match and path.stat().st_size:
+          numbers.append(int(match[1]))
+    return sorted(numbers)
 
   def _sweep(self):
     """Removes what is neither one of the newest nor set aside."""

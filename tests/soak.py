@@ -25,6 +25,7 @@ import sys
 import time
 
 import numpy as np
+import tensorflow as tf
 
 SCRIPT = pathlib.Path(__file__).parents[1] / 'dreamer.py'
 
@@ -52,7 +53,7 @@ class Soak:
   def start(self):
     """Starts or resumes the run, and waits until it learns."""
     self.counts['starts'] += 1
-    before = self._newest_checkpoint()
+    before = self._updates_saved()
     log = (self.logdir.parent / f'{self.logdir.name}.out').open('ab+')
     start = log.seek(0, os.SEEK_END)
     self._process = subprocess.Popen(
@@ -68,7 +69,8 @@ class Soak:
       assert time.time() < end, f'it does not learn:\n{text}'
       time.sleep(0.2)
     if before:
-      assert f'{before} updates' in text, (before, text)
+      resumed = re.search(r'Resumed at step \d+, (\d+) updates', text)
+      assert int(resumed[1]) >= before, (before, text)
     self._check_episodes()
 
   def kill(self):
@@ -109,9 +111,11 @@ class Soak:
       self._process.kill()
       self._process.wait()
 
-  def _newest_checkpoint(self):
-    names = [p.stem for p in self.logdir.glob('checkpoints/ckpt-*.index')]
-    return max([int(name[5:]) for name in names], default=None)
+  def _updates_saved(self):
+    """Updates in the newest checkpoint, None without one."""
+    path = tf.train.latest_checkpoint(str(self.logdir / 'checkpoints'))
+    name = 'updates/.ATTRIBUTES/VARIABLE_VALUE'
+    return path and int(tf.train.load_variable(path, name))
 
   def _workers(self):
     path = f'/proc/{self._process.pid}/task/{self._process.pid}/children'

@@ -658,12 +658,12 @@ def test_logdir_that_cannot_be_used(tmp_path, capsys):
   (tmp_path / 'file').write_text('')
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other' / 'thesis.tex').write_text('')
-  (tmp_path / 'bad').mkdir()
-  (tmp_path / 'bad' / 'config.json').write_text('{')
+  (tmp_path / 'newer').mkdir()
+  (tmp_path / 'newer' / 'config.json').write_text('{"config": {"esp": 1}}')
   for name, words in {
     'file/run': 'cannot write',
     'other': 'thesis.tex',
-    'bad': 'not readable',
+    'newer': 'is of another version of this code (flags esp)',
   }.items():
     assert dreamer.main(['--logdir', str(tmp_path / name)]) == 2
     assert words in capsys.readouterr().err
@@ -707,7 +707,7 @@ def test_debug_run_is_stopped_killed_and_resumed(tmp_path):
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   # Killed without warning once it has saved.
   process = subprocess.Popen(command(logdir, *flags, '--steps', '1e5'), **pipes)
-  wait_for(lambda: list(logdir.glob('checkpoints/*.index')), process)
+  wait_for((logdir / 'checkpoints/checkpoint').exists, process)
   process.kill()
   process.communicate()
   # Resumed, and stopped by SIGTERM.

@@ -176,9 +176,8 @@ def spoil_config(logdir):
 
 
 def spoil_checkpoint(logdir):
-  newest = max(
-    logdir.glob('checkpoints/*.data*'), key=lambda p: p.stat().st_mtime
-  )
+  paths = logdir.glob('checkpoints/ckpt-*.data*')
+  newest = max(paths, key=lambda p: int(p.name.split('.')[0][5:]))
   newest.write_bytes(newest.read_bytes()[:1000])
   return f'{newest.name}.broken'
 

@@ -1399,7 +1399,7 @@ def test_broken_checkpoint_gives_way_to_the_one_before(
   assert again.restore(repair=True) == str(tmp_path / 'ckpt-1')
   for a, b in zip(fresh['layer'].get_weights(), expected[0], strict=True):
     np.testing.assert_array_equal(a, b)
-  if (part, damage) != ('index', 'gone'):
+  if (part, damage) not in (('index', 'gone'), ('index', 'empty')):
     assert 'ckpt-2 is broken' in capsys.readouterr().out
     assert list(tmp_path.glob('ckpt-2.*.broken'))
   assert not (tmp_path / 'ckpt-2.index').exists()
