@@ -475,8 +475,9 @@ def plot(groups, paper, outdir, xaxis, yaxis, bins):
     entries.values(),
     entries,
     loc='outside upper center',
-    ncols=4,
+    ncols=max(1, int(1.6 * columns)),
     frameon=False,
+    fontsize='small',
   )
   paths = [outdir / 'curves.png', outdir / 'curves.pdf']
   for path in paths:
