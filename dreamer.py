@@ -376,7 +376,10 @@ def _parse_value(default, text):
     if float(text) != int(float(text)):
       raise ValueError(text)
     return int(float(text))
-  return type(default)(text)
+  value = type(default)(text)
+  if isinstance(default, float) and not np.isfinite(value):
+    raise ValueError(text)
+  return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1706,7 +1709,8 @@ def main(argv=None):
     where = ''
     if isinstance(error, wrappers.WorkerError):
       where = 'environment: '
-      print(error.traceback, file=sys.stderr)
+      if error.traceback not in str(error):
+        print(error.traceback, file=sys.stderr)
     print(f'dreamer.py: error: {where}{error}', file=sys.stderr)
     return 2
   except OSError as error:

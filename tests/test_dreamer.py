@@ -14,10 +14,12 @@ import pytest
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
 import gym
+import hypothesis
 import keras
 import models
 import numpy as np
 import tensorflow as tf
+from hypothesis import strategies
 import tools
 import wrappers
 
@@ -640,6 +642,44 @@ def test_bad_flags_are_errors_with_exit_code_2(argv, words, capsys, tmp_path):
   assert words in message
   assert len(message.strip().splitlines()) == 1
   assert not (tmp_path / 'run').exists()
+
+
+FLAGS = {f[0]: f[1] for group in dreamer.define_flags().values() for f in group}
+VALUES = strategies.one_of(
+  strategies.text(max_size=8),
+  strategies.integers().map(str),
+  strategies.floats().map(str),
+  strategies.sampled_from(['True', 'False', 'none', '1e6', '1e400', '0x1']),
+)
+
+
+@hypothesis.given(strategies.sampled_from(sorted(FLAGS)), VALUES)
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_any_value_of_any_flag_is_taken_as_its_type_or_refused(name, text):
+  try:
+    config = dreamer.parse_flags(['--logdir=run', f'--{name}={text}'])
+  except (tools.UserError, dreamer.wrappers.TaskError) as error:
+    assert str(error)
+    return
+  default = FLAGS[name]
+  value = config[name]
+  if isinstance(default, tuple):
+    assert value in default
+  elif name != 'logdir':
+    assert type(value) is type(default)
+    assert not isinstance(value, (int, float)) or np.isfinite(float(value))
+  assert set(config) == set(dreamer.define_config())
+
+
+@hypothesis.given(
+  strategies.sampled_from(sorted(set(FLAGS) - {'logdir', 'task', 'preset'}))
+)
+@hypothesis.settings(deadline=None)
+def test_what_a_flag_shows_can_be_given_back(name):
+  for task in ('dmc_walker_walk', 'toy_reach', 'atari_pong'):
+    expected = dreamer.define_config(task)[name]
+    words = ['--logdir=run', f'--task={task}', f'--{name}={expected}']
+    assert dreamer.parse_flags(words)[name] == expected
 
 
 def test_help_names_every_flag(capsys):
