@@ -562,11 +562,21 @@ def test_resume_in_another_precision(tmp_path, precision):
   assert np.isfinite(float(back.train(batch)['model_loss']))
 
 
-def test_non_finite_loss_stops_the_run(tmp_path):
-  agent = make_agent(tmp_path)
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_non_finite_loss_stops_the_run(tmp_path, deterministic):
+  agent = make_agent(tmp_path, deterministic=deterministic)
   agent._value._out.bias.assign([np.nan])
-  with pytest.raises(tools.NonFiniteError, match='update 1'):
+  with pytest.raises(tools.NonFiniteError, match='update 1.*nonfinite-1.json'):
     agent._update()
+  record = json.loads((agent._datadir.parent / 'nonfinite-1.json').read_text())
+  assert record['metrics']['value_loss'] == 'nan'
+  # Which windows were in the batch: the same again, by their names.
+  config = agent._c
+  windows = next(dreamer.load_dataset(agent._datadir, config, source=True))
+  assert record['windows'] == windows['source'].tolist()
+  assert len(record['windows']) == config.batch_size
+  name = record['windows'][0].partition(', row ')[0]
+  assert (agent._datadir / name).exists()
 
 
 def test_open_loop_keeps_the_truth_and_the_context(tmp_path):
