@@ -86,7 +86,10 @@ def everything(logdir):
   return read_metrics(logdir), read_episodes(logdir), read_weights(logdir)
 
 
-EXACT = ('--deterministic=True', '--steps=600', '--log_every=150')
+EXACT = (
+  *('--deterministic=True', '--steps=600', '--log_every=150'),
+  *('--eval_every=150', '--save_every=0'),
+)
 
 
 @pytest.fixture(scope='module', params=['toy_reach', 'dmc_cartpole_balance'])

@@ -1193,6 +1193,18 @@ def test_simulate_exact_counts():
   assert len(env.log) == 16
 
 
+@pytest.mark.parametrize('limit', [dict(episodes=2), dict(steps=8)])
+def test_simulate_leaves_out_lost_episodes(limit):
+  env = CountingEnv(0, 4)
+  whole = env._answer
+  env._answer = lambda value, blocking: whole(
+    (*value[:3], {'lost': env.episode == 1}) if len(value) == 4 else value,
+    blocking,
+  )
+  tools.simulate(CountingAgent(), [env], **limit)
+  assert env.episode == 3  # the first was lost
+
+
 def test_simulate_counts_surplus_episodes():
   envs, agent = [CountingEnv(i, 4) for i in range(3)], CountingAgent()
   state = tools.simulate(agent, envs, episodes=2)

@@ -148,6 +148,8 @@ class Fragile(Counting):
     self.count = 100 * number
 
   def step(self, action):
+    if self._fate == 'die later' and self.count % 100 == 3:
+      os.kill(os.getpid(), signal.SIGKILL)
     if self._step == 1 and self._fate == 'die':
       os.kill(os.getpid(), signal.SIGKILL)
     if self._step == 1 and self._fate == 'hang':
@@ -1116,6 +1118,11 @@ class TestLostWorkers:
     finished, errors, _ = self.collect(tmp_path, ['die'] * 4, 1)
     assert len(finished) == 1 and len(errors) == 4
 
+  def test_many_are_not_if_whole_episodes_come_between(self, tmp_path):
+    fates = ['die later'] * 7  # at the beginning of a second episode
+    finished, errors, _ = self.collect(tmp_path, fates, 7)
+    assert len(finished) == 7 and len(errors) >= 6
+
   def test_reset_is_tried_again(self, tmp_path):
     make = functools.partial(Fragile, tmp_path / 'workers', [])
     errors = []
@@ -1149,6 +1156,15 @@ def test_numbers_that_are_not_finite_are_refused(bad, what):
     env._observe = lambda: {'float': np.array([0, bad])}
   with pytest.raises(FloatingPointError, match='gym_Counting-v0 gave'):
     checked.step(np.zeros(2)) if what == 'reward' else checked.reset()
+
+
+def test_tasks_are_checked_for_finite_numbers(monkeypatch):
+  monkeypatch.setattr(wrappers.ToyReach, '_distance', lambda self: np.nan)
+  monkeypatch.setattr(wrappers.ToyReach, 'reset', wrappers.ToyReach._observe)
+  env = wrappers.make_task('toy_reach', 1, 50, 0)
+  env.reset()
+  with pytest.raises(FloatingPointError, match='toy_reach gave the reward'):
+    env.step(np.zeros(2, np.float32))
 
 
 class TestProcess:
