@@ -546,9 +546,11 @@ class Dreamer(tf.Module):
 
   def trackable(self):
     """What a checkpoint holds, by name."""
-    names = ['_step', '_updates', '_pending', '_random', *self._networks]
+    names = ['_step', '_updates', '_pending', '_random']
     names += ['_should_train', '_should_pretrain', '_should_log']
     objects = {name.strip('_'): getattr(self, name) for name in names}
+    for name in self._networks:  # Keras layers hide those in lists
+      objects[name.strip('_')] = list(getattr(self, name).weights)
     for name, opt in self._opts.items():
       objects[f'{name}_opt'] = opt.optimizer
     return objects

@@ -35,6 +35,20 @@ SMALL = {
 }
 
 
+def test_checkpoint_holds_every_variable_of_every_network(tmp_path):
+  agent = make_agent(tmp_path, pcont=True)
+  path = tools.Checkpoints(tmp_path / 'saved', **agent.trackable()).save(1)
+  reader = tf.train.load_checkpoint(path)
+  names = reader.get_variable_to_shape_map()
+  for network in agent._networks:
+    variables = getattr(agent, network).weights
+    assert variables
+    for index, variable in enumerate(variables):
+      name = f'{network.strip("_")}/{index}/.ATTRIBUTES/VARIABLE_VALUE'
+      assert name in names
+      np.testing.assert_array_equal(reader.get_tensor(name), variable.numpy())
+
+
 @pytest.fixture
 def precision():
   """Sets a precision for one test."""
@@ -550,9 +564,10 @@ def test_resume_in_another_precision(tmp_path, precision):
   for a, b in zip(
     first.trackable().values(), plain.trackable().values(), strict=True
   ):
-    for x, y in zip(
-      getattr(a, 'variables', []), getattr(b, 'variables', []), strict=True
-    ):
+    lists = (
+      x if isinstance(x, list) else getattr(x, 'variables', []) for x in (a, b)
+    )
+    for x, y in zip(*lists, strict=True):
       np.testing.assert_array_equal(x.numpy(), y.numpy())
   before = weights(plain._opts['model'])
   assert 'model_loss_scale' not in plain.train(batch)
