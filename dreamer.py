@@ -1339,7 +1339,8 @@ def _check_logdir(config):
   names = {p.name for p in logdir.iterdir()}
   if 'config.json.broken' in names:
     return
-  others = sorted(names - {'episodes', 'lock'})
+  own = {'episodes', 'lock', 'writable'}  # of a run killed at its very start
+  others = sorted(n for n in names - own if not n.endswith('.tmp'))
   if others:
     raise tools.UserError(
       f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '

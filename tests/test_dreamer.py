@@ -736,6 +736,17 @@ def test_logdir_that_cannot_be_used(tmp_path, capsys):
   assert [p.name for p in (tmp_path / 'other').iterdir()] == ['thesis.tex']
 
 
+def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
+  names = ('lock', 'writable', '.writable.12.tmp', '.config.json.12.tmp')
+  for name in names:
+    (tmp_path / name).write_text('')
+  dreamer.setup_logdir(
+    dreamer.parse_flags(['--logdir', str(tmp_path)])
+  ).release()
+  left = {p.name for p in tmp_path.iterdir()}
+  assert left == {'lock', 'config.json', 'episodes'}
+
+
 def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   config = dreamer.define_config('toy_reach')
   config.logdir = tmp_path / 'run'
