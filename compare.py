@@ -40,7 +40,10 @@ FREE = ('logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every')
 
 
 class InputError(Exception):
-  """Bad input: the message says what was wrong and what to do."""
+  """Bad input: the message says what was wrong and what to do.
+
+  (The one of `tools` would bring TensorFlow, which takes seconds to import.)
+  """
 
 
 def warn(message):

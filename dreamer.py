@@ -382,7 +382,7 @@ def _parse_value(default, text):
   return value
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
   """Prints one line for an error, and exits with code 2."""
 
   def error(self, message):
@@ -395,7 +395,7 @@ def parse_flags(argv):
   Raises:
     UserError: unknown flag, task or choice, wrong type, impossible value.
   """
-  parser = _Parser(
+  parser = Parser(
     description='Dreamer: learns to act from images by latent imagination.',
     epilog='The same command again resumes the run in its logdir.',
     allow_abbrev=False,
@@ -1382,6 +1382,8 @@ def load_config(logdir):
       f'--logdir {logdir} is not the logdir of a run: there is no config.json'
     )
   saved = _read_config(path)['config']
+  if not {'task', 'preset'} <= set(saved):
+    raise UnreadableError(f'{path} does not say its task and preset')
   config = define_config(saved['task'], saved['preset'])
   config.update(saved, logdir=pathlib.Path(logdir))
   return config
@@ -1644,6 +1646,8 @@ class _Progress:
     self._logger.say(line)
     if not self.exact:
       self._logger.scalars(agent.step, dict(resumed=1, updates=agent.updates))
+      if saved['exact']:
+        self.save()  # or a later exact run would take back what comes now
 
   def _rewind(self, saved):
     """Takes away what came after the checkpoint; it will be made again."""

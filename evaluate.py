@@ -82,18 +82,13 @@ def load_agent(config, actspace):
   objects = agent.trackable()
   del objects['random']  # from --seed instead
   folder = config.logdir / 'checkpoints'
-  for attempt in range(3):
-    try:
-      if folder.exists() and tools.Checkpoints(folder, **objects).restore():
-        return agent
-      raise tools.UserError(
-        f'--logdir {config.logdir} has no checkpoint yet; a run saves its '
-        'first one within --save_every minutes of updates'
-      )
-    except dreamer.tf.errors.OpError:  # the run replaced it meanwhile
-      if attempt == 2:
-        raise
-  return None
+  for _ in range(3):  # a run beside us may replace all that we found
+    if tools.Checkpoints(folder, **objects).restore():
+      return agent
+  raise tools.UserError(
+    f'--logdir {config.logdir} has no checkpoint yet; a run saves its '
+    'first one within --save_every minutes of updates'
+  )
 
 
 def evaluate(config, episodes, outdir=None):
@@ -218,13 +213,8 @@ def write_strips(path, video):
 # --- The command ------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise tools.UserError(message)
-
-
 def parse_flags(argv):
-  parser = _Parser(
+  parser = dreamer.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   folder = pathlib.Path

@@ -1079,14 +1079,16 @@ class Checkpoints:
     return sorted(numbers)
 
   def _sweep(self):
-    """Removes what is neither one of the newest nor set aside."""
+    """Removes unfinished checkpoints, and all but the newest; nothing else."""
     keep = {f'ckpt-{n}' for n in self._numbers()[-self.KEEP :]}
+    own = r'(ckpt-\d+)(_temp|\.index|\.data-\d+-of-\d+)|checkpoint\.tmp.*'
     for path in self._directory.glob('*'):
-      if path.name.split('.')[0] in keep or path.name == 'checkpoint':
+      match = re.fullmatch(own, path.name)
+      if not match or (match[1] in keep and match[2] != '_temp'):
         continue
       if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-      elif not path.name.endswith('.broken'):
+      else:
         path.unlink()
 
 

@@ -1251,9 +1251,8 @@ class Async:
     constructor: makes the environment; a function without arguments, which
       must pickle for 'process', e.g. `partial(make_task, 'toy_reach')`.
     strategy: 'process', 'thread' or 'none'.
-    timeout: seconds after which a process that gives no answer is killed; 0
-      waits for ever. It counts from the call, or the worker's start, to the
-      answer.
+    timeout: seconds that a caller waits for an answer, until the process is
+      killed; 0 waits for ever.
 
   Every use raises WorkerError if the environment failed and WorkerLost if its
   worker died or was killed, but TaskError and RenderError arrive as what they
@@ -1316,7 +1315,7 @@ class Async:
     self._worker.close()
 
 
-_KNOWN = (TaskError, RenderError, WorkerError, WorkerLost)
+_KNOWN = (TaskError, RenderError, WorkerLost, WorkerError)
 
 
 def _raise(error):
@@ -1328,7 +1327,7 @@ def _attempt(function, *args):
   try:
     return True, function(*args)
   except Exception as error:
-    kind = type(error).__name__ if isinstance(error, _KNOWN) else ''
+    kind = next((x.__name__ for x in _KNOWN if isinstance(error, x)), '')
     message = str(error) or type(error).__name__
     if not kind:
       message += f' ({type(error).__name__} in the environment)'
@@ -1456,15 +1455,7 @@ class _ProcessWorker:
     """Returns the answer of a worker that can give none any more."""
     if not self._end.alive:
       return False, ('', 'The environment is closed.', '')
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      self._process.wait(5)
-    code = self._process.returncode
-    if cause:
-      pass
-    elif code is not None and code < 0:
-      cause = f'was killed by signal {signal.Signals(-code).name}'
-    else:
-      cause = f'ended with exit code {code}'
+    cause = cause or self._cause()
     size = os.fstat(self._log.fileno()).st_size
     # The worker shares the position in this file; reading must not move it.
     tail = os.pread(self._log.fileno(), 4000, max(0, size - 4000))
@@ -1473,6 +1464,15 @@ class _ProcessWorker:
     if tail:
       message += f' Its last output:\n{tail}'
     return False, ('WorkerLost', message, tail)
+
+  def _cause(self):
+    """How the worker ended, in words."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(5)
+    code = self._process.returncode
+    if code is not None and code < 0:
+      return f'was killed by signal {signal.Signals(-code).name}'
+    return f'ended with exit code {code}'
 
 
 _WORKER_CODE = """

@@ -182,6 +182,7 @@ def test_beside_a_training_run(copy, tmp_path):
     ('newer flag', 'is of another version of this code (flags telepathy)'),
     ('other network', 'was not made by this version of the code'),
     ('broken', 'is not readable as the configuration of a run'),
+    ('no task', 'does not say its task and preset'),
     ('no episodes', '--episodes is at least 1'),
     ('unwritable', 'cannot write'),
   ],
@@ -201,6 +202,8 @@ def test_bad_input(copy, kind, message):
     change_config(copy, num_units=17)
   elif kind == 'broken':
     path.write_text('{"config": ')
+  elif kind == 'no task':
+    path.write_text('{"config": {"seed": 0}}')
   elif kind == 'no episodes':
     words = ['--episodes=0']
   elif kind == 'unwritable':

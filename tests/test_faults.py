@@ -127,10 +127,21 @@ def test_exact_resume(tmp_path, whole):
   assert sum('test/return' in line for line in metrics) >= 1
 
 
+def test_exact_run_takes_back_nothing_of_another(tmp_path):
+  """What a run that is not exact made after the checkpoint stays."""
+  shorter = [x.replace('600', '500') for x in EXACT]
+  assert run(tmp_path, *shorter).returncode == 0
+  run_until(tmp_path, 'at step 550', signal.SIGKILL, '--steps=900')
+  made = {p.name for p in tmp_path.glob('episodes/*.npz')}
+  assert len(made) >= 11
+  result = run(tmp_path, *EXACT)
+  assert result.returncode == 0, result.stderr
+  assert made <= {p.name for p in tmp_path.glob('episodes/*.npz')}
+
+
+@pytest.mark.parametrize('whole', ['toy_reach'], indirect=True)
 def test_another_seed_is_another_run(tmp_path, whole):
   task, logdir = whole
-  if task != 'toy_reach':
-    pytest.skip('one task is enough')
   assert run(tmp_path, *EXACT, '--seed=4', task=task).returncode == 0
   pairs = list(zip(everything(logdir), everything(tmp_path), strict=True))
   assert all(first != other for first, other in pairs)

@@ -1429,6 +1429,9 @@ def test_restore_sweeps_what_a_killed_run_left(tmp_path):
   checkpoints = tools.Checkpoints(tmp_path, **objects)
   for number in (4, 5):
     checkpoints.save(number)
+  (tmp_path / 'backup').mkdir()  # what others put there stays
+  (tmp_path / 'backup/ckpt-1.index').write_text('x')
+  (tmp_path / 'ckpt-notes.txt').write_text('x')
   before = {p.name for p in tmp_path.iterdir()}
   (tmp_path / 'ckpt-6_temp').mkdir()
   (tmp_path / 'ckpt-6_temp/part-0').write_text('x')

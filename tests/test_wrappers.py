@@ -1066,6 +1066,18 @@ def nap():
   return 'rested'
 
 
+class OddTaskError(wrappers.TaskError):
+  pass
+
+
+def test_kinds_of_errors_arrive_as_the_nearest_known():
+  make = functools.partial(fail, OddTaskError, 'odd')
+  env = wrappers.Async(make)
+  with pytest.raises(wrappers.TaskError, match='^odd$'):
+    env.reset()
+  env.close()
+
+
 class TestLostWorkers:
   def collect(self, tmp_path, fates, episodes, timeout=0):
     """Returns finished episodes, reported errors, and rows that were given."""
