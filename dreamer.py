@@ -31,6 +31,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ with wrappers.quiet_stderr():
   import tensorflow as tf
   from tensorflow_probability import distributions as tfd
 
+  import distribute
   import models
   import tools
 
@@ -89,6 +91,12 @@ def define_flags():
         ('auto', 'True', 'False'),
         'compile with XLA; auto: on a GPU, as a CPU gets slower by it',
         '',
+      ),
+      (
+        'strategy',
+        distribute.STRATEGIES,
+        'devices: one, all GPUs here, or the processes of TF_CONFIG',
+        'release: mirrored',
       ),
       ('save_every', 10.0, 'minutes between checkpoints, at most', ''),
       (
@@ -492,21 +500,26 @@ class Dreamer(tf.Module):
       vectors, a `wrappers.OneHotBox`.
     logger: `tools.Logger`, or None.
     stop: `tools.StopSignal`, or None.
+    team: `distribute.Team`, or None for one device.
   """
 
-  def __init__(self, config, datadir, actspace, logger=None, stop=None):
+  def __init__(
+    self, config, datadir, actspace, logger=None, stop=None, team=None
+  ):
     super().__init__()
     resolve_actions(config, actspace)
     self._c = config
     self._datadir = datadir
     self._logger = logger
     self._stop = stop or tools.StopSignal()
+    self._team = team or distribute.Team()
     self._actions = actspace.shape[0]
-    self._random = tf.random.Generator.from_seed(config.seed)
+    self._random = tf.random.Generator.from_seed(self._team.seed(config.seed))
     counter = functools.partial(tf.Variable, dtype=tf.int64, trainable=False)
     self._step = counter(0)  # environment steps
-    self._updates = counter(0)
     self._pending = counter(0)  # updates that are due
+    with self._team.scope():
+      self._updates = counter(0)  # seeds the noise of updates
     self._should_train = tools.Every(config.train_every)
     self._should_pretrain = tools.Once()
     self._should_log = tools.Every(config.log_every)
@@ -521,9 +534,28 @@ class Dreamer(tf.Module):
     self.after_update = lambda: None  # called between updates
     jit = dict(auto=bool(tf.config.list_physical_devices('GPU')))
     jit = jit.get(config.jit, config.jit == 'True')
+    self._compile(jit)
+    with self._team.scope():
+      self._build_model()
+
+  def _compile(self, jit):
+    """Makes graphs of what is called often, and XLA programs with `jit`.
+
+    XLA cannot compile what replicas exchange, so with several of them it
+    compiles the parts between: there the mean KL is known only by computing
+    it before, and images of other replicas are not known at all.
+    """
+    spread = self._team.replicas > 1
     self.policy = tf.function(self.policy, jit_compile=jit)
-    self.train = tf.function(self.train, jit_compile=jit)
-    self._build_model()
+    self.train = tf.function(self.train, jit_compile=jit and not spread)
+    self._divergence = None
+    if not (jit and spread):
+      return
+    compiled = functools.partial(tf.function, jit_compile=True)
+    self._behavior_gradients = compiled(self._behavior_gradients)
+    if self._c.representation != 'contrastive' or self._c.contrast != 'batch':
+      self._divergence = compiled(lambda data: self._model_terms(data)[1])
+      self._model_gradients = compiled(self._model_gradients)
 
   @property
   def step(self):
@@ -554,6 +586,21 @@ class Dreamer(tf.Module):
     for name, opt in self._opts.items():
       objects[f'{name}_opt'] = opt.optimizer
     return objects
+
+  def receive(self):
+    """Takes weights, optimizers and schedules from the chief's process."""
+    objects = dict(self.trackable())
+    del objects['random']  # each explores with noise of its own
+    variables = []
+    for item in objects.values():
+      if isinstance(item, tf.Variable):
+        variables.append(item)
+      else:  # a list, a module or an optimizer
+        variables += getattr(item, 'variables', item)
+    self._team.broadcast(variables)
+    if not self._team.chief:
+      seed = self._team.seed(self._c.seed + self.step)
+      self._random.reset_from_seed(seed)
 
   def _build_model(self):
     c, units = self._c, self._c.num_units
@@ -644,7 +691,7 @@ class Dreamer(tf.Module):
     if training:
       self._learn_if_due()
     else:
-      self._stop.check()
+      self._check_stop()
     if state is None:
       batch = len(reset)
       state = self._dynamics.initial(batch), tf.zeros([batch, self._actions])
@@ -652,7 +699,8 @@ class Dreamer(tf.Module):
       dict(image=obs['image']), reset, state, self._noise(training), training
     )
     if training:
-      self._step.assign_add(len(reset) * self._c.action_repeat)
+      agents = len(reset) * self._team.workers  # all collect as many
+      self._step.assign_add(agents * self._c.action_repeat)
     return action.numpy(), state
 
   def policy(self, obs, reset, state, noise, training):
@@ -760,10 +808,12 @@ class Dreamer(tf.Module):
     parallel"), so the number of updates for each step is the same. The first
     updates are waited for, and with `--deterministic True` all.
     """
-    self._stop.check()
-    due = 0
+    self._check_stop()
+    due, step = 0, self.step
+    if self._team.workers > 1:  # which do not end at the same step
+      step = min(step, self._c.steps)
     with self._lock:  # a checkpoint holds both the schedule and what is due
-      while self._should_train(self.step):
+      while self._should_train(step):
         pretrain = self._should_pretrain()
         due += self._c.pretrain if pretrain else self._c.train_steps
       self._pending.assign_add(due)
@@ -777,9 +827,15 @@ class Dreamer(tf.Module):
     if self._should_log(self.step):
       self._write_summaries()
 
+  def _check_stop(self):
+    """Raises if the run is to end; several processes do so in updates only."""
+    if self._team.workers == 1:
+      self._stop.check()
+
   def _make_updates(self, count):
     for _ in range(count):
-      self._stop.check()
+      if self._team.any(self._stop.requested):
+        raise tools.Stopped
       if self._halted:
         return
       self._update()
@@ -801,17 +857,23 @@ class Dreamer(tf.Module):
   def _update(self):
     """Draws a batch and makes one update; checks that it is finite."""
     if self._dataset is None:
-      self._dataset = load_dataset(
-        self._datadir, self._c, self.updates, self._actions, source=True
+      dataset = load_dataset(
+        self._datadir,
+        self._c,
+        self.updates,
+        self._actions,
+        source=True,
+        part=(self._team.index, self._team.workers),
       )
+      place = self._team.place
+      self._dataset = ((batch.pop('source'), place(batch)) for batch in dataset)
       if not self._c.deterministic:
         self._dataset = tools.prefetch(self._dataset)
     first = self._timer.count == 0
     self._set_learning_rates()
-    batch = dict(next(self._dataset))
-    source = batch.pop('source')
-    with self._timer():
-      if first:
+    source, batch = next(self._dataset)
+    with self._timer(), self._team.errors():
+      if first and self._team.workers == 1:
         with self._stop.immediate():  # tracing can take a minute
           metrics = self.train(batch)
       else:
@@ -837,9 +899,9 @@ class Dreamer(tf.Module):
 
   def _write_suspects(self, metrics, source):
     """Writes which windows were in a batch, beside the replay."""
-    path = self._datadir.parent / f'nonfinite-{self.updates}.json'
-    windows = np.asarray(source).astype(bytes)  # prefetched: a tensor
-    windows = [name.decode() for name in windows.tolist()]
+    part = '' if self._team.chief else f'-worker{self._team.index}'
+    path = self._datadir.parent / f'nonfinite-{self.updates}{part}.json'
+    windows = np.asarray(source).tolist()
     metrics = {k: str(v) for k, v in metrics.items()}
     with tools.atomic_write(path) as file:
       record = dict(update=self.updates, metrics=metrics, windows=windows)
@@ -859,23 +921,35 @@ class Dreamer(tf.Module):
 
     Args:
       data: batch of `load_dataset`: image uint8 [B, T, 64, 64, 3], action
-        [B, T, A], reward [B, T], discount [B, T].
+        [B, T, A], reward [B, T], discount [B, T]; as `Team.place` gives it.
 
     Returns:
       Metrics, a dictionary of float32 scalars.
     """
-    data = preprocess(data, self._c)
+    return self._team.run(self._train_replica, data)
+
+  def _train_replica(self, data):
+    """As `train`, with the rows of the batch that this replica has."""
+    data, div = preprocess(data, self._c), None
+    if self._divergence:
+      div = tools.mean_over_replicas(self._divergence(data))
+    grads, post, metrics = self._model_gradients(data, div)
+    if 'actor' in self._opts:
+      behavior_grads, behavior_metrics = self._behavior_gradients(post)
+      grads.update(behavior_grads)
+      metrics.update(behavior_metrics)
+    grads = tools.sum_over_replicas(grads)
+    metrics = tools.mean_over_replicas(metrics)
+    for name, opt in self._opts.items():
+      metrics.update(opt.apply(grads[name]))
+    return metrics
+
+  def _model_gradients(self, data, div=None):
+    """Gradients of the world model, by name, posterior and metrics."""
     opt = self._opts['model']
     with watch(opt.variables) as tape:
-      loss, post, metrics = self._model_loss(data)
-    updates = [(opt, opt.gradient(tape, loss))]
-    if 'actor' in self._opts:
-      grads, behavior_metrics = self._behavior_gradients(post)
-      updates += [(self._opts[name], grad) for name, grad in grads.items()]
-      metrics.update(behavior_metrics)
-    for opt, grads in updates:
-      metrics.update(opt.apply(grads))
-    return metrics
+      loss, post, metrics = self._model_loss(data, div)
+    return dict(model=opt.gradient(tape, loss)), post, metrics
 
   def _behavior_gradients(self, post):
     """Gradients of action and value model, by name, and metrics."""
@@ -891,7 +965,7 @@ class Dreamer(tf.Module):
       grads['value'] = value.gradient(value_tape, value_loss)
     return grads, metrics
 
-  def _model_loss(self, data):
+  def _model_loss(self, data, div=None):
     """Objective J_REC of Eq. 10, or J_NCE of Eq. 12, negated.
 
         action[t], image[t], reward[t] are one row: image and reward came
@@ -904,11 +978,27 @@ class Dreamer(tf.Module):
 
     Args:
       data: preprocessed batch, [B, T, ...].
+      div: the mean KL of all replicas, where it is known.
 
     Returns:
       Loss, posterior states {...: [B, T, ...]}, metrics.
     """
-    seeds = tools.make_seeds(data['action'].shape[1], self._random)
+    likes, own_div, post, metrics = self._model_terms(data)
+    div = tools.mean_over_replicas(own_div) if div is None else div
+    div = own_div + tf.stop_gradient(div - own_div)
+    clipped = tf.maximum(div, self._c.free_nats)
+    loss = self._c.kl_scale * clipped - sum(likes.values())  # Eq. 10, 12
+    metrics.update({f'{k}_loss': -v for k, v in likes.items()})
+    metrics.update(model_loss=loss, div=div)
+    return loss, post, metrics
+
+  def _model_terms(self, data):
+    """Terms of `_model_loss`, means over the batch that is here.
+
+    Returns:
+      J_O or J_S, J_R and the like {name: scalar}, J_D, posterior, metrics.
+    """
+    seeds = self._seeds(data['action'].shape[1], 0)
     embed = self._encode(data)
     post, prior = self._dynamics.observe(embed, data['action'], seed=seeds)
     feat = self._dynamics.get_feat(post)
@@ -922,16 +1012,16 @@ class Dreamer(tf.Module):
     prior_dist = self._dynamics.get_dist(prior)
     post_dist = self._dynamics.get_dist(post)
     div = tf.reduce_mean(post_dist.kl_divergence(prior_dist))  # J_D of Eq. 10
-    clipped = tf.maximum(div, self._c.free_nats)
-    loss = self._c.kl_scale * clipped - sum(likes.values())  # Eq. 10, 12
-    metrics = {f'{k}_loss': -v for k, v in likes.items()}
-    metrics.update(
-      model_loss=loss,
-      div=div,
+    metrics = dict(
       prior_ent=tf.reduce_mean(prior_dist.entropy()),
       post_ent=tf.reduce_mean(post_dist.entropy()),
     )
-    return loss, post, metrics
+    return likes, div, post, metrics
+
+  def _seeds(self, count, stream):
+    """Seeds int32 [count, 2] for a purpose, by the number of this update."""
+    seed = tf.stack([self._c.seed, 2 * self._updates + stream])
+    return tf.random.stateless_uniform([count, 2], seed, None, None, tf.int32)
 
   def _image_term(self, feat, embed, data):
     """What states should say of images, as `--representation` chooses.
@@ -949,8 +1039,12 @@ class Dreamer(tf.Module):
     if self._c.representation == 'contrastive':
       flat = [tf.reshape(x, [-1, x.shape[-1]]) for x in (feat, embed)]
       gaussian = self._state(flat[1])
-      mask = self._negatives(*feat.shape[:2])
-      return dict(state=tools.contrast(flat[0], *gaussian, mask))  # J_S, Eq. 12
+      mask, first = self._negatives(*feat.shape[:2]), 0
+      if mask is None:
+        gaussian = [tools.gather(x) for x in gaussian]
+        first = tools.replica()[0] * len(flat[0])
+      like = tools.contrast(flat[0], *gaussian, mask, first)
+      return dict(state=like)  # J_S, Eq. 12
     return {}
 
   def _negatives(self, batch, length):
@@ -976,7 +1070,7 @@ class Dreamer(tf.Module):
       k: tf.reshape(tf.stop_gradient(v), [-1, v.shape[-1]])
       for k, v in post.items()
     }
-    seeds = tools.make_seeds(2 * self._c.horizon, self._random)
+    seeds = self._seeds(2 * self._c.horizon, 1)
 
     def step(carry, seeds):
       state, _ = carry
@@ -1168,12 +1262,14 @@ def watch(variables):
 # --- Data -------------------------------------------------------------------
 
 
-def count_steps(datadir, config):
-  """Environment steps in the episodes of a folder."""
-  return tools.count_episodes(datadir)[1] * config.action_repeat
+def count_steps(datadir, config, folders=1):
+  """Environment steps in the episodes of a folder, times as many folders."""
+  return tools.count_episodes(datadir)[1] * config.action_repeat * folders
 
 
-def load_dataset(directory, config, start=0, actions=None, source=False):
+def load_dataset(
+  directory, config, start=0, actions=None, source=False, part=(0, 1)
+):
   """Yields batches of windows for ever: numpy arrays [B, T, ...].
 
   Images stay uint8; they become floats on the device, in the compiled step.
@@ -1186,20 +1282,23 @@ def load_dataset(directory, config, start=0, actions=None, source=False):
       the run was interrupted, as long as the episodes are.
     actions: A, if episodes with other actions are to be set aside.
     source: say where the windows are from, as `source`, strings [B].
+    part: (index, number) of processes, each of which draws its share of B.
   """
+  share = config.batch_size // part[1]
   capacity = -(-config.replay_capacity // config.action_repeat)
   windows = tools.load_episodes(
     directory,
-    rescan=config.batch_size,
+    rescan=share,
     length=config.batch_length,
     balance=config.dataset_balance,
     seed=config.seed,
+    stream=part[0],
     capacity=capacity,
     start=start,
     shapes=actions and dict(image=(64, 64, 3), action=(actions,)),
   )
   while True:
-    batch = [next(windows) for _ in range(config.batch_size)]
+    batch = [next(windows) for _ in range(share)]
     data = {'image': np.stack([x['image'] for x in batch])}
     for key in ('action', 'reward', 'discount'):
       data[key] = np.stack([x[key] for x in batch]).astype(np.float32)
@@ -1208,10 +1307,10 @@ def load_dataset(directory, config, start=0, actions=None, source=False):
     yield data
 
 
-def summarize_episode(episode, config, datadir, logger, prefix):
+def summarize_episode(episode, config, datadir, logger, prefix, folders=1):
   """Logs a finished episode; `prefix` is train or test."""
-  episodes, steps = tools.count_episodes(datadir)
-  steps *= config.action_repeat
+  episodes = tools.count_episodes(datadir)[0] * folders
+  steps = count_steps(datadir, config, folders)
   length = (len(episode['reward']) - 1) * config.action_repeat
   score = float(episode['reward'].astype(np.float64).sum())
   name = dict(train='Episode', test='Evaluation')[prefix]
@@ -1295,8 +1394,11 @@ def _has_bfloat16():
   return 'avx512_bf16' in flags or 'amx_bf16' in flags
 
 
-def setup_logdir(config):
+def setup_logdir(config, team=None):
   """Makes the logdir or checks that this run may resume there.
+
+  Of several processes the chief does this, and the others only make the folder
+  of their episodes, which may be the same.
 
   Returns:
     A `tools.Lock` on it.
@@ -1305,22 +1407,27 @@ def setup_logdir(config):
     UserError: it cannot be written, another run is using it, it holds
       something else, or a run whose weights or replay have another shape.
   """
-  logdir = config.logdir
+  logdir, team = config.logdir, team or distribute.Team()
   try:
     logdir.mkdir(parents=True, exist_ok=True)
-    with tools.atomic_write(logdir / 'writable') as file:
+    probe = logdir / f'writable-{team.index}'
+    with tools.atomic_write(probe) as file:
       file.write(b'')
-    (logdir / 'writable').unlink()
+    probe.unlink()
   except OSError as error:
     raise tools.UserError(
       f'cannot write to --logdir {logdir}: {error.strerror}'
     ) from None
-  _check_logdir(config)
-  lock = tools.Lock(logdir)
-  write_config(config)
+  if team.chief:
+    _check_logdir(config)
+    lock = tools.Lock(logdir)
+    write_config(config)
+  else:
+    lock = tools.Lock(logdir, f'lock-{team.index}')
   for folder in (logdir, logdir / 'episodes'):
     folder.mkdir(exist_ok=True)
-    tools.sweep(folder)
+    if team.chief:
+      tools.sweep(folder)
   return lock
 
 
@@ -1339,8 +1446,8 @@ def _check_logdir(config):
   names = {p.name for p in logdir.iterdir()}
   if 'config.json.broken' in names:
     return
-  own = {'episodes', 'lock', 'writable'}  # of a run killed at its very start
-  others = sorted(n for n in names - own if not n.endswith('.tmp'))
+  own = r'episodes|lock(-\d+)?|writable-\d+|.*\.tmp'  # killed at its very start
+  others = sorted(n for n in names if not re.fullmatch(own, n))
   if others:
     raise tools.UserError(
       f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '
@@ -1427,16 +1534,17 @@ def _check_resume(config, saved):
       )
 
 
-def prefill_dataset(config, envs, logger, stop):
+def prefill_dataset(config, envs, logger, stop, team):
   """Fills the replay with episodes of random actions, to `--prefill` steps."""
   datadir = config.logdir / 'episodes'
-  done = count_steps(datadir, config)
-  missing = config.prefill - done
+  done = team.from_chief(count_steps(datadir, config, team.folders))
+  missing = -(-(config.prefill - done) // team.workers)
   if missing <= 0:
     return
   logger.say(f'Prefill: {missing} environment steps of random actions.')
   episodes, _ = tools.count_episodes(datadir)
-  act = random_agent(envs[0].action_space, config.seed, episodes)
+  seed = team.seed(config.seed)
+  act = random_agent(envs[0].action_space, seed, episodes)
 
   def checked(*args):
     stop.check()
@@ -1467,28 +1575,53 @@ class _Estimate:
     )
 
 
+def setup_devices(config):
+  """What TensorFlow must know before it computes anything; returns the team."""
+  if config.deterministic:
+    tf.config.experimental.enable_op_determinism()
+  if config.gpu_growth:
+    for gpu in tf.config.list_physical_devices('GPU'):
+      tf.config.experimental.set_memory_growth(gpu, True)
+  team = distribute.make_team(config.strategy, config.batch_size)
+  team.check_flags(config)
+  return team
+
+
 def run(config):
   """Trains, from an empty logdir or from where the last run stopped."""
-  lock = setup_logdir(config)
+  team = setup_devices(config)
+  with team.chief_first():
+    lock = setup_logdir(config, team)
+  team.compare_folders(config.logdir)
+  if team.folders > 1:
+    tools.sweep(config.logdir / 'episodes')
   stop = tools.StopSignal()
   stop.install()
   datadir = config.logdir / 'episodes'
-  step = count_steps(datadir, config)
-  logger = tools.Logger(config.logdir, config.steps, step)
-  losses = _Losses(config, datadir, logger)
+  step = count_steps(datadir, config, team.folders)
+  logger = tools.Logger(config.logdir, config.steps, step, team.index)
+  losses = _Losses(config, datadir, logger, team)
   make = functools.partial(make_env, config, lost=losses)
   envs = []
   try:
     summarize = functools.partial(
-      summarize_episode, config=config, datadir=datadir, logger=logger
+      summarize_episode,
+      config=config,
+      datadir=datadir,
+      logger=logger,
+      folders=team.folders,
     )
     store = [
       lambda episode: tools.save_episodes(datadir, [episode]),
       functools.partial(summarize, prefix='train'),
     ]
-    envs += [make(i, 'train', store) for i in range(config.envs)]
-    envs.append(make(0, 'test', [functools.partial(summarize, prefix='test')]))
-    _train(config, datadir, envs[:-1], envs[-1], logger, stop)
+    first = team.index * config.envs
+    envs += [make(first + i, 'train', store) for i in range(config.envs)]
+    if team.chief:
+      log = functools.partial(summarize, prefix='test')
+      envs.append(make(0, 'test', [log]))
+    test_env = envs[-1] if team.chief else None
+    _train(config, datadir, envs[: config.envs], test_env, logger, stop, team)
   finally:
     for env in envs:
       env.close()
@@ -1499,8 +1632,9 @@ def run(config):
 class _Losses:
   """Reports environment workers that died or hung, and counts them."""
 
-  def __init__(self, config, datadir, logger):
+  def __init__(self, config, datadir, logger, team):
     self._config, self._datadir, self._logger = config, datadir, logger
+    self._folders = team.folders
     self._count = 0
 
   def __call__(self, error):
@@ -1508,31 +1642,33 @@ class _Losses:
     self._logger.say(
       f'Warning: {error}\nIts episode is dropped; a fresh worker takes over.'
     )
-    step = count_steps(self._datadir, self._config)
+    step = count_steps(self._datadir, self._config, self._folders)
     self._logger.scalars(step, {'env_restarts': self._count})
 
 
-def _train(config, datadir, train_envs, test_env, logger, stop):
-  """The loop of Algorithm 1: collect, learn, evaluate, save."""
+def _train(config, datadir, train_envs, test_env, logger, stop, team):
+  """The loop of Algorithm 1: collect, learn, evaluate, save.
+
+  Of several processes only the chief evaluates and saves; the updates are made
+  together, in which the others wait for it.
+  """
   keras.utils.set_random_seed(config.seed)
-  if config.deterministic:
-    tf.config.experimental.enable_op_determinism()
-  if config.gpu_growth:
-    for gpu in tf.config.list_physical_devices('GPU'):
-      tf.config.experimental.set_memory_growth(gpu, True)
   policy = setup_precision(config.precision)
   resolve_actions(config, train_envs[0].action_space)
-  write_config(config)
-  _announce(config, policy, logger)
+  if team.chief:
+    write_config(config)
+    _announce(config, policy, logger)
+  logger.say(f'Training on {team}.')
   shapes = dict(image=(64, 64, 3), action=train_envs[0].action_space.shape)
   tools.Replay(datadir, shapes=shapes).check()
   _number_episodes(train_envs, datadir)
-  prefill_dataset(config, train_envs, logger, stop)
+  prefill_dataset(config, train_envs, logger, stop, team)
   with stop.immediate():
-    agent = Dreamer(config, datadir, train_envs[0].action_space, logger, stop)
+    space = train_envs[0].action_space
+    agent = Dreamer(config, datadir, space, logger, stop, team)
     for name, count in agent.count_parameters().items():
       logger.say(f'Found {count} {name} parameters.')
-    progress = _Progress(config, agent, datadir, logger)
+    progress = _Progress(config, agent, datadir, logger, team)
     progress.resume()
     _number_episodes(train_envs, datadir)
   estimate = _Estimate(agent, config, logger)
@@ -1544,7 +1680,8 @@ def _train(config, datadir, train_envs, test_env, logger, stop):
       wanted = dict(episodes=1)
       if not progress.exact:
         steps = min(config.eval_every, config.steps - agent.step)
-        wanted = dict(steps=-(-steps // config.action_repeat))
+        share = config.action_repeat * team.workers
+        wanted = dict(steps=-(-steps // share))
       state = tools.simulate(agent, train_envs, state=state, **wanted)
       agent.catch_up()
       progress.save()
@@ -1555,6 +1692,7 @@ def _train(config, datadir, train_envs, test_env, logger, stop):
     if not progress.exact:
       progress.save()
     logger.say(f'Finished at step {agent.step}, {agent.updates} updates.')
+    team.wait()  # to leave together
   except tools.Stopped:
     agent.halt()
     line = f'Stopped at step {agent.step}, {agent.updates} updates; '
@@ -1564,6 +1702,9 @@ def _train(config, datadir, train_envs, test_env, logger, stop):
       agent.finish()
       progress.save()
     logger.say(f'{line}saved to {config.logdir}. The same command resumes.')
+  except distribute.PeerLost:
+    progress.save()
+    raise
   finally:
     agent.halt()
 
@@ -1582,10 +1723,11 @@ class _Progress:
   checkpoint, in replay and metrics.jsonl, to make it again.
   """
 
-  def __init__(self, config, agent, datadir, logger):
-    self._config, self._agent = config, agent
+  def __init__(self, config, agent, datadir, logger, team):
+    self._config, self._agent, self._team = config, agent, team
     self._datadir, self._logger = datadir, logger
-    self.exact = config.deterministic and config.envs == 1
+    alone = config.envs == team.workers == 1
+    self.exact = config.deterministic and alone
     self._evaluations = 0
     self._should_eval = tools.Every(config.eval_every)
     self._state = tools.RunState(self._collect)
@@ -1607,7 +1749,8 @@ class _Progress:
     )
 
   def save(self):
-    self._checkpoints.save(self._agent.updates)
+    if self._team.chief:
+      self._checkpoints.save(self._agent.updates)
     self._saved = time.time()
 
   def save_if_due(self):
@@ -1618,6 +1761,8 @@ class _Progress:
 
   def evaluate_if_due(self, env):
     """One episode without learning, exploration noise or stored rows."""
+    if not self._team.chief:
+      return
     if not self._should_eval(self._agent.step):
       return
     env.number(self._evaluations)
@@ -1627,11 +1772,13 @@ class _Progress:
 
   def resume(self):
     """Restores the newest checkpoint; steps are those of whole episodes."""
-    restored = self._checkpoints.restore(repair=True)
+    restored = self._team.chief and self._checkpoints.restore(repair=True)
     agent, saved = self._agent, self._state.restored
     if restored and self.exact and saved['exact']:
       self._rewind(saved)
-    before, agent.step = agent.step, count_steps(self._datadir, self._config)
+    before = agent.step
+    agent.step = count_steps(self._datadir, self._config, self._team.folders)
+    agent.receive()
     if not restored:
       if self.exact:
         self.save()  # so that the first evaluation can be taken back, too
@@ -1727,6 +1874,9 @@ def main(argv=None):
       file=sys.stderr,
     )
     return 1
+  except distribute.PeerLost as error:
+    print(f'dreamer.py: error: {error}.', file=sys.stderr, flush=True)
+    os._exit(1)  # TensorFlow would wait for the others to leave
   except tools.NonFiniteError as error:
     print(
       f'dreamer.py: error: {error}. The last checkpoint is intact.',

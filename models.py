@@ -302,7 +302,8 @@ def _map(fn, state):
 def _sample(stats, seed):
   """mean + std * eps, eps independent for every entry of the batch."""
   mean, std = stats['mean'], stats['std']
-  return mean + std * tf.random.stateless_normal(tf.shape(mean), seed)
+  noise = tools.normal(tools.dims(mean), seed)
+  return mean + std * tf.ensure_shape(noise, mean.shape)
 
 
 class ConvEncoder(keras.layers.Layer):
@@ -449,7 +450,7 @@ class ActionDecoder(keras.layers.Layer):
     mean = self._mean_scale * tf.tanh(mean / self._mean_scale)
     std = tf.nn.softplus(std + self._raw_init_std) + self._min_std
     dist = tfd.TransformedDistribution(
-      tfd.Normal(mean, std), tools.TanhBijector()
+      tools.Normal(mean, std), tools.TanhBijector()
     )
     return tools.SampleDist(tfd.Independent(dist, 1))
 

@@ -173,7 +173,7 @@ def lambda_return(reward, value, pcont, bootstrap, lambda_, axis):
   return tf.transpose(returns, order)
 
 
-def contrast(state, mean, std, mask=None):
+def contrast(state, mean, std, mask=None, first=0):
   """J_S of Eq. 12 plus ln of the number of images that it chooses among.
 
       ln q(s_i | o_i) - ln( 1/K sum_j q(s_i | o_j) )
@@ -184,9 +184,10 @@ def contrast(state, mean, std, mask=None):
 
   Args:
     state: s_i, float32 [N, F].
-    mean, std: of q(. | o_j), float32 [N, F] each.
-    mask: bool [N, N], which o_j each s_i is held against; None for all. Its
-      diagonal is true.
+    mean, std: of q(. | o_j), float32 [M, F] each, M >= N.
+    mask: bool [N, M], which o_j each s_i is held against; None for all. That
+      of the same row is true.
+    first: row of the first state's image among the M.
 
   Returns:
     float32 [N].
@@ -201,7 +202,8 @@ def contrast(state, mean, std, mask=None):
     scores = tf.where(mask, scores, -np.inf)
     count = tf.reduce_sum(tf.cast(mask, tf.float32), -1)
   total = tf.reduce_logsumexp(scores, -1)
-  return tf.linalg.diag_part(scores) - total + tf.math.log(count)
+  own = tf.slice(scores, [0, first], [-1, tf.shape(scores)[0]])
+  return tf.linalg.diag_part(own) - total + tf.math.log(count)
 
 
 def cross_entropy_method(score, shape, candidates, best, iterations, seed):
@@ -235,6 +237,77 @@ def cross_entropy_method(score, shape, candidates, best, iterations, seed):
   seeds = tf.random.experimental.stateless_split(seed, iterations)
   means, _ = static_scan(fit, seeds, (tf.zeros(shape), tf.ones(shape)))
   return means[-1]
+
+
+# --- Replicas ---------------------------------------------------------------
+# A batch may be split over several devices (distribute.py). On one, these are
+# what they would be without the splitting.
+
+
+def replica():
+  """(index, count): which part of the whole batch is computed here."""
+  context = tf.distribute.get_replica_context()
+  if context is None or context.num_replicas_in_sync == 1:
+    return 0, 1
+  return context.replica_id_in_sync_group, context.num_replicas_in_sync
+
+
+def mean_over_replicas(tensors):
+  """Means of nested tensors over the replicas, the same in each."""
+  if replica()[1] == 1:
+    return tensors
+  return tf.distribute.get_replica_context().all_reduce('MEAN', tensors)
+
+
+def sum_over_replicas(tensors):
+  """As `mean_over_replicas`, the sums."""
+  if replica()[1] == 1:
+    return tensors
+  return tf.distribute.get_replica_context().all_reduce('SUM', tensors)
+
+
+def gather(tensor):
+  """Rows of all replicas, [R * N, ...] of [N, ...], with their gradient."""
+  if replica()[1] == 1:
+    return tensor
+  return tf.distribute.get_replica_context().all_gather(tensor, 0)
+
+
+def dims(tensor):
+  """Its shape, a list: integers where they are known, else scalar tensors."""
+  known, shape = tensor.shape, tf.shape(tensor)
+  return [shape[i] if n is None else n for i, n in enumerate(known)]
+
+
+def normal(shape, seed, axis=0):
+  """Standard normal noise, independent for every entry of the whole batch.
+
+  Replicas draw the noise of all and take their own rows, so that the result
+  does not depend on their number.
+
+  Args:
+    shape: of the part of the batch that is here, list of integers or tensors.
+    seed: int32 [2].
+    axis: of the batch.
+  """
+  return _own_rows(tf.random.stateless_normal, shape, seed, axis)
+
+
+def uniform(shape, seed, axis=0):
+  """As `normal`, uniform in (0, 1)."""
+  least = np.finfo(np.float32).tiny
+  draw = functools.partial(tf.random.stateless_uniform, minval=least)
+  return _own_rows(draw, shape, seed, axis)
+
+
+def _own_rows(draw, shape, seed, axis):
+  index, count = replica()
+  if count == 1:
+    return draw(shape, seed)
+  start = [0] * len(shape)
+  start[axis] = index * shape[axis]
+  whole = [n * count if i == axis else n for i, n in enumerate(shape)]
+  return tf.slice(draw(whole, seed), start, shape)
 
 
 # --- Randomness and distributions -------------------------------------------
@@ -303,6 +376,15 @@ class SampleDist:
     return -tf.reduce_mean(self._dist.log_prob(sample), 0)
 
 
+class Normal(tfd.Normal):
+  """A Gaussian over [N, ...] with the noise of `normal`."""
+
+  def _sample_n(self, n, seed=None):
+    shape = [n, *dims(self.loc + self.scale)]
+    noise = normal(shape, seed, axis=1)
+    return self.loc + self.scale * noise
+
+
 class OneHotDist(tfd.OneHotCategorical):
   """One-hot categorical with straight-through gradients (section 3).
 
@@ -317,6 +399,13 @@ class OneHotDist(tfd.OneHotCategorical):
   def _parameter_properties(cls, dtype, num_classes=None):
     return super()._parameter_properties(dtype, num_classes)
 
+  def _sample_n(self, n, seed=None):
+    """By the largest of logits and Gumbel noise, which is a draw of them."""
+    logits = self.logits_parameter()
+    shape = [n, *dims(logits)]
+    noise = -tf.math.log(-tf.math.log(uniform(shape, seed, axis=1)))
+    return tf.one_hot(tf.argmax(logits + noise, -1), logits.shape[-1])
+
   def mode(self):
     probs = self.probs_parameter()
     hard = tf.one_hot(tf.argmax(probs, -1), probs.shape[-1])
@@ -329,6 +418,13 @@ class OneHotDist(tfd.OneHotCategorical):
 
 
 # --- Optimizer --------------------------------------------------------------
+
+
+class _KerasAdam(keras.optimizers.Adam):
+  """Keras' Adam without its own sum over replicas, which is after clipping."""
+
+  def _all_reduce_sum_gradients(self, grads_and_vars):
+    return grads_and_vars
 
 
 class Adam:
@@ -360,7 +456,7 @@ class Adam:
     self.variables = [v for m in modules for v in m.trainable_variables]
     # Clipping belongs into the inner optimizer: LossScaleOptimizer divides
     # by the scale inside `apply`, so outside the norm is still scaled.
-    adam = keras.optimizers.Adam(
+    adam = _KerasAdam(
       lr,
       epsilon=eps,
       global_clipnorm=clip or None,
@@ -382,14 +478,21 @@ class Adam:
     self._active.learning_rate = value
 
   def gradient(self, tape, loss):
-    """Gradients of the loss, times the loss scale where there is one."""
+    """Gradients of the loss, times the loss scale where there is one.
+
+    With several replicas, this one's share, the sum of which is the gradient
+    of the mean of their losses.
+    """
     assert loss.dtype == tf.float32 and loss.shape == (), loss
-    scale = self._active.scale_loss(tf.ones_like(loss))
+    scale = self._active.scale_loss(tf.ones_like(loss)) / replica()[1]
     variables = [v.value for v in self.variables]
     return tape.gradient(loss, variables, output_gradients=scale)
 
   def apply(self, grads):
-    """Moves the variables; returns the norm before clipping as a metric."""
+    """Moves the variables; returns the norm before clipping as a metric.
+
+    The gradients are those of the whole batch, alike on every replica.
+    """
     scale = self._active.scale_loss(tf.constant(1.0))
     norm = tf.linalg.global_norm(grads) / scale
     metrics = {f'{self._name}_grad_norm': norm}
@@ -710,6 +813,7 @@ def load_episodes(
   capacity=0,
   start=0,
   shapes=None,
+  stream=0,
 ):
   """Yields windows of episodes for ever.
 
@@ -722,9 +826,10 @@ def load_episodes(
     rescan: windows in a block.
     length: rows in a window; None for whole episodes.
     balance: see `Replay.window`.
-    seed, start: the random stream.
+    seed, start: of the random stream.
     capacity: agent steps to draw from, the newest; 0 for all.
     shapes: see `Replay`.
+    stream: number of the reader, where several draw from one folder.
 
   Raises:
     UserError: no episode is long enough.
@@ -732,24 +837,17 @@ def load_episodes(
   replay = Replay(directory, capacity, shapes)
   for block in itertools.count(start):
     replay.rescan()
-    rng = np.random.default_rng([seed, block])
+    rng = np.random.default_rng([seed, block] + [stream] * (stream > 0))
     for _ in range(rescan):
       yield replay.window(rng, length, balance)
 
 
 def prefetch(iterator):
-  """Yields what `iterator` does, taking the next in another thread.
-
-  Tensors are on the default device by then.
-  """
-
-  def load():
-    return tf.nest.map_structure(tf.convert_to_tensor, next(iterator))
-
+  """Yields what `iterator` does, taking the next in another thread."""
   with concurrent.futures.ThreadPoolExecutor(1, 'prefetch') as executor:
-    upcoming = executor.submit(load)
+    upcoming = executor.submit(next, iterator)
     while True:
-      current, upcoming = upcoming, executor.submit(load)
+      current, upcoming = upcoming, executor.submit(next, iterator)
       yield current.result()
 
 
@@ -911,15 +1009,19 @@ class Logger:
     logdir: folder of the run.
     total: environment steps of the whole run, for the progress bar.
     step: environment steps so far.
+    worker: number of this process among several; only 0 writes files.
   """
 
-  def __init__(self, logdir, total, step=0):
+  def __init__(self, logdir, total, step=0, worker=0):
     logdir = pathlib.Path(logdir)
+    self._worker = worker
     self._metrics = logdir / 'metrics.jsonl'
-    self._cut_half_line()
-    self._writer = tf.summary.create_file_writer(
-      str(logdir), max_queue=1000, flush_millis=20000
-    )
+    self._writer = tf.summary.create_noop_writer()
+    if not worker:
+      self._cut_half_line()
+      self._writer = tf.summary.create_file_writer(
+        str(logdir), max_queue=1000, flush_millis=20000
+      )
     self._bar = tqdm.tqdm(
       total=total,
       initial=step,
@@ -951,6 +1053,7 @@ class Logger:
       file.write(content[:size])
 
   def say(self, line):
+    line = f'[worker {self._worker}] {line}' if self._worker else line
     self._bar.write(line, file=sys.stdout)
     sys.stdout.flush()
 
@@ -961,6 +1064,8 @@ class Logger:
 
   def scalars(self, step, values):
     """Writes numbers under `step` (environment steps); names: `METRICS`."""
+    if self._worker:
+      return
     values = {k: float(v) for k, v in values.items()}
     with self._metrics.open('a') as file:
       file.write(json.dumps({'step': step, **values}) + '\n')
@@ -970,6 +1075,8 @@ class Logger:
         tf.summary.scalar(name, value, description=METRICS.get(name))
 
   def video(self, step, name, video):
+    if self._worker:
+      return
     with self._writer.as_default(step):
       video_summary(name, video, step)
     self.flush()
@@ -1095,18 +1202,19 @@ class Checkpoints:
 class Lock:
   """Keeps a second process from writing to the same folder.
 
-  The file `lock` names the holder; the lock itself is one of the operating
+  The file names the holder; the lock itself is one of the operating
   system, which ends with its process, however that ends.
 
   Args:
     directory: the folder.
+    name: of the file.
 
   Raises:
     UserError: another process holds it.
   """
 
-  def __init__(self, directory):
-    path = pathlib.Path(directory) / 'lock'
+  def __init__(self, directory, name='lock'):
+    path = pathlib.Path(directory) / name
     self._file = path.open('a+')
     self._file.seek(0)
     holder = self._file.read().strip()
@@ -1150,6 +1258,10 @@ class StopSignal:
   def __init__(self):
     self._requested = False
     self._immediate = False
+
+  @property
+  def requested(self):
+    return self._requested
 
   def install(self):
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,0 +1,282 @@
+"""One agent on several devices and hosts, by `tf.distribute`.
+
+    --strategy single       one device
+    --strategy mirrored     all GPUs of this host
+    --strategy multiworker  the processes that TF_CONFIG lists, on any hosts
+    --strategy auto         what there is
+
+Each device is a replica with a copy of all variables. A batch of `batch_size`
+sequences is split over the R replicas; what they compute is averaged where
+the losses take means, so that the update is the one of a single device:
+
+    batch [B, ...] --> replica 0: rows 0 .. B/R-1  --> gradients --\\
+                   --> replica 1: rows B/R ..      --> gradients ---+-- sum
+                   --> ...                                         /     |
+    noise [B, ...] --> the same rows                                     v
+                       clip, Adam: alike on every replica  <-- gradient of all
+
+What happens within a replica is in `tools` (`replica`, `normal`,
+`mean_over_replicas`, `gather`).
+"""
+
+import contextlib
+import json
+import os
+import zlib
+
+import numpy as np
+import tensorflow as tf
+
+import tools
+
+STRATEGIES = ('auto', 'single', 'mirrored', 'multiworker')
+
+# Collective operations end with one of these when a process of them is gone.
+LOST = (
+  *(tf.errors.UnavailableError, tf.errors.AbortedError),
+  *(tf.errors.InternalError, tf.errors.DeadlineExceededError),
+  *(tf.errors.CancelledError, tf.errors.FailedPreconditionError),
+)
+
+
+class PeerLost(Exception):  # noqa: N818 (as `wrappers.WorkerLost`)
+  """Another process of this run is gone, and no update can be made."""
+
+
+class Team:
+  """The devices and processes that train one agent.
+
+  Args:
+    strategy: a `tf.distribute.Strategy`; None for one device.
+    index: of this process, 0 for the chief.
+    workers: number of processes.
+  """
+
+  def __init__(self, strategy=None, index=0, workers=1):
+    self.strategy = strategy or tf.distribute.get_strategy()
+    self.index, self.workers = index, workers
+    self.chief = index == 0
+    self.folders = 1  # that hold episodes, one for all or one for each
+    self.replicas = self.strategy.num_replicas_in_sync
+    self._sum = tf.function(
+      lambda values: [self.strategy.reduce('SUM', x, None) for x in values]
+    )
+
+  def __str__(self):
+    if self.replicas == 1:
+      return 'one device'
+    hosts = f' of {self.workers} processes' if self.workers > 1 else ''
+    return f'{self.replicas} devices{hosts}'
+
+  def seed(self, seed):
+    """A seed of this process's own; the chief's is `seed` itself."""
+    if self.chief:
+      return seed
+    return int(np.random.SeedSequence([seed, self.index]).generate_state(1)[0])
+
+  def scope(self):
+    """Where variables are made, one copy for each replica."""
+    return self.strategy.scope()
+
+  def run(self, function, data):
+    """Calls `function(data)` on every replica; returns what the first did."""
+    results = self.strategy.run(function, (data,))
+    return tf.nest.map_structure(
+      lambda x: self.strategy.experimental_local_results(x)[0], results
+    )
+
+  def place(self, batch):
+    """Moves the batch of this process to its replicas, each its rows.
+
+    Args:
+      batch: dictionary of arrays [B / workers, ...].
+    """
+    if self.replicas == 1:
+      return {k: tf.convert_to_tensor(v) for k, v in batch.items()}
+    local = self.replicas // self.workers
+    rows = len(next(iter(batch.values()))) // local
+
+    def cut(context):
+      start = context.replica_id_in_sync_group % local * rows
+      part = {k: v[start : start + rows] for k, v in batch.items()}
+      device = self.strategy.extended.worker_devices[start // rows]
+      with tf.device(device):
+        return {k: tf.convert_to_tensor(v) for k, v in part.items()}
+
+    return self.strategy.experimental_distribute_values_from_function(cut)
+
+  def sum(self, value):
+    """The sum of an integer, or array of them, over the processes.
+
+    As all that follows, it waits for all of them.
+    """
+    return self._sum_all([np.asarray(value, np.int64)])[0]
+
+  def any(self, flag):
+    """Whether the flag is set in any process."""
+    return bool(self.sum(bool(flag)))
+
+  def wait(self):
+    """Until all processes are here."""
+    self.sum(0)
+
+  @contextlib.contextmanager
+  def chief_first(self):
+    """What is inside is done by the chief, then by the other processes."""
+    if not self.chief:
+      self.wait()
+    yield
+    if self.chief:
+      self.wait()
+
+  def from_chief(self, value):
+    """The chief's value of an integer, in all processes."""
+    return int(self.sum(value if self.chief else 0))
+
+  def broadcast(self, variables):
+    """Gives all processes the chief's values of these variables."""
+    if self.workers == 1:
+      return
+    own = [v.numpy() for v in variables]
+    given = [x.astype(np.int64) if x.dtype == bool else x for x in own]
+    if not self.chief:
+      given = [np.zeros_like(x) for x in given]
+    received = self._sum_all(given)
+    for variable, new, old in zip(variables, received, own, strict=True):
+      variable.assign(new.astype(old.dtype))
+
+  def _sum_all(self, values):
+    """Sums of a list of arrays over the processes."""
+    if self.workers == 1:
+      return values
+    local = self.replicas // self.workers
+
+    def give(context):
+      first = context.replica_id_in_sync_group % local == 0
+      return [
+        tf.convert_to_tensor(x * np.asarray(first, x.dtype)) for x in values
+      ]
+
+    distribute = self.strategy.experimental_distribute_values_from_function
+    with self.errors():
+      return [x.numpy() for x in self._sum(distribute(give))]
+
+  def check_flags(self, config):
+    """UserError in all processes if they were started with other flags."""
+    own = ('logdir', 'parallel', 'worker_timeout')
+    names = [name for name in config if name not in own]
+    sums = [zlib.crc32(json.dumps(config[name]).encode()) for name in names]
+    sums = np.array(sums, np.int64)
+    differ = np.flatnonzero(self.sum(sums) != self.workers * sums)
+    if self.any(len(differ)):
+      flags = ', '.join(f'--{names[i]}' for i in differ) or 'some flags'
+      raise tools.UserError(
+        f'the processes of this run have different values of {flags}; start '
+        'all with the same command, but for --logdir'
+      )
+
+  def compare_folders(self, directory):
+    """Finds out whether all processes see the chief's folder, by its lock."""
+    if self.workers == 1:
+      return
+    path = directory / 'lock'
+    text = path.read_bytes() if path.exists() else b''
+    mine = zlib.crc32(text)
+    count = int(self.sum(mine == self.from_chief(mine)))
+    if 1 < count < self.workers:
+      raise tools.UserError(
+        f'{count} of {self.workers} processes share the --logdir of the '
+        'chief; let all of them share it, or none'
+      )
+    self.folders = 1 if count == self.workers else self.workers
+
+  @contextlib.contextmanager
+  def errors(self):
+    """Turns what TensorFlow raises when a process is gone into `PeerLost`."""
+    try:
+      yield
+    except LOST as error:
+      if self.workers == 1:
+        raise
+      reason = str(error).partition('\n')[0][:200]
+      raise PeerLost(
+        f'another process of this run is gone or cannot be reached ({reason}). '
+        'The same commands, in all processes, resume'
+      ) from None
+
+
+def make_team(strategy, batch_size):
+  """The team that `--strategy` asks for.
+
+  Must be called before TensorFlow computes anything. With several processes
+  it waits until all are there.
+
+  Args:
+    strategy: one of STRATEGIES.
+    batch_size: B, which the number of replicas has to divide; `auto` takes as
+      many GPUs as do.
+
+  Raises:
+    UserError: TF_CONFIG is missing or broken, or the batch cannot be split.
+  """
+  cluster = _read_cluster()
+  gpus = len(tf.config.list_physical_devices('GPU'))
+  if strategy == 'auto':
+    strategy = 'mirrored' if gpus > 1 else 'single'
+    gpus = max(n for n in range(1, max(1, gpus) + 1) if batch_size % n == 0)
+    if cluster and cluster[1] > 1:
+      strategy = 'multiworker'
+  if strategy == 'single':
+    return Team()
+  if strategy == 'mirrored':
+    kind = 'GPU' if gpus else 'CPU'
+    devices = [d.name for d in tf.config.list_logical_devices(kind)]
+    team = Team(tf.distribute.MirroredStrategy(devices[: gpus or None]))
+  else:
+    team = _join(cluster)
+  if batch_size % team.replicas:
+    below = batch_size // team.replicas * team.replicas
+    near = [n for n in (below, below + team.replicas) if n]
+    raise tools.UserError(
+      f'--batch_size {batch_size} cannot be split over {team.replicas} '
+      f'devices; choose {" or ".join(map(str, near))}'
+    )
+  return team
+
+
+def _join(cluster):
+  if not cluster:
+    raise tools.UserError(
+      '--strategy multiworker needs the environment variable TF_CONFIG, such '
+      'as {"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": '
+      '{"type": "worker", "index": 0}}, with another index in each process'
+    )
+  index, workers = cluster
+  print(f'Process {index} of {workers}: waiting for the others.', flush=True)
+  strategy = tf.distribute.MultiWorkerMirroredStrategy()
+  return Team(strategy, index, workers)
+
+
+def _read_cluster():
+  """(index, number of processes) by TF_CONFIG; None without it."""
+  text = os.environ.get('TF_CONFIG')
+  if not text:
+    return None
+  try:
+    record = json.loads(text)
+    cluster, task = record['cluster'], record['task']
+    kind, index = task['type'], int(task['index'])
+    members = [(k, i) for k in ('chief', 'worker') for i in _tasks(cluster, k)]
+    return members.index((kind, index)), len(members)
+  except (ValueError, KeyError, TypeError, AttributeError):
+    raise tools.UserError(
+      f'TF_CONFIG is not a cluster and a task of type chief or worker in it: '
+      f'{text[:200]}'
+    ) from None
+
+
+def _tasks(cluster, kind):
+  addresses = cluster.get(kind, [])
+  if not all(isinstance(a, str) and ':' in a for a in addresses):
+    raise ValueError(addresses)
+  return range(len(addresses))

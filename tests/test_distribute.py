@@ -1,0 +1,359 @@
+"""Several devices and processes: the same update, the same run.
+
+Run as a script it is one process of such a test:
+
+    python tests/test_distribute.py FOLDER STRATEGY CASE...
+
+makes five updates from the episodes in FOLDER and writes all weights there.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+REPLICAS = 2
+UPDATES = 5
+SMALL = dict(
+  *(dict(deter_size=8, stoch_size=3, num_units=8, cnn_depth=2),),
+  **dict(batch_size=4, batch_length=6, horizon=4, precision='32', seed=3),
+)
+
+
+CASES = {
+  'plain': dict(free_nats=0.0),
+  # Between what the two halves of a batch have: decided by their mean.
+  'free nats': dict(free_nats=0.25),
+  'contrastive': dict(representation='contrastive'),
+  'discrete': dict(action_dist='onehot', pcont=True),
+  'float16': dict(precision='16'),
+  'jit': dict(jit='True'),
+}
+
+
+def update(folder, strategy, cases):
+  """Updates on the same batches, whatever they are spread over."""
+  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+  import tensorflow as tf
+
+  import distribute
+  import dreamer  # noqa: F401 (quiets TensorFlow)
+
+  cpu = tf.config.list_physical_devices('CPU')[0]
+  if strategy == 'mirrored':
+    halves = [tf.config.LogicalDeviceConfiguration()] * REPLICAS
+    tf.config.set_logical_device_configuration(cpu, halves)
+  team = distribute.make_team(strategy, SMALL['batch_size'])
+  assert team.replicas == (1 if strategy == 'single' else REPLICAS)
+  for case in cases:
+    weights, metrics = _update(folder, team, CASES[case])
+    name = f'{strategy}-{team.index}-{case}'
+    np.savez(folder / f'{name}.npz', **weights)
+    (folder / f'{name}.json').write_text(json.dumps(metrics))
+  team.wait()
+
+
+def _update(folder, team, flags):
+  import gym
+  import keras
+
+  import dreamer
+  import wrappers
+
+  config = dreamer.define_config()
+  config.update(SMALL, **flags)
+  keras.utils.set_random_seed(team.index)  # the chief's weights count
+  dreamer.setup_precision(config.precision)
+  space = gym.spaces.Box(-1, 1, (2,), np.float32)
+  if config.action_dist == 'onehot':
+    space = wrappers.OneHotBox(2)
+  agent = dreamer.Dreamer(config, folder / 'episodes', space, team=team)
+  agent.receive()
+  for opt in agent._opts.values():  # so that float16 does not overflow
+    opt.optimizer.dynamic_scale.assign(16.0)
+  batches = dreamer.load_dataset(folder / 'episodes', config)
+  metrics = []
+  for _ in range(UPDATES):
+    agent._set_learning_rates()
+    batch, share = next(batches), config.batch_size // team.workers
+    rows = slice(team.index * share, (team.index + 1) * share)
+    made = agent.train(team.place({k: v[rows] for k, v in batch.items()}))
+    metrics.append({k: float(v) for k, v in made.items()})
+    agent._updates.assign_add(1)
+  weights = {
+    f'{name}/{i}': v.numpy()
+    for name in agent._networks
+    for i, v in enumerate(getattr(agent, name).weights)
+  }
+  for variable in agent._opts['model'].variables:
+    copies = team.strategy.experimental_local_results(variable.value)
+    for copy in copies:
+      np.testing.assert_array_equal(copy.numpy(), copies[0].numpy())
+  return weights, metrics
+
+
+def free_ports(count):
+  sockets = [socket.socket() for _ in range(count)]
+  for opened in sockets:
+    opened.bind(('localhost', 0))
+  ports = [opened.getsockname()[1] for opened in sockets]
+  for opened in sockets:
+    opened.close()
+  return ports
+
+
+def start_all(command, count=1, logs=None, **changes):
+  """Starts a process, or several of one TF_CONFIG, on this machine."""
+  workers = [f'localhost:{port}' for port in free_ports(count)]
+  started = []
+  for index in range(count):
+    environment = dict(os.environ, PYTHONPATH=f'{ROOT}', **changes)
+    task = dict(type='worker', index=index)
+    config = dict(cluster=dict(worker=workers), task=task)
+    environment.pop('TF_CONFIG', None)
+    if count > 1:
+      environment['TF_CONFIG'] = json.dumps(config)
+    process = subprocess.Popen(
+      [sys.executable, *(c.format(index=index) for c in command)],
+      cwd=ROOT,
+      env=environment,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+    )
+    started.append(process)
+  return started
+
+
+def finish(processes, timeout=300):
+  """Waits; returns (exit code, stdout, stderr) of each."""
+  ended = []
+  try:
+    for process in processes:
+      out, error = process.communicate(timeout=timeout)
+      ended.append((process.returncode, out, error))
+  finally:
+    for process in processes:
+      process.kill()
+  return ended
+
+
+def spread(folder, strategy, cases):
+  """Weights after the updates, and their metrics, by process and case."""
+  count = 2 if strategy == 'multiworker' else 1
+  command = [__file__, str(folder), strategy, *cases]
+  for code, out, error in finish(start_all(command, count)):
+    assert code == 0, (out, error)
+  results = {}
+  for index in range(count):
+    for case in cases:
+      name = f'{strategy}-{index}-{case}'
+      weights = dict(np.load(folder / f'{name}.npz'))
+      metrics = json.loads((folder / f'{name}.json').read_text())
+      results[index, case] = weights, metrics
+  return results
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  from test_dreamer import random_episode
+
+  import tools
+
+  folder = tmp_path_factory.mktemp('updates')
+  rng = np.random.default_rng(0)
+  episodes = [random_episode(rng, 12, 2) for _ in range(3)]
+  tools.save_episodes(folder / 'episodes', episodes)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def single(folder):
+  return spread(folder, 'single', CASES)
+
+
+@pytest.mark.parametrize(
+  'strategy, cases',
+  [('mirrored', [*CASES]), ('multiworker', ['plain', 'contrastive'])],
+)
+def test_update_is_that_of_one_device(folder, single, strategy, cases):
+  for (_, case), spread_out in spread(folder, strategy, cases).items():
+    weights, metrics = spread_out
+    expected_weights, expected_metrics = single[0, case]
+    half = CASES[case].get('precision') == '16'
+    assert weights.keys() == expected_weights.keys()
+    for name, value in expected_weights.items():
+      np.testing.assert_allclose(
+        weights[name],
+        value,
+        rtol=0,
+        atol=5e-3 if half else 1e-5,  # five steps of Adam
+        err_msg=f'{case}: {name}',
+      )
+    for ours, theirs in zip(metrics, expected_metrics, strict=True):
+      assert ours.keys() == theirs.keys()
+      for name, value in theirs.items():
+        near = pytest.approx(value, rel=0.02 if half else 1e-3, abs=1e-3)
+        assert ours[name] == near, (case, name)
+
+
+def test_batch_goes_to_replicas_by_rows():
+  import distribute
+
+  team = distribute.Team()
+  placed = team.place(dict(x=np.arange(6.0)))
+  np.testing.assert_array_equal(placed['x'], np.arange(6.0))
+  assert team.sum([1, 2]).tolist() == [1, 2]
+  assert team.any(True) and not team.any(False)
+
+
+@pytest.mark.parametrize(
+  'config, message',
+  [
+    (None, 'needs the environment variable TF_CONFIG'),
+    ('{"cluster": ', 'is not a cluster'),
+    ('{"cluster": {"worker": ["a:1"]}}', 'is not a cluster'),
+    (dict(worker=['a:1']), 'is not a cluster'),  # index 1 of one
+    (dict(worker=['a', 'b']), 'is not a cluster'),  # without ports
+    (dict(ps=['a:1', 'b:2']), 'is not a cluster'),
+  ],
+)
+def test_unusable_cluster(monkeypatch, config, message):
+  import distribute
+  import tools
+
+  monkeypatch.delenv('TF_CONFIG', raising=False)
+  if isinstance(config, dict):
+    task = dict(type=next(iter(config)), index=1)
+    config = json.dumps(dict(cluster=config, task=task))
+  if config:
+    monkeypatch.setenv('TF_CONFIG', config)
+  with pytest.raises(tools.UserError, match=message):
+    distribute.make_team('multiworker', 4)
+
+
+def test_cluster_numbers_the_chief_first(monkeypatch):
+  import distribute
+
+  cluster = dict(worker=['b:1', 'c:1'], chief=['a:1'])
+  found = []
+  for kind, index in (('chief', 0), ('worker', 0), ('worker', 1)):
+    task = dict(type=kind, index=index)
+    text = json.dumps(dict(cluster=cluster, task=task))
+    monkeypatch.setenv('TF_CONFIG', text)
+    found.append(distribute._read_cluster())
+  assert found == [(0, 3), (1, 3), (2, 3)]
+
+
+# Whole runs of two processes.
+
+RUN = ['--task', 'toy_reach', '--preset', 'debug', '--parallel', 'none']
+RUN += ['--time_limit', '20', '--log_images', 'False', '--precision', '32']
+
+
+def start_run(logdir, *flags):
+  command = ['dreamer.py', '--logdir', f'{logdir}', *RUN, *flags]
+  return start_all(command, 2)
+
+
+def wait_for(process, text):
+  """Reads what a process prints until `text`; returns the lines so far."""
+  lines = []
+  while True:
+    line = process.stdout.readline()
+    assert line, (lines, process.communicate())
+    lines.append(line)
+    if text in line:
+      return lines
+
+
+def metrics_of(logdir):
+  text = (logdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
+  processes = start_run(tmp_path, '--steps', '1e6', '--prefill', '200')
+  for process in processes:
+    wait_for(process, 'First update done')
+  processes[1].kill()
+  chief, other = finish(processes)
+  assert chief[0] == 1 and other[0] == -9
+  assert 'another process of this run is gone' in chief[2]
+  assert 'Traceback' not in chief[2]
+  saved = tf_checkpoint(tmp_path)
+  assert saved > 0
+  more = metrics_of(tmp_path)[-1]['step'] + 200
+  for code, out, error in finish(start_run(tmp_path, '--steps', f'{more}')):
+    assert code == 0, (out, error)
+    assert 'Training on 2 devices of 2 processes' in out
+    assert 'Finished at step' in out
+    assert not error
+    updates = out.split('updates')[-2].split()[-1]
+  assert tf_checkpoint(tmp_path) > saved
+  lines = metrics_of(tmp_path)
+  logged = [line['updates'] for line in lines if 'updates' in line]
+  assert logged == sorted(logged)
+  assert lines[-1]['step'] >= more
+  # Both collected: each has a stream of its own, so no episode is there twice.
+  paths = sorted((tmp_path / 'episodes').glob('*.npz'))
+  steps = sum(int(path.stem.rsplit('-', 1)[-1]) - 1 for path in paths)
+  assert steps >= more
+  actions = [np.load(path)['action'].tobytes() for path in paths]
+  assert len(set(actions)) == len(actions)
+  # One process goes on with what two have learned.
+  command = ['dreamer.py', '--logdir', f'{tmp_path}', *RUN]
+  command += ['--steps', f'{steps + 100}']
+  ((code, out, error),) = finish(start_all(command))
+  assert code == 0, (out, error)
+  assert f'Resumed at step {steps}, {updates} updates' in out
+
+
+def tf_checkpoint(logdir):
+  """Number of the newest checkpoint."""
+  paths = (logdir / 'checkpoints').glob('ckpt-*.index')
+  return max(int(path.stem.split('-')[1]) for path in paths)
+
+
+def test_stop_of_one_stops_both_at_one_update(tmp_path):
+  """Here each process keeps episodes in a folder of its own."""
+  folder = tmp_path / '{index}'
+  processes = start_run(folder, '--steps', '1e6', '--prefill', '200')
+  for process in processes:
+    wait_for(process, 'First update done')
+  processes[1].terminate()
+  ends = []
+  for code, out, error in finish(processes):
+    assert code == 0, (out, error)
+    assert not error
+    ends.append(out.split('updates')[-2].split()[-1])
+  assert ends[0] == ends[1]
+  first, second = tmp_path / '0', tmp_path / '1'
+  assert tf_checkpoint(first) >= int(ends[0])
+  assert [*(first / 'episodes').glob('*.npz')]
+  assert [*(second / 'episodes').glob('*.npz')]
+  assert {p.name for p in second.iterdir()} == {'episodes', 'lock-1'}
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--seed', '{index}', '--horizon', '1{index}'], '--seed, --horizon'),
+    (['--batch_size', '5'], 'cannot be split over 2 devices; choose 4 or 6'),
+  ],
+)
+def test_processes_that_cannot_run_together(tmp_path, flags, message):
+  for code, out, error in finish(start_run(tmp_path / 'run', *flags)):
+    assert code == 2, (out, error)
+    assert message in error and 'Traceback' not in error
+  assert not (tmp_path / 'run').exists()
+
+
+if __name__ == '__main__':
+  update(pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
