@@ -240,10 +240,8 @@ def test_actor_gradient_is_that_of_a_finite_difference(tmp_path):
   kernel, bias = agent._actor._out.kernel, agent._actor._out.bias
   kernel.assign(tf.zeros_like(kernel))
   post = agent._model_loss(dreamer.preprocess(batch_of(agent), agent._c))[1]
-  state = agent._random.state.numpy()
 
   def loss():
-    agent._random.state.assign(state)
     return agent._actor_loss(post)[0]
 
   with tf.GradientTape() as tape:
@@ -266,11 +264,9 @@ def test_behavior_gradients_beside_a_plain_loop(tmp_path):
   agent = make_agent(tmp_path, action_init_std=1.0)
   c, dynamics = agent._c, agent._dynamics
   post = agent._model_loss(dreamer.preprocess(batch_of(agent), c))[1]
-  state = agent._random.state.numpy()
 
   def plain(stop=tf.stop_gradient):
-    agent._random.state.assign(state)
-    seeds = tools.make_seeds(2 * c.horizon, agent._random)
+    seeds = agent._seeds(2 * c.horizon, 1)
     latent = {k: tf.reshape(v, [-1, v.shape[-1]]) for k, v in post.items()}
     feats = []
     for t in range(c.horizon):
@@ -291,7 +287,6 @@ def test_behavior_gradients_beside_a_plain_loop(tmp_path):
     return actor, value
 
   def real():
-    agent._random.state.assign(state)
     loss, imag, _ = agent._actor_loss(post)
     return loss, agent._value_loss(**imag)[0]
 
@@ -311,6 +306,19 @@ def test_behavior_gradients_beside_a_plain_loop(tmp_path):
     next(gradients(lambda: plain(tf.identity))),
   )
   assert np.abs(grad - through).max() > 1e-2 * np.abs(grad).max()
+
+
+def test_noise_is_new_in_every_update(tmp_path):
+  agent = make_agent(tmp_path)
+  drawn = []
+  for _ in range(3):
+    drawn += [agent._seeds(4, stream).numpy() for stream in (0, 1)]
+    agent._updates.assign_add(1)
+  assert len(np.unique(np.concatenate(drawn))) == 3 * 2 * 4 * 2
+  other = make_agent(tmp_path, seed=1)._seeds(4, 0).numpy()
+  assert not (other == drawn[0]).any()
+  again = make_agent(tmp_path)._seeds(4, 0).numpy()
+  np.testing.assert_array_equal(again, drawn[0])
 
 
 # --- What moves what --------------------------------------------------------
