@@ -28,8 +28,10 @@ import logging
 import os
 import pathlib
 import pickle
+import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -1460,21 +1462,14 @@ class _ProcessWorker:
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(2)
     self._process.kill()
-    return self._obituary(f'gave no answer for {self._timeout:g} seconds')
+    return self._obituary(_silence(self._timeout))
 
   def _obituary(self, cause=None):
     """Returns the answer of a worker that can give none any more."""
     if not self._end.alive:
       return False, ('', 'The environment is closed.', '')
     cause = cause or self._cause()
-    size = os.fstat(self._log.fileno()).st_size
-    # The worker shares the position in this file; reading must not move it.
-    tail = os.pread(self._log.fileno(), 4000, max(0, size - 4000))
-    tail = tail.decode(errors='replace').strip()
-    message = f'The environment worker {cause}.'
-    if tail:
-      message += f' Its last output:\n{tail}'
-    return False, ('WorkerLost', message, tail)
+    return _lost(cause, _last_output(self._log))
 
   def _cause(self):
     """How the worker ended, in words."""
@@ -1489,6 +1484,23 @@ class _ProcessWorker:
 # The trainer has the cores; several workers with a pool each would only stand
 # in each other's way.
 _ONE_THREAD = {f'{x}_NUM_THREADS': '1' for x in ('OMP', 'OPENBLAS', 'MKL')}
+
+
+def _last_output(log):
+  """The end of a file that a worker writes to."""
+  size = os.fstat(log.fileno()).st_size
+  # The worker may share the position in this file; reading must not move it.
+  tail = os.pread(log.fileno(), 4000, max(0, size - 4000))
+  return tail.decode(errors='replace').strip()
+
+
+def _lost(cause, output=''):
+  """The answer of a worker that can give none any more."""
+  message = f'The environment worker {cause}.'
+  if output:
+    message += f' Its last output:\n{output}'
+  return False, ('WorkerLost', message, output)
+
 
 _WORKER_CODE = """
 import pickle, sys
@@ -1603,7 +1615,7 @@ class _RayWorker:
       runtime_env={'env_vars': {**_ONE_THREAD, 'MUJOCO_GL': renderer}},
     )
     self._actor = actor.remote()
-    self._placed = self._actor.__ray_ready__.remote().future()
+    self._log = self._actor.log.remote().future()  # its first answer
     path = [os.path.abspath(folder) for folder in sys.path]
     self._ready = self._expect(
       self._actor.start.remote(path, __name__, self._order, self._timeout)
@@ -1658,22 +1670,28 @@ class _RayWorker:
       return pickle.loads(coming.result(limit))
     except TimeoutError:
       self._ray.kill(self._actor)
-      message = _silence(self._timeout)
-      return False, ('WorkerLost', message, message)
+      return _lost(_silence(self._timeout), self._last_output())
     except self._ray.exceptions.RayTaskError as error:  # no such code there
       trace = str(error)
       return False, ('', trace.splitlines()[-1], trace)
     except self._ray.exceptions.RayError as error:
       if not self._end.alive:
         return False, ('', 'The environment is closed.', '')
-      message = f'The environment worker died: {_why_lost(error)}'
-      return False, ('WorkerLost', message, str(error))
+      return _lost(f'died: {_why_lost(error)}', self._last_output())
+
+  def _last_output(self):
+    """What a dead actor wrote to standard error, if that was on this host."""
+    if not self._log.done() or self._log.exception():
+      return ''
+    with contextlib.suppress(OSError), open(self._log.result(), 'rb') as log:
+      return _last_output(log)
+    return ''
 
   def _wait_for_place(self):
     """Raises WorkerError if the cluster has no room for the actor."""
     seconds = max(self.PLACING, self._timeout)
     try:
-      self._placed.exception(seconds)  # others are found in its answers
+      self._log.exception(seconds)  # errors come with the other answers, too
     except TimeoutError:
       self._end()
       total, free = (
@@ -1692,14 +1710,14 @@ class _RayWorker:
 
 
 def _silence(seconds):
-  return f'The environment worker gave no answer for {seconds:g} seconds.'
+  return f'gave no answer for {seconds:g} seconds'
 
 
 def _why_lost(error):
   """The part of Ray's message that says how an actor ended."""
   text = str(error).strip()
   text = text.rpartition('Worker exit detail: ')[2]
-  return text.partition(' Some common causes')[0].splitlines()[-1]
+  return text.partition(' Some common causes')[0].splitlines()[-1].strip('. ')
 
 
 def _end_actor(ray, actor, ready):
@@ -1721,6 +1739,11 @@ def _actor_class():
   """
 
   class Environment:
+    def log(self):
+      import os
+
+      return os.readlink('/proc/self/fd/2')
+
     def start(self, path, module, *args):
       import importlib
       import sys
@@ -1769,7 +1792,7 @@ class _Served:
       signal.setitimer(signal.ITIMER_REAL, 0)
 
   def _give_up(self, number, frame):
-    raise WorkerLost(_silence(self._timeout))
+    raise WorkerLost(_lost(_silence(self._timeout))[1][1])
 
 
 def _require_ray():
@@ -1787,7 +1810,7 @@ def _connect_ray():
   if 'ray' in sys.modules and sys.modules['ray'].is_initialized():
     return sys.modules['ray']
   address = os.environ.get('RAY_ADDRESS', 'local')
-  where = f'RAY_ADDRESS={address}'
+  where = f'Ray at RAY_ADDRESS={address}'
   if address in ('', 'local'):
     where, address = 'a Ray of its own', _own_ray()
   import ray
@@ -1795,9 +1818,12 @@ def _connect_ray():
   logging.getLogger('ray').setLevel(logging.ERROR)
   # Ray prints what it hears of dead workers, which arrives as errors anyway.
   ray._private.worker.listen_error_messages = lambda *args: None
-  connect = functools.partial(
-    ray.init, address, log_to_driver=False, logging_level=logging.ERROR
-  )
+
+  def connect():
+    if re.fullmatch(r'[^/]+:\d+', address):  # Ray itself tries for minutes
+      socket.create_connection(address.rsplit(':', 1), timeout=20).close()
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+
   # In another thread Ray leaves the handlers of signals as they are.
   with concurrent.futures.ThreadPoolExecutor(1) as thread, quiet_stderr():
     error = thread.submit(connect).exception()
