@@ -1332,12 +1332,15 @@ def modules_after_task(task):
 
 # Deliberately without a guard for __main__: a worker must not run this again.
 TRAINER = """
-import functools, os, sys, time
+import functools, os, sys, time, types
 print('started', flush=True)
 sys.modules['tensorflow'] = object()
 import wrappers
-env = wrappers.Async(functools.partial(wrappers.make_task, 'toy_reach'))
-env.reset()
+make = functools.partial(
+    types.SimpleNamespace, observation_space=None, action_space=None,
+    reset=os.getpid, close=os.getpid)
+env = wrappers.Async(make, sys.argv[2])
+print(env.reset())
 with open('/proc/self/task/%d/children' % os.getpid()) as file:
   print(file.read(), flush=True)
 if sys.argv[1] == 'wait':
@@ -1347,33 +1350,141 @@ if sys.argv[1] == 'fail':
 """
 
 
-def start_trainer(tmp_path, mode):
+def start_trainer(tmp_path, mode, strategy):
+  """Returns the trainer and its child: a worker, or what keeps its Ray."""
   script = tmp_path / 'trainer.py'
   script.write_text(TRAINER)
   trainer = subprocess.Popen(
-    [sys.executable, str(script), mode],
+    [sys.executable, str(script), mode, strategy],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
     env={**os.environ, 'PYTHONPATH': ROOT},
   )
   assert trainer.stdout.readline() == 'started\n'
-  (pid,) = trainer.stdout.readline().split()
-  return trainer, int(pid)
+  pid = int(trainer.stdout.readline())
+  (child,) = map(int, trainer.stdout.readline().split())
+  assert (child == pid) == (strategy == 'process')
+  assert os.getsid(pid) == child
+  return trainer, child
 
 
-def test_killed_trainer_leaves_no_worker(tmp_path):
-  trainer, pid = start_trainer(tmp_path, 'wait')
-  assert alive(pid)
+def session_is_gone(session):
+  """Whether no process of a session is left: worker, Ray, its actors."""
+
+  def lives(pid):
+    try:
+      return os.getsid(pid) == session and alive(pid)
+    except ProcessLookupError:
+      return False
+
+  return not any(lives(int(x)) for x in os.listdir('/proc') if x.isdigit())
+
+
+@remote
+def test_killed_trainer_leaves_no_worker(tmp_path, strategy):
+  trainer, session = start_trainer(tmp_path, 'wait', strategy)
+  assert not session_is_gone(session)
   trainer.kill()
   trainer.wait()
-  assert wait_until(lambda: not alive(pid))
+  assert wait_until(lambda: session_is_gone(session), 20)
 
 
+@remote
 @pytest.mark.parametrize('mode, code', [('end', 0), ('fail', 1)])
-def test_trainer_without_close_leaves_no_worker(tmp_path, mode, code):
-  trainer, pid = start_trainer(tmp_path, mode)
-  stdout, stderr = trainer.communicate(timeout=20)
+def test_trainer_without_close_leaves_no_worker(tmp_path, mode, code, strategy):
+  trainer, session = start_trainer(tmp_path, mode, strategy)
+  stdout, stderr = trainer.communicate(timeout=60)
   assert trainer.returncode == code and 'started' not in stdout
   assert (stderr == '') == (mode == 'end')
-  assert wait_until(lambda: not alive(pid))
+  assert wait_until(lambda: session_is_gone(session))
+
+
+# ---------------------------------------------------------------------------
+# Ray
+# ---------------------------------------------------------------------------
+
+
+def test_without_ray(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'ray', None)
+  for use in (
+    lambda: wrappers.check_parallel('toy_reach', 'ray'),
+    lambda: wrappers.Async(Counting, 'ray'),
+  ):
+    with pytest.raises(wrappers.TaskError, match=r"pip install '\.\[sweep\]'"):
+      use()
+
+
+def test_wrong_ray_address():
+  done = run_script(
+    """
+    import wrappers
+    try:
+      wrappers.Async(dict, 'ray')
+    except wrappers.TaskError as error:
+      print(error)
+  """,
+    env={**os.environ, 'RAY_ADDRESS': '127.0.0.1:1'},
+  )
+  assert done.stdout.startswith('Cannot connect to Ray at RAY_ADDRESS=127.0.0.')
+  assert done.stderr == ''
+
+
+def test_ray_without_egl_uses_osmesa():
+  """Ray's processes have the environment of the script here."""
+  code = """
+    import os
+    import signal
+    import test_wrappers
+    import wrappers
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+      signal.signal(number, print)
+    print(test_wrappers.render_pendulum('ray')[1])
+    print([signal.getsignal(number) is print for number in numbers])
+    os.environ['MUJOCO_GL'] = 'egl'
+    try:
+      test_wrappers.render_pendulum('ray')
+    except wrappers.RenderError as error:
+      print(error)
+  """
+  env = {k: v for k, v in os.environ.items() if k != 'MUJOCO_GL'}
+  env.update([NO_EGL], PYTHONPATH=os.path.join(ROOT, 'tests'))
+  done = run_script(code, env=env)
+  chosen, handlers, error = done.stdout.splitlines()
+  assert (chosen, handlers) == ('osmesa', '[True, True]')
+  assert 'Cannot render with OpenGL (MUJOCO_GL is egl)' in error
+  assert done.stderr == ''
+
+
+def test_cluster_of_two_hosts():
+  """One CPU in all, on a host that goes away."""
+  code = """
+    import os
+    from ray import cluster_utils
+    import test_wrappers
+    import wrappers
+    cluster = cluster_utils.Cluster(True, head_node_args=dict(num_cpus=0))
+    host = cluster.add_node(num_cpus=1)
+    os.environ['RAY_ADDRESS'] = cluster.address
+    first = wrappers.Async(test_wrappers.Counting, 'ray')
+    print(first.reset()['count'])
+    wrappers._RayWorker.PLACING = 3
+    try:
+      wrappers.Async(test_wrappers.Counting, 'ray').reset()
+    except wrappers.WorkerError as error:
+      print(error)
+    cluster.remove_node(host, allow_graceful=False)
+    try:
+      first.reset()
+    except wrappers.WorkerLost as error:
+      print(error)
+    cluster.shutdown()
+  """
+  env = {**os.environ, 'PYTHONPATH': os.path.join(ROOT, 'tests')}
+  done = run_script(code, env=env)
+  first, room, lost = done.stdout.splitlines()
+  assert first == '0'
+  assert 'no worker for an environment within 3 seconds' in room
+  assert 'takes 1 CPU; the cluster has 1, 0 of them free' in room
+  assert lost.startswith('The environment worker died: ')
