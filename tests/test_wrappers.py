@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import types
@@ -159,7 +160,9 @@ class Fragile(Counting):
       os.kill(os.getpid(), signal.SIGKILL)
     if self._step == 1 and self._fate == 'die':
       os.kill(os.getpid(), signal.SIGKILL)
-    if self._step == 1 and self._fate == 'hang':
+    if self._step == 1 and self._fate == 'hang deep':  # as in C code
+      signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    if self._step == 1 and self._fate.startswith('hang'):
       forever()
     return super().step(action)
 
@@ -1102,7 +1105,6 @@ def test_kinds_of_errors_arrive_as_the_nearest_known():
   env.close()
 
 
-@remote
 class TestLostWorkers:
   def collect(self, strategy, tmp_path, fates, episodes, timeout=0):
     """Returns finished episodes, reported errors, and rows that were given."""
@@ -1125,6 +1127,7 @@ class TestLostWorkers:
       env.close()
     return finished, errors, rows
 
+  @remote
   def test_one_that_dies_is_replaced_and_its_episode_dropped(
     self, strategy, tmp_path
   ):
@@ -1142,6 +1145,7 @@ class TestLostWorkers:
     assert isinstance(error, wrappers.WorkerLost)
     assert f'The environment worker {KILLED[strategy]}' in str(error)
 
+  @remote
   def test_one_that_hangs_says_where(self, strategy, tmp_path):
     finished, errors, _ = self.collect(
       strategy, tmp_path, ['hang'], 1, timeout=3
@@ -1151,22 +1155,27 @@ class TestLostWorkers:
     assert 'gave no answer for 3 seconds' in str(error)
     assert 'in forever' in error.traceback
 
+  def test_one_that_hangs_deep_in_an_actor_is_killed(self, tmp_path):
+    finished, errors, _ = self.collect('ray', tmp_path, ['hang deep'], 1, 3)
+    assert len(finished) == len(errors) == 1
+    assert 'gave no answer for 3 seconds' in str(errors[0])
+
+  @remote
   def test_five_in_a_row_are_too_many(self, strategy, tmp_path):
     with pytest.raises(wrappers.WorkerLost, match=KILLED[strategy]):
       self.collect(strategy, tmp_path, ['die'] * 5, 1)
     assert (tmp_path / 'workers').read_text() == 5 * 'worker\n'
 
-  def test_four_in_a_row_are_not(self, strategy, tmp_path):
-    finished, errors, _ = self.collect(strategy, tmp_path, ['die'] * 4, 1)
+  def test_four_in_a_row_are_not(self, tmp_path):
+    finished, errors, _ = self.collect('process', tmp_path, ['die'] * 4, 1)
     assert len(finished) == 1 and len(errors) == 4
 
-  def test_many_are_not_if_whole_episodes_come_between(
-    self, strategy, tmp_path
-  ):
+  def test_many_are_not_if_whole_episodes_come_between(self, tmp_path):
     fates = ['die later'] * 7  # at the beginning of a second episode
-    finished, errors, _ = self.collect(strategy, tmp_path, fates, 7)
+    finished, errors, _ = self.collect('process', tmp_path, fates, 7)
     assert len(finished) == 7 and len(errors) >= 6
 
+  @remote
   def test_reset_is_tried_again(self, strategy, tmp_path):
     make = functools.partial(Fragile, tmp_path / 'workers', ['die at once'])
     errors = []
@@ -1175,6 +1184,7 @@ class TestLostWorkers:
     assert len(errors) == 1
     env.close()
 
+  @remote
   def test_errors_of_the_environment_are_not_losses(self, strategy):
     errors = []
     env = wrappers.Collect(wrappers.Async(Faulty, strategy), lost=errors.append)
@@ -1390,8 +1400,10 @@ def test_killed_trainer_leaves_no_worker(tmp_path, strategy):
   assert wait_until(lambda: session_is_gone(session), 20)
 
 
-@remote
-@pytest.mark.parametrize('mode, code', [('end', 0), ('fail', 1)])
+@pytest.mark.parametrize(
+  'mode, code, strategy',
+  [('end', 0, 'process'), ('fail', 1, 'process'), ('end', 0, 'ray')],
+)
 def test_trainer_without_close_leaves_no_worker(tmp_path, mode, code, strategy):
   trainer, session = start_trainer(tmp_path, mode, strategy)
   stdout, stderr = trainer.communicate(timeout=60)
@@ -1461,14 +1473,17 @@ def test_cluster_of_two_hosts():
   """One CPU in all, on a host that goes away."""
   code = """
     import os
+    import sys
+    import ray
     from ray import cluster_utils
     import test_wrappers
     import wrappers
-    cluster = cluster_utils.Cluster(True, head_node_args=dict(num_cpus=0))
-    host = cluster.add_node(num_cpus=1)
+    cluster = cluster_utils.Cluster(
+        True, head_node_args=dict(num_cpus=0, temp_dir=sys.argv[1]))
+    host = cluster.add_node(num_cpus=1, temp_dir=sys.argv[1])
     os.environ['RAY_ADDRESS'] = cluster.address
-    first = wrappers.Async(test_wrappers.Counting, 'ray')
-    print(first.reset()['count'])
+    env = wrappers.Async(test_wrappers.Counting, 'ray')
+    print(env.reset()['count'])
     wrappers._RayWorker.PLACING = 3
     try:
       wrappers.Async(test_wrappers.Counting, 'ray').reset()
@@ -1476,14 +1491,18 @@ def test_cluster_of_two_hosts():
       print(error)
     cluster.remove_node(host, allow_graceful=False)
     try:
-      first.reset()
+      while True:  # the actor notices the end of its host a little later
+        env.reset()
     except wrappers.WorkerLost as error:
       print(error)
+    ray.shutdown()
     cluster.shutdown()
   """
   env = {**os.environ, 'PYTHONPATH': os.path.join(ROOT, 'tests')}
-  done = run_script(code, env=env)
-  first, room, lost = done.stdout.splitlines()
+  with tempfile.TemporaryDirectory(dir='/tmp') as folder:  # a short path
+    done = run_script(code, folder, env=env)
+  assert done.returncode == 0, done.stderr
+  first, room, lost = done.stdout.split('\n', 2)
   assert first == '0'
   assert 'no worker for an environment within 3 seconds' in room
   assert 'takes 1 CPU; the cluster has 1, 0 of them free' in room
