@@ -231,6 +231,7 @@ def test_ray_run_goes_on_without_a_killed_actor(tmp_path):
     process.wait()
   assert (process.returncode, err) == (0, '')
   assert 'Warning: The environment worker died: ' in ''.join(lines)
+  assert 'raylet' not in ''.join(lines) + out
   assert 'Stopped at step' in out and 'The same command resumes' in out
   assert not any(os.path.exists(f'/proc/{pid}') for pid in actors)
   # It resumes, and ends by itself.

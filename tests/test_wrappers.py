@@ -4,6 +4,7 @@ Everything here is real: processes, simulator and rendering. Tasks that render
 do so in worker processes, for TensorFlow may live in the process of the tests.
 """
 
+import ctypes
 import functools
 import os
 import pickle
@@ -160,9 +161,10 @@ class Fragile(Counting):
       os.kill(os.getpid(), signal.SIGKILL)
     if self._step == 1 and self._fate == 'die':
       os.kill(os.getpid(), signal.SIGKILL)
-    if self._step == 1 and self._fate == 'hang deep':  # as in C code
+    if self._step == 1 and self._fate == 'hang deep':  # in C, with the GIL
       signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-    if self._step == 1 and self._fate.startswith('hang'):
+      ctypes.PyDLL(None).pause()
+    if self._step == 1 and self._fate == 'hang':
       forever()
     return super().step(action)
 
