@@ -1829,6 +1829,10 @@ def _connect_ray():
     error = thread.submit(connect).exception()
   if error:
     raise TaskError(f'Cannot connect to {where}: {error}') from error
+  # Its C++ has handlers, too, which would abort this process after 3 seconds.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    with contextlib.suppress(ValueError):  # not in the main thread
+      signal.signal(number, signal.getsignal(number))
   return ray
 
 

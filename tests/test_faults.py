@@ -201,7 +201,7 @@ def ray_actors(trainer):
 
 
 def test_ray_run_goes_on_without_a_killed_actor(tmp_path):
-  """And is stopped by a signal to its process group, as of a terminal."""
+  """And is stopped by a signal to its process group, as from `timeout`."""
   flags = ('--parallel=ray', '--envs=2')
   process = subprocess.Popen(
     command(tmp_path / 'run', *flags, '--steps=1e9'),
@@ -224,7 +224,7 @@ def test_ray_run_goes_on_without_a_killed_actor(tmp_path):
           assert 'numpy' in maps and 'tensorflow' not in maps
         os.kill(actors[0], signal.SIGKILL)
     assert len(actors) == 3
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=120)
   finally:
     process.kill()
