@@ -110,8 +110,8 @@ def define_flags():
       ('envs', 1, 'environments that run at the same time', 'release'),
       (
         'parallel',
-        ('process', 'thread', 'none'),
-        'how environments run',
+        ('process', 'thread', 'none', 'ray'),
+        'how environments run; ray: on the hosts of RAY_ADDRESS, or on this',
         'release: none',
       ),
       (

@@ -14,6 +14,7 @@ OpenGL and TensorFlow crash in one process, so `Async` keeps environments in
 workers that import this module and the simulator, and nothing else.
 """
 
+import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -23,10 +24,14 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import pathlib
 import pickle
+import re
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,7 +67,7 @@ with quiet_stderr():
   import gym
   import gym.spaces
 
-STRATEGIES = ('process', 'thread', 'none')
+STRATEGIES = ('process', 'thread', 'none', 'ray')
 
 # What dm_control.suite.ALL_TASKS holds. It is written out because importing
 # dm_control loads OpenGL, which the training process must not do.
@@ -177,15 +182,19 @@ def check_parallel(task, strategy):
   """Raises TaskError where `strategy` is unknown or would crash for `task`.
 
   Tasks that render cannot share a process with TensorFlow, so 'thread' and
-  'none' are refused for them in a process that has imported it.
+  'none' are refused for them in a process that has imported it. 'ray' is
+  refused where it is not installed.
   """
   if strategy not in STRATEGIES:
     raise TaskError(
       f'There is no parallel strategy {strategy!r}; choose one of '
       f'{", ".join(STRATEGIES)}.'
     )
+  if strategy == 'ray':
+    _require_ray()
   renders = task.startswith(('dmc_', 'dmlab_', 'gym_'))
-  if strategy != 'process' and renders and 'tensorflow' in sys.modules:
+  shares = strategy in ('thread', 'none')  # the caller's process
+  if shares and renders and 'tensorflow' in sys.modules:
     raise TaskError(
       f'Task {task!r} may render with OpenGL, which crashes in one process '
       f'with TensorFlow: use --parallel process instead of {strategy}.'
@@ -1245,12 +1254,14 @@ class Async:
   With 'process' the worker is a fresh Python that imports what `constructor`
   needs and nothing of the caller's main module. Workers start while the caller
   goes on; the first use waits. If MUJOCO_GL is not set, they try EGL, then
-  OSMesa. 'thread' uses a thread of this process; 'none' steps at once.
+  OSMesa. 'thread' uses a thread of this process; 'none' steps at once. 'ray' is
+  like 'process', with workers that are Ray actors, on any host of the cluster
+  that RAY_ADDRESS names, or on this one if it is not set.
 
   Args:
     constructor: makes the environment; a function without arguments, which
-      must pickle for 'process', e.g. `partial(make_task, 'toy_reach')`.
-    strategy: 'process', 'thread' or 'none'.
+      must pickle for 'process' and 'ray': `partial(make_task, 'toy_reach')`.
+    strategy: 'process', 'thread', 'none' or 'ray'.
     timeout: seconds that a caller waits for an answer, until the process is
       killed; 0 waits for ever.
 
@@ -1270,6 +1281,8 @@ class Async:
   def _start(self):
     if self._strategy == 'process':
       return _ProcessWorker(self._constructor, self._timeout)
+    if self._strategy == 'ray':
+      return _RayWorker(self._constructor, self._timeout)
     if self._strategy == 'thread':
       executor = concurrent.futures.ThreadPoolExecutor(1, 'environment')
       return _LocalWorker(self._constructor, executor)
@@ -1449,21 +1462,14 @@ class _ProcessWorker:
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(2)
     self._process.kill()
-    return self._obituary(f'gave no answer for {self._timeout:g} seconds')
+    return self._obituary(_silence(self._timeout))
 
   def _obituary(self, cause=None):
     """Returns the answer of a worker that can give none any more."""
     if not self._end.alive:
       return False, ('', 'The environment is closed.', '')
     cause = cause or self._cause()
-    size = os.fstat(self._log.fileno()).st_size
-    # The worker shares the position in this file; reading must not move it.
-    tail = os.pread(self._log.fileno(), 4000, max(0, size - 4000))
-    tail = tail.decode(errors='replace').strip()
-    message = f'The environment worker {cause}.'
-    if tail:
-      message += f' Its last output:\n{tail}'
-    return False, ('WorkerLost', message, tail)
+    return _lost(cause, _last_output(self._log))
 
   def _cause(self):
     """How the worker ended, in words."""
@@ -1473,6 +1479,27 @@ class _ProcessWorker:
     if code is not None and code < 0:
       return f'was killed by signal {signal.Signals(-code).name}'
     return f'ended with exit code {code}'
+
+
+# The trainer has the cores; several workers with a pool each would only stand
+# in each other's way.
+_ONE_THREAD = {f'{x}_NUM_THREADS': '1' for x in ('OMP', 'OPENBLAS', 'MKL')}
+
+
+def _last_output(log):
+  """The end of a file that a worker writes to."""
+  size = os.fstat(log.fileno()).st_size
+  # The worker may share the position in this file; reading must not move it.
+  tail = os.pread(log.fileno(), 4000, max(0, size - 4000))
+  return tail.decode(errors='replace').strip()
+
+
+def _lost(cause, output=''):
+  """The answer of a worker that can give none any more."""
+  message = f'The environment worker {cause}.'
+  if output:
+    message += f' Its last output:\n{output}'
+  return False, ('WorkerLost', message, output)
 
 
 _WORKER_CODE = """
@@ -1489,11 +1516,7 @@ def _worker_command(handle, fallback):
 
 
 def _start_worker(connection, order, log):
-  env = dict(os.environ)
-  # The trainer has the cores; several workers with a pool each would only
-  # stand in each other's way.
-  for name in ('OMP', 'OPENBLAS', 'MKL'):
-    env[f'{name}_NUM_THREADS'] = '1'
+  env = {**os.environ, **_ONE_THREAD}
   fallback = ''
   if not env.get('MUJOCO_GL'):
     env['MUJOCO_GL'], fallback = 'egl', 'osmesa'
@@ -1562,3 +1585,313 @@ def _serve(connection, env):
     sent, failure = _attempt(connection.send, answer)
     if not sent:
       connection.send((False, failure))
+
+
+class _RayWorker:
+  """Runs an environment in a Ray actor, which may be on another host.
+
+  The folders of the code and of the packages have the same paths there. What
+  hangs in Python is stopped by the actor itself, which says where (`_Served`);
+  what hangs deeper is killed from here, a little later.
+  """
+
+  PLACING = 60  # seconds, or the timeout if that is longer
+  GRACE = 2  # seconds for an actor to say where it hangs, or to close
+
+  def __init__(self, constructor, timeout=0):
+    self._order = pickle.dumps(constructor)
+    self._timeout = timeout
+    self._pending = collections.deque()
+    self._ray = _connect_ray()
+    chosen = os.environ.get('MUJOCO_GL')
+    self._fallback = None if chosen else 'osmesa'
+    self._launch(chosen or 'egl')
+
+  def _launch(self, renderer):
+    """Starts an actor; nothing waits for it here."""
+    self._cpus = 0 if _is_own_ray(self._ray) else 1
+    actor = self._ray.remote(_actor_class()).options(
+      num_cpus=self._cpus,
+      runtime_env={'env_vars': {**_ONE_THREAD, 'MUJOCO_GL': renderer}},
+    )
+    self._actor = actor.remote()
+    self._log = self._actor.log.remote().future()  # its first answer
+    path = [os.path.abspath(folder) for folder in sys.path]
+    self._ready = self._expect(
+      self._actor.start.remote(path, __name__, self._order, self._timeout)
+    )
+    self._end = weakref.finalize(
+      self, _end_actor, self._ray, self._actor, self._ready
+    )
+
+  def spaces(self):
+    self._wait_for_place()
+    try:
+      return self._wait(self._ready)
+    except RenderError:
+      if not self._fallback:
+        raise
+    self._end()
+    renderer, self._fallback = self._fallback, None
+    self._launch(renderer)
+    return self.spaces()
+
+  def call(self, method, *args):
+    if not self._end.alive:
+      raise WorkerError('The environment is closed.')
+    self.spaces()
+    args = pickle.dumps(args)
+    answer = self._expect(self._actor.call.remote(method, args))
+    return functools.partial(self._wait, answer)
+
+  def close(self):
+    self._end()
+
+  def _expect(self, reference):
+    # Signal handlers may raise while a future is waited for, but not in
+    # `ray.get`.
+    future = concurrent.futures.Future()
+    self._pending.append((reference.future(), future))
+    return future
+
+  def _wait(self, future):
+    """Takes answers, which come in the order of the calls, up to this one."""
+    while not future.done():
+      coming, oldest = self._pending[0]
+      answer = self._receive(coming)
+      oldest.set_result(answer)
+      self._pending.popleft()
+    return _resolve(future.result())
+
+  def _receive(self, coming):
+    """Returns an answer of the actor, or one for an actor that gives none."""
+    limit = self._timeout + self.GRACE if self._timeout else None
+    try:
+      return pickle.loads(coming.result(limit))
+    except TimeoutError:
+      self._ray.kill(self._actor)
+      return _lost(_silence(self._timeout), self._last_output())
+    except self._ray.exceptions.RayTaskError as error:  # no such code there
+      trace = str(error)
+      return False, ('', trace.splitlines()[-1], trace)
+    except self._ray.exceptions.RayError as error:
+      if not self._end.alive:
+        return False, ('', 'The environment is closed.', '')
+      return _lost(f'died: {_why_lost(error)}', self._last_output())
+
+  def _last_output(self):
+    """What a dead actor wrote to standard error, if that was on this host."""
+    if not self._log.done() or self._log.exception():
+      return ''
+    with contextlib.suppress(OSError), open(self._log.result(), 'rb') as log:
+      return _last_output(log)
+    return ''
+
+  def _wait_for_place(self):
+    """Raises WorkerError if the cluster has no room for the actor."""
+    seconds = max(self.PLACING, self._timeout)
+    try:
+      self._log.exception(seconds)  # errors come with the other answers, too
+    except TimeoutError:
+      self._end()
+      total, free = (
+        resources().get('CPU', 0)
+        for resources in (
+          self._ray.cluster_resources,
+          self._ray.available_resources,
+        )
+      )
+      raise WorkerError(
+        f'Ray started no worker for an environment within {seconds:g} seconds. '
+        f'Each environment, that of evaluations too, takes {self._cpus} CPU; '
+        f'the cluster has {total:g}, {free:g} of them free. Use fewer --envs '
+        'or a larger cluster.'
+      ) from None
+
+
+def _silence(seconds):
+  return f'gave no answer for {seconds:g} seconds'
+
+
+def _why_lost(error):
+  """The part of Ray's message that says how an actor ended."""
+  text = str(error).strip()
+  text = text.rpartition('Worker exit detail: ')[2]
+  return text.partition(' Some common causes')[0].splitlines()[-1].strip('. ')
+
+
+def _end_actor(ray, actor, ready):
+  """Ends an actor: kindly, or by force if it has not begun or is stuck."""
+  if not ray.is_initialized():
+    return  # it has ended with the connection
+  if ready.done():
+    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+      closing = actor.call.remote('close', pickle.dumps(()))
+      closing.future().result(_RayWorker.GRACE)
+  ray.kill(actor)
+
+
+def _actor_class():
+  """Returns the class of the actors.
+
+  It is made in a function so that Ray sends its code, not the name of this
+  module, which the actor's process finds only when it knows the path.
+  """
+
+  class Environment:
+    def log(self):
+      import os
+
+      return os.readlink('/proc/self/fd/2')
+
+    def start(self, path, module, *args):
+      import importlib
+      import sys
+
+      sys.path[:] = path + [x for x in sys.path if x not in path]
+      self._served = importlib.import_module(module)._Served(*args)
+      return self._served.spaces()
+
+    def call(self, *args):
+      return self._served.call(*args)
+
+  return Environment
+
+
+class _Served:
+  """An environment in its actor; answers are those of `_attempt`, pickled."""
+
+  def __init__(self, order, timeout):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, self._give_up)
+    self._timeout = timeout
+    self._env = None
+    self._order = order
+
+  def spaces(self):
+    return self._answer(self._construct)
+
+  def _construct(self):
+    self._env = pickle.loads(self._order)()
+    return self._env.observation_space, self._env.action_space
+
+  def call(self, method, args):
+    return self._answer(lambda: getattr(self._env, method)(*pickle.loads(args)))
+
+  def _answer(self, function):
+    answer = _attempt(self._limited, function)
+    packed, result = _attempt(pickle.dumps, answer)
+    return result if packed else pickle.dumps((False, result))
+
+  def _limited(self, function):
+    signal.setitimer(signal.ITIMER_REAL, self._timeout)
+    try:
+      return function()
+    finally:
+      signal.setitimer(signal.ITIMER_REAL, 0)
+
+  def _give_up(self, number, frame):
+    raise WorkerLost(_lost(_silence(self._timeout))[1][1])
+
+
+def _require_ray():
+  if importlib.util.find_spec('ray') is None:
+    raise TaskError("--parallel ray needs Ray: pip install '.[sweep]'.")
+
+
+def _connect_ray():
+  """Returns the module ray, connected to a cluster.
+
+  That is the one that this process uses already, or that of RAY_ADDRESS, or
+  one that this process starts for itself.
+  """
+  _require_ray()
+  if 'ray' in sys.modules and sys.modules['ray'].is_initialized():
+    return sys.modules['ray']
+  address = os.environ.get('RAY_ADDRESS', 'local')
+  where = f'Ray at RAY_ADDRESS={address}'
+  if address in ('', 'local'):
+    where, address = 'a Ray of its own', _own_ray()
+  import ray
+
+  logging.getLogger('ray').setLevel(logging.ERROR)
+  # Ray prints what it hears of dead workers, which arrives as errors anyway.
+  ray._private.worker.listen_error_messages = lambda *args: None
+
+  def connect():
+    if re.fullmatch(r'[^/]+:\d+', address):  # Ray itself tries for minutes
+      socket.create_connection(address.rsplit(':', 1), timeout=20).close()
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+
+  # In another thread Ray leaves the handlers of signals as they are.
+  with concurrent.futures.ThreadPoolExecutor(1) as thread, quiet_stderr():
+    error = thread.submit(connect).exception()
+  if error:
+    raise TaskError(f'Cannot connect to {where}: {error}') from error
+  # Its C++ has handlers, too, which would abort this process after 3 seconds.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    with contextlib.suppress(ValueError):  # not in the main thread
+      signal.signal(number, signal.getsignal(number))
+  return ray
+
+
+def _is_own_ray(ray):
+  own = _own_ray.cache_info().currsize and _own_ray()
+  return ray.get_runtime_context().gcs_address == own
+
+
+# Ends with the trainer, however that ends, because its input does.
+_RAY_CODE = """
+import shutil, sys, tempfile
+import ray
+folder = tempfile.mkdtemp(prefix='ray-', dir='/tmp')
+try:
+  ray.init(
+    'local', num_cpus=0, num_gpus=0, include_dashboard=False,
+    object_store_memory=100 * 2**20, log_to_driver=False, _temp_dir=folder,
+  )
+  print('address', ray.get_runtime_context().gcs_address, flush=True)
+  sys.stdin.read()
+finally:
+  ray.shutdown()
+  shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+@functools.cache
+def _own_ray():
+  """Starts a Ray on this host, for this process alone; returns its address.
+
+  It lives in a session of its own: Ctrl-C in a terminal, or a signal to all
+  processes of a job, is for the trainer, which ends Ray when it has saved.
+  """
+  log = tempfile.TemporaryFile()
+  # Ray reads these when it is imported, here and there. The token keeps other
+  # users of the network out.
+  os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+  os.environ.setdefault('RAY_AUTH_MODE', 'token')
+  if 'RAY_AUTH_TOKEN_PATH' not in os.environ:
+    os.environ.setdefault('RAY_AUTH_TOKEN', secrets.token_hex(32))
+  keeper = subprocess.Popen(
+    [sys.executable, '-c', _RAY_CODE],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=log,
+    start_new_session=True,
+  )
+  for line in keeper.stdout:  # others are notices
+    if line.startswith(b'address '):
+      atexit.register(_end_own_ray, keeper)
+      return line.decode().split()[1]
+  log.seek(0)
+  raise TaskError(f'Ray does not start: {log.read().decode()[-1000:]}')
+
+
+def _end_own_ray(keeper):
+  import ray
+
+  ray.shutdown()
+  keeper.stdin.close()
+  with contextlib.suppress(subprocess.TimeoutExpired):
+    keeper.wait(10)

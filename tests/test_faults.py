@@ -1,5 +1,6 @@
 """Runs that are killed, starved or fed with nonsense, in real processes."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -184,6 +185,63 @@ def test_dead_worker_is_replaced_and_counted(tmp_path):
   out = (tmp_path / 'run.out').read_text()
   assert 'was killed by signal SIGKILL' in out
   assert 'a fresh worker takes over' in out
+
+
+def ray_actors(trainer):
+  """Process ids of the actors of the Ray that a trainer has started."""
+  children = pathlib.Path(f'/proc/{trainer}/task/{trainer}/children')
+  sessions = [int(pid) for pid in children.read_text().split()]
+  found = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+    with contextlib.suppress(OSError):
+      pid = int(path.parent.name)
+      if os.getsid(pid) in sessions and b'Environment' in path.read_bytes():
+        found.append(pid)
+  return sorted(found)
+
+
+def test_ray_run_goes_on_without_a_killed_actor(tmp_path):
+  """And is stopped by a signal to its process group, as from `timeout`."""
+  flags = ('--parallel=ray', '--envs=2')
+  process = subprocess.Popen(
+    command(tmp_path / 'run', *flags, '--steps=1e9'),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+  try:
+    lines = []
+    for wanted in ('First update', 'a fresh worker takes over', 'Episode'):
+      while wanted not in (line := process.stdout.readline()):
+        assert line, (lines, process.stderr.read())
+        lines.append(line)
+      actors = ray_actors(process.pid)
+      if wanted == 'First update':
+        assert len(actors) == 3
+        for pid in actors:
+          maps = pathlib.Path(f'/proc/{pid}/maps').read_text()
+          assert 'numpy' in maps and 'tensorflow' not in maps
+        os.kill(actors[0], signal.SIGKILL)
+    assert len(actors) == 3
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+  finally:
+    process.kill()
+    process.wait()
+  assert (process.returncode, err) == (0, '')
+  assert 'Warning: The environment worker died: ' in ''.join(lines)
+  assert 'raylet' not in ''.join(lines) + out
+  assert 'Stopped at step' in out and 'The same command resumes' in out
+  assert not any(os.path.exists(f'/proc/{pid}') for pid in actors)
+  # It resumes, and ends by itself.
+  count = len(read_episodes(tmp_path / 'run'))
+  steps = 50 * (count + 4)
+  result = run(tmp_path / 'run', *flags, f'--steps={steps}')
+  assert (result.returncode, result.stderr) == (0, '')
+  assert f'Resumed at step {50 * count},' in result.stdout
+  assert f'Finished at step {steps}' in result.stdout
+  assert len(read_episodes(tmp_path / 'run')) == count + 4
 
 
 def spoil_config(logdir):

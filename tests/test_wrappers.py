@@ -4,12 +4,14 @@ Everything here is real: processes, simulator and rendering. Tasks that render
 do so in worker processes, for TensorFlow may live in the process of the tests.
 """
 
+import ctypes
 import functools
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import types
@@ -23,6 +25,11 @@ import wrappers
 gym = wrappers.gym
 
 ROOT = os.path.dirname(os.path.abspath(wrappers.__file__))
+
+# Strategies with workers in other processes, and what they call a death. Ray
+# starts at the first use and serves all tests of this process.
+KILLED = {'process': 'was killed by signal SIGKILL', 'ray': 'died: '}
+remote = pytest.mark.parametrize('strategy', KILLED)
 
 # Table of Appendix G.
 PAPER_TASKS = [
@@ -143,6 +150,8 @@ class Fragile(Counting):
       file.seek(0)
       turn = len(file.readlines()) - 1
     self._fate = fates[turn] if turn < len(fates) else 'live'
+    if self._fate == 'die at once':
+      os.kill(os.getpid(), signal.SIGKILL)
 
   def number(self, number):
     self.count = 100 * number
@@ -152,6 +161,9 @@ class Fragile(Counting):
       os.kill(os.getpid(), signal.SIGKILL)
     if self._step == 1 and self._fate == 'die':
       os.kill(os.getpid(), signal.SIGKILL)
+    if self._step == 1 and self._fate == 'hang deep':  # in C, with the GIL
+      signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+      ctypes.PyDLL(None).pause()
     if self._step == 1 and self._fate == 'hang':
       forever()
     return super().step(action)
@@ -188,9 +200,9 @@ def noisy():
   return Counting()
 
 
-def in_worker(function, *args):
+def in_worker(function, *args, strategy='process'):
   """Returns what a function returns in a fresh worker process."""
-  env = wrappers.Async(functools.partial(Call, function, *args))
+  env = wrappers.Async(functools.partial(Call, function, *args), strategy)
   try:
     return env.reset()
   finally:
@@ -432,8 +444,8 @@ def pendulum_report(env):
   return env.reset()['image'].std(), os.environ['MUJOCO_GL']
 
 
-def render_pendulum():
-  env = wrappers.Async(pendulum)
+def render_pendulum(strategy='process'):
+  env = wrappers.Async(pendulum, strategy)
   try:
     return env.reset()
   finally:
@@ -449,13 +461,15 @@ class TestOpenGL:
     monkeypatch.delenv('MUJOCO_GL', raising=False)
     monkeypatch.delenv('PYOPENGL_PLATFORM', raising=False)
 
-  def test_egl_comes_first(self):
-    contrast, chosen = render_pendulum()
+  @remote
+  def test_egl_comes_first(self, strategy):
+    contrast, chosen = render_pendulum(strategy)
     assert contrast > 5 and chosen == 'egl'
 
-  def test_the_choice_of_the_user_is_kept(self, monkeypatch):
+  @remote
+  def test_the_choice_of_the_user_is_kept(self, monkeypatch, strategy):
     monkeypatch.setenv('MUJOCO_GL', 'osmesa')
-    contrast, chosen = render_pendulum()
+    contrast, chosen = render_pendulum(strategy)
     assert contrast > 5 and chosen == 'osmesa'
 
   def test_without_egl_osmesa_is_used(self, monkeypatch):
@@ -527,6 +541,7 @@ def test_right_tasks():
 def test_rendering_is_refused_beside_tensorflow(monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorflow', types.ModuleType('tensorflow'))
   wrappers.check_parallel('dmc_walker_walk', 'process')
+  wrappers.check_parallel('dmc_walker_walk', 'ray')
   wrappers.check_parallel('toy_reach', 'none')
   for strategy in ('thread', 'none'):
     with pytest.raises(wrappers.TaskError, match='--parallel process'):
@@ -535,7 +550,7 @@ def test_rendering_is_refused_beside_tensorflow(monkeypatch):
     wrappers.make_task('dmc_walker_walk')
   monkeypatch.delitem(sys.modules, 'tensorflow')
   wrappers.check_parallel('dmc_walker_walk', 'none')
-  with pytest.raises(wrappers.TaskError, match='process, thread, none'):
+  with pytest.raises(wrappers.TaskError, match='process, thread, none, ray'):
     wrappers.check_parallel('toy_reach', 'fork')
 
 
@@ -851,7 +866,7 @@ def collect(env, steps, blocking=True, precision=32):
 
 class TestCollect:
   @pytest.mark.parametrize('blocking', [True, False])
-  @pytest.mark.parametrize('strategy', [None, 'none', 'thread', 'process'])
+  @pytest.mark.parametrize('strategy', [None, *wrappers.STRATEGIES])
   def test_every_row_once_in_order(self, strategy, blocking):
     env = wrappers.Async(Counting, strategy) if strategy else Counting()
     episodes, actions, info = collect(env, 21, blocking)
@@ -981,8 +996,9 @@ class TestAsync:
     )
     assert done.stdout == 'True True\n', done.stderr
 
-  def test_promises_in_any_order(self):
-    env = wrappers.Async(Counting)
+  @remote
+  def test_promises_in_any_order(self, strategy):
+    env = wrappers.Async(Counting, strategy)
     env.reset()
     promises = [env.step(np.zeros(2), blocking=False) for _ in range(4)]
     order = [2, 0, 3, 1, 2]
@@ -1010,9 +1026,18 @@ class TestAsync:
     with pytest.raises(ValueError, match='fork'):
       wrappers.Async(Counting, 'fork')
 
-  def test_what_does_not_pickle_fails_at_once(self):
+  @remote
+  def test_what_does_not_pickle_fails_at_once(self, strategy):
     with pytest.raises((AttributeError, pickle.PicklingError)):
-      wrappers.Async(lambda: Counting())
+      wrappers.Async(lambda: Counting(), strategy)
+
+  @remote
+  def test_answers_that_do_not_pickle(self, strategy):
+    env = wrappers.Async(functools.partial(Call, unpicklable), strategy)
+    with pytest.raises(wrappers.WorkerError, match='[Pp]ickl') as caught:
+      env.reset()
+    assert not isinstance(caught.value, wrappers.WorkerLost)
+    env.close()
 
   @pytest.mark.parametrize('strategy', wrappers.STRATEGIES)
   def test_error_in_constructor(self, strategy):
@@ -1061,6 +1086,10 @@ class TestAsync:
       env.reset()
 
 
+def unpicklable():
+  return lambda: None
+
+
 def nap():
   time.sleep(0.5)
   return 'rested'
@@ -1079,12 +1108,12 @@ def test_kinds_of_errors_arrive_as_the_nearest_known():
 
 
 class TestLostWorkers:
-  def collect(self, tmp_path, fates, episodes, timeout=0):
+  def collect(self, strategy, tmp_path, fates, episodes, timeout=0):
     """Returns finished episodes, reported errors, and rows that were given."""
     make = functools.partial(Fragile, tmp_path / 'workers', fates)
     finished, errors, rows = [], [], []
     env = wrappers.Collect(
-      wrappers.Async(make, 'process', timeout),
+      wrappers.Async(make, strategy, timeout),
       [finished.append],
       lost=errors.append,
     )
@@ -1100,8 +1129,11 @@ class TestLostWorkers:
       env.close()
     return finished, errors, rows
 
-  def test_one_that_dies_is_replaced_and_its_episode_dropped(self, tmp_path):
-    finished, errors, rows = self.collect(tmp_path, ['die'], 2)
+  @remote
+  def test_one_that_dies_is_replaced_and_its_episode_dropped(
+    self, strategy, tmp_path
+  ):
+    finished, errors, rows = self.collect(strategy, tmp_path, ['die'], 2)
     keys = {'image', 'count', 'float'}
     assert [row[1:] for row in rows[:2]] == [
       (50.5, False, False),
@@ -1112,42 +1144,52 @@ class TestLostWorkers:
     # The fresh worker goes on with the number after the lost episode's.
     assert finished[0]['count'].tolist() == [200, 201, 202, 203]
     (error,) = errors
-    assert isinstance(error, wrappers.WorkerLost) and 'SIGKILL' in str(error)
+    assert isinstance(error, wrappers.WorkerLost)
+    assert f'The environment worker {KILLED[strategy]}' in str(error)
 
-  def test_one_that_hangs_says_where(self, tmp_path):
-    finished, errors, _ = self.collect(tmp_path, ['hang'], 1, timeout=3)
+  @remote
+  def test_one_that_hangs_says_where(self, strategy, tmp_path):
+    finished, errors, _ = self.collect(
+      strategy, tmp_path, ['hang'], 1, timeout=3
+    )
     assert len(finished) == 1
     (error,) = errors
     assert 'gave no answer for 3 seconds' in str(error)
     assert 'in forever' in error.traceback
 
-  def test_five_in_a_row_are_too_many(self, tmp_path):
-    with pytest.raises(wrappers.WorkerLost, match='SIGKILL'):
-      self.collect(tmp_path, ['die'] * 5, 1)
+  def test_one_that_hangs_deep_in_an_actor_is_killed(self, tmp_path):
+    finished, errors, _ = self.collect('ray', tmp_path, ['hang deep'], 1, 3)
+    assert len(finished) == len(errors) == 1
+    assert 'gave no answer for 3 seconds' in str(errors[0])
+
+  @remote
+  def test_five_in_a_row_are_too_many(self, strategy, tmp_path):
+    with pytest.raises(wrappers.WorkerLost, match=KILLED[strategy]):
+      self.collect(strategy, tmp_path, ['die'] * 5, 1)
     assert (tmp_path / 'workers').read_text() == 5 * 'worker\n'
 
   def test_four_in_a_row_are_not(self, tmp_path):
-    finished, errors, _ = self.collect(tmp_path, ['die'] * 4, 1)
+    finished, errors, _ = self.collect('process', tmp_path, ['die'] * 4, 1)
     assert len(finished) == 1 and len(errors) == 4
 
   def test_many_are_not_if_whole_episodes_come_between(self, tmp_path):
     fates = ['die later'] * 7  # at the beginning of a second episode
-    finished, errors, _ = self.collect(tmp_path, fates, 7)
+    finished, errors, _ = self.collect('process', tmp_path, fates, 7)
     assert len(finished) == 7 and len(errors) >= 6
 
-  def test_reset_is_tried_again(self, tmp_path):
-    make = functools.partial(Fragile, tmp_path / 'workers', [])
+  @remote
+  def test_reset_is_tried_again(self, strategy, tmp_path):
+    make = functools.partial(Fragile, tmp_path / 'workers', ['die at once'])
     errors = []
-    env = wrappers.Collect(wrappers.Async(make), lost=errors.append)
-    pid = env._env._worker._process.pid
-    os.kill(pid, signal.SIGKILL)
+    env = wrappers.Collect(wrappers.Async(make, strategy), lost=errors.append)
     assert env.reset()['count'] == 0
     assert len(errors) == 1
     env.close()
 
-  def test_errors_of_the_environment_are_not_losses(self):
+  @remote
+  def test_errors_of_the_environment_are_not_losses(self, strategy):
     errors = []
-    env = wrappers.Collect(wrappers.Async(Faulty), lost=errors.append)
+    env = wrappers.Collect(wrappers.Async(Faulty, strategy), lost=errors.append)
     env.reset()
     with pytest.raises(wrappers.WorkerError) as caught:
       env.step('fail')
@@ -1179,48 +1221,56 @@ def test_tasks_are_checked_for_finite_numbers(monkeypatch):
     env.step(np.zeros(2, np.float32))
 
 
-class TestProcess:
-  def test_killed(self):
-    env = wrappers.Async(Faulty)
+class TestRemote:
+  @remote
+  def test_killed(self, strategy):
+    env = wrappers.Async(Faulty, strategy)
     pid = env.step('go')[3]['pid']
     assert pid != os.getpid()
     os.kill(pid, signal.SIGKILL)
     for _ in range(2):
-      with pytest.raises(wrappers.WorkerError, match='SIGKILL'):
+      with pytest.raises(wrappers.WorkerError, match=KILLED[strategy]):
         env.step('go')
     env.close()
 
-  def test_killed_while_others_wait(self):
-    env = wrappers.Async(Faulty)
+  @remote
+  def test_killed_while_others_wait(self, strategy):
+    env = wrappers.Async(Faulty, strategy)
     pid = env.step('go')[3]['pid']
     promises = [env.step('sleep', blocking=False), env.reset(blocking=False)]
     os.kill(pid, signal.SIGKILL)
     for promise in promises:
-      with pytest.raises(wrappers.WorkerError, match='SIGKILL'):
+      with pytest.raises(wrappers.WorkerError, match=KILLED[strategy]):
         promise()
     env.close()
 
-  def test_exit_code_and_last_words(self, capfd):
-    env = wrappers.Async(Faulty)
+  @remote
+  def test_exit_code_and_last_words(self, strategy, capfd):
+    env = wrappers.Async(Faulty, strategy)
     with pytest.raises(wrappers.WorkerError) as caught:
       env.step('die')
-    assert 'exit code 3' in str(caught.value)
+    assert strategy == 'ray' or 'exit code 3' in str(caught.value)
+    assert isinstance(caught.value, wrappers.WorkerLost)
     assert 'last words' in caught.value.traceback
     env.close()
     assert capfd.readouterr() == ('', '')
 
-  def test_dies_in_constructor(self):
-    env = wrappers.Async(functools.partial(os.abort))
-    with pytest.raises(wrappers.WorkerError, match='SIGABRT'):
+  @remote
+  def test_dies_in_constructor(self, strategy):
+    env = wrappers.Async(functools.partial(os.abort), strategy)
+    cause = dict(process='SIGABRT', ray='died: ')[strategy]
+    with pytest.raises(wrappers.WorkerLost, match=cause):
       env.reset()
     env.close()
 
-  def test_close_leaves_no_process(self):
-    env = wrappers.Async(Faulty)
+  @remote
+  def test_close_leaves_no_process(self, strategy):
+    env = wrappers.Async(Faulty, strategy)
     pid = env.step('go')[3]['pid']
     assert alive(pid)
     env.close()
-    assert not os.path.exists(f'/proc/{pid}')
+    assert strategy == 'ray' or not os.path.exists(f'/proc/{pid}')
+    assert wait_until(lambda: not alive(pid))
 
   @pytest.mark.parametrize('strategy', wrappers.STRATEGIES)
   def test_close_closes_the_environment(self, strategy, tmp_path):
@@ -1231,25 +1281,29 @@ class TestProcess:
     env.close()
     assert path.read_text() == 'closed once\n'
 
-  def test_close_ends_a_busy_worker(self):
-    env = wrappers.Async(Faulty)
+  @remote
+  def test_close_ends_a_busy_worker(self, strategy):
+    env = wrappers.Async(Faulty, strategy)
     pid = env.step('go')[3]['pid']
     promise = env.step('sleep', blocking=False)
     start = time.time()
     env.close()
     assert time.time() - start < 4
-    assert not os.path.exists(f'/proc/{pid}')
+    assert strategy == 'ray' or not os.path.exists(f'/proc/{pid}')
+    assert wait_until(lambda: not alive(pid))
     with pytest.raises(wrappers.WorkerError, match='closed'):
       promise()
 
-  def test_forgotten_environments_are_closed(self):
-    env = wrappers.Async(Faulty)
+  @remote
+  def test_forgotten_environments_are_closed(self, strategy):
+    env = wrappers.Async(Faulty, strategy)
     pid = env.step('go')[3]['pid']
     del env
     assert wait_until(lambda: not alive(pid))
 
-  def test_signals_are_for_the_trainer(self):
-    env = wrappers.Async(Faulty)
+  @remote
+  def test_signals_are_for_the_trainer(self, strategy):
+    env = wrappers.Async(Faulty, strategy)
     pid = env.step('go')[3]['pid']
     os.kill(pid, signal.SIGINT)
     os.kill(pid, signal.SIGTERM)
@@ -1257,18 +1311,25 @@ class TestProcess:
     assert os.getsid(pid) != os.getsid(0)
     env.close()
 
-  def test_nothing_leaks_to_the_terminal(self, capfd):
-    env = wrappers.Async(noisy)
+  @remote
+  def test_nothing_leaks_to_the_terminal(self, strategy, capfd):
+    env = wrappers.Async(noisy, strategy)
     env.reset()
     env.close()
     assert capfd.readouterr() == ('', '')
 
-  def test_one_thread_each(self):
+  @remote
+  def test_one_thread_each(self, strategy):
     names = ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS')
-    assert in_worker(environ, *names) == dict.fromkeys(names, '1')
+    found = in_worker(environ, *names, strategy=strategy)
+    assert found == dict.fromkeys(names, '1')
 
-  def test_worker_never_imports_tensorflow(self):
-    assert in_worker(modules_after_task, 'dmc_pendulum_swingup') == []
+  @remote
+  def test_worker_never_imports_tensorflow(self, strategy):
+    found = in_worker(
+      modules_after_task, 'dmc_pendulum_swingup', strategy=strategy
+    )
+    assert found == []
 
   def test_make_task_pickles(self):
     make = functools.partial(wrappers.make_task, 'toy_reach', seed=1)
@@ -1283,12 +1344,15 @@ def modules_after_task(task):
 
 # Deliberately without a guard for __main__: a worker must not run this again.
 TRAINER = """
-import functools, os, sys, time
+import functools, os, sys, time, types
 print('started', flush=True)
 sys.modules['tensorflow'] = object()
 import wrappers
-env = wrappers.Async(functools.partial(wrappers.make_task, 'toy_reach'))
-env.reset()
+make = functools.partial(
+    types.SimpleNamespace, observation_space=None, action_space=None,
+    reset=os.getpid, close=os.getpid)
+env = wrappers.Async(make, sys.argv[2])
+print(env.reset())
 with open('/proc/self/task/%d/children' % os.getpid()) as file:
   print(file.read(), flush=True)
 if sys.argv[1] == 'wait':
@@ -1298,33 +1362,153 @@ if sys.argv[1] == 'fail':
 """
 
 
-def start_trainer(tmp_path, mode):
+def start_trainer(tmp_path, mode, strategy):
+  """Returns the trainer and its child: a worker, or what keeps its Ray."""
   script = tmp_path / 'trainer.py'
   script.write_text(TRAINER)
   trainer = subprocess.Popen(
-    [sys.executable, str(script), mode],
+    [sys.executable, str(script), mode, strategy],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
     env={**os.environ, 'PYTHONPATH': ROOT},
   )
   assert trainer.stdout.readline() == 'started\n'
-  (pid,) = trainer.stdout.readline().split()
-  return trainer, int(pid)
+  pid = int(trainer.stdout.readline())
+  (child,) = map(int, trainer.stdout.readline().split())
+  assert (child == pid) == (strategy == 'process')
+  assert os.getsid(pid) == child
+  return trainer, child
 
 
-def test_killed_trainer_leaves_no_worker(tmp_path):
-  trainer, pid = start_trainer(tmp_path, 'wait')
-  assert alive(pid)
+def session_is_gone(session):
+  """Whether no process of a session is left: worker, Ray, its actors."""
+
+  def lives(pid):
+    try:
+      return os.getsid(pid) == session and alive(pid)
+    except ProcessLookupError:
+      return False
+
+  return not any(lives(int(x)) for x in os.listdir('/proc') if x.isdigit())
+
+
+@remote
+def test_killed_trainer_leaves_no_worker(tmp_path, strategy):
+  trainer, session = start_trainer(tmp_path, 'wait', strategy)
+  assert not session_is_gone(session)
   trainer.kill()
   trainer.wait()
-  assert wait_until(lambda: not alive(pid))
+  assert wait_until(lambda: session_is_gone(session), 20)
 
 
-@pytest.mark.parametrize('mode, code', [('end', 0), ('fail', 1)])
-def test_trainer_without_close_leaves_no_worker(tmp_path, mode, code):
-  trainer, pid = start_trainer(tmp_path, mode)
-  stdout, stderr = trainer.communicate(timeout=20)
+@pytest.mark.parametrize(
+  'mode, code, strategy',
+  [('end', 0, 'process'), ('fail', 1, 'process'), ('end', 0, 'ray')],
+)
+def test_trainer_without_close_leaves_no_worker(tmp_path, mode, code, strategy):
+  trainer, session = start_trainer(tmp_path, mode, strategy)
+  stdout, stderr = trainer.communicate(timeout=60)
   assert trainer.returncode == code and 'started' not in stdout
   assert (stderr == '') == (mode == 'end')
-  assert wait_until(lambda: not alive(pid))
+  assert wait_until(lambda: session_is_gone(session))
+
+
+# ---------------------------------------------------------------------------
+# Ray
+# ---------------------------------------------------------------------------
+
+
+def test_without_ray(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'ray', None)
+  for use in (
+    lambda: wrappers.check_parallel('toy_reach', 'ray'),
+    lambda: wrappers.Async(Counting, 'ray'),
+  ):
+    with pytest.raises(wrappers.TaskError, match=r"pip install '\.\[sweep\]'"):
+      use()
+
+
+def test_wrong_ray_address():
+  done = run_script(
+    """
+    import wrappers
+    try:
+      wrappers.Async(dict, 'ray')
+    except wrappers.TaskError as error:
+      print(error)
+  """,
+    env={**os.environ, 'RAY_ADDRESS': '127.0.0.1:1'},
+  )
+  assert done.stdout.startswith('Cannot connect to Ray at RAY_ADDRESS=127.0.0.')
+  assert done.stderr == ''
+
+
+def test_ray_without_egl_uses_osmesa():
+  """And signals stay with the script, whose environment its Ray has."""
+  code = """
+    import os
+    import signal
+    import test_wrappers
+    import wrappers
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    caught = []
+    for number in numbers:
+      signal.signal(number, lambda number, frame: caught.append(number))
+    print(test_wrappers.render_pendulum('ray')[1])
+    for number in numbers:
+      os.kill(os.getpid(), number)
+    print(caught == [*numbers])
+    os.environ['MUJOCO_GL'] = 'egl'
+    try:
+      test_wrappers.render_pendulum('ray')
+    except wrappers.RenderError as error:
+      print(error)
+  """
+  env = {k: v for k, v in os.environ.items() if k != 'MUJOCO_GL'}
+  env.update([NO_EGL], PYTHONPATH=os.path.join(ROOT, 'tests'))
+  done = run_script(code, env=env)
+  chosen, caught, error = done.stdout.splitlines()
+  assert (chosen, caught) == ('osmesa', 'True')
+  assert 'Cannot render with OpenGL (MUJOCO_GL is egl)' in error
+  assert done.stderr == ''
+
+
+def test_cluster_of_two_hosts():
+  """One CPU in all, on a host that goes away."""
+  code = """
+    import os
+    import sys
+    import ray
+    from ray import cluster_utils
+    import test_wrappers
+    import wrappers
+    cluster = cluster_utils.Cluster(
+        True, head_node_args=dict(num_cpus=0, temp_dir=sys.argv[1]))
+    host = cluster.add_node(num_cpus=1, temp_dir=sys.argv[1])
+    os.environ['RAY_ADDRESS'] = cluster.address
+    env = wrappers.Async(test_wrappers.Counting, 'ray')
+    print(env.reset()['count'])
+    wrappers._RayWorker.PLACING = 3
+    try:
+      wrappers.Async(test_wrappers.Counting, 'ray').reset()
+    except wrappers.WorkerError as error:
+      print(error)
+    cluster.remove_node(host, allow_graceful=False)
+    try:
+      while True:  # the actor notices the end of its host a little later
+        env.reset()
+    except wrappers.WorkerLost as error:
+      print(error)
+    ray.shutdown()
+    cluster.shutdown()
+  """
+  env = {**os.environ, 'PYTHONPATH': os.path.join(ROOT, 'tests')}
+  with tempfile.TemporaryDirectory(dir='/tmp') as folder:  # a short path
+    done = run_script(code, folder, env=env)
+  assert done.returncode == 0, done.stderr
+  first, room, lost = done.stdout.split('\n', 2)
+  assert first == '0'
+  assert 'no worker for an environment within 3 seconds' in room
+  assert 'takes 1 CPU; the cluster has 1, 0 of them free' in room
+  assert lost.startswith('The environment worker died: ')
