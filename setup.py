@@ -26,7 +26,14 @@ setuptools.setup(
   version='0.1.0',
   description='Dreamer: learning behaviors by latent imagination',
   license='MIT',
-  py_modules=['dreamer', 'models', 'tools', 'wrappers'],
+  py_modules=[
+    'distribute',
+    'dreamer',
+    'models',
+    'tools',
+    'workers',
+    'wrappers',
+  ],
   python_requires='>=3.11,<3.14',
   install_requires=[
     'tensorflow>=2.18,<2.22',
