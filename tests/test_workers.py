@@ -557,6 +557,7 @@ def test_cluster_of_two_hosts():
     import ray
     from ray import cluster_utils
     import test_wrappers
+    import workers
     import wrappers
     cluster = cluster_utils.Cluster(
         True, head_node_args=dict(num_cpus=0, temp_dir=sys.argv[1]))
