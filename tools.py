@@ -38,6 +38,7 @@ import tensorflow as tf
 import tqdm
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
+from tensorflow_probability import random as tfr
 
 
 class UserError(Exception):
@@ -381,7 +382,7 @@ class Normal(tfd.Normal):
 
   def _sample_n(self, n, seed=None):
     shape = [n, *dims(self.loc + self.scale)]
-    noise = normal(shape, seed, axis=1)
+    noise = normal(shape, tfr.sanitize_seed(seed), axis=1)
     return self.loc + self.scale * noise
 
 
@@ -403,7 +404,8 @@ class OneHotDist(tfd.OneHotCategorical):
     """By the largest of logits and Gumbel noise, which is a draw of them."""
     logits = self.logits_parameter()
     shape = [n, *dims(logits)]
-    noise = -tf.math.log(-tf.math.log(uniform(shape, seed, axis=1)))
+    noise = uniform(shape, tfr.sanitize_seed(seed), axis=1)
+    noise = -tf.math.log(-tf.math.log(noise))
     return tf.one_hot(tf.argmax(logits + noise, -1), logits.shape[-1])
 
   def mode(self):
