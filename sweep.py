@@ -136,8 +136,8 @@ class Run:
     return f'{self.task} {self.arm.name} {self.seed}'
 
 
-def nearest(word, choices):
-  found = difflib.get_close_matches(word, list(choices), cutoff=0.5)
+def nearest(word, choices, cutoff=0.5):
+  found = difflib.get_close_matches(word, list(choices), 3, cutoff)
   return f'; did you mean {" or ".join(found)}?' if found else ''
 
 
@@ -403,9 +403,13 @@ def connect(ray, address):
   else:
     quiet.update(address=address)
   try:
+    host, _, port = (address or '').rpartition(':')
+    if host and port.isdigit():  # Ray would try for minutes
+      socket.create_connection((host, int(port)), timeout=10).close()
     ray.init(**quiet)
-  except (ConnectionError, RuntimeError, ValueError) as error:
-    first = str(error).strip().splitlines()[0]
+  except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    error = getattr(error, 'strerror', None) or str(error).strip()
+    first = error.partition('\n')[0]
     raise compare.InputError(
       f'--address {address}: {first}' if address else f'Ray: {first}'
     ) from None
@@ -672,7 +676,7 @@ def parse_flags(argv):
   args, unknown = parser.parse_known_args(argv[:split])
   for word in unknown:
     names = [f'--{name.replace("_", "-")}' for name in vars(args)]
-    hint = nearest(word.split('=')[0], names)
+    hint = nearest(word.split('=')[0], names, 0.7)
     raise compare.InputError(
       f'unknown argument {word}'
       + (hint or '; flags of dreamer.py come last, after --')
@@ -692,6 +696,8 @@ def run(args):
   pairs = choose(args.tasks, args.methods)
   ray = import_ray()
   runs = make_runs(check_flags(pairs, args.extra), args)
+  if all(run.state == 'done' for run in runs):
+    return report(runs, False)
   try:
     args.logdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
