@@ -415,16 +415,29 @@ def connect(ray, address):
     ) from None
 
 
+def resources(ray):
+  """(CPUs, GPUs) of each node."""
+  nodes = [node['Resources'] for node in ray.nodes() if node['Alive']]
+  return [(node.get('CPU', 0), node.get('GPU', 0)) for node in nodes]
+
+
+def places(ray, cpus, gpus):
+  """How many runs there is room for at once."""
+  count = 0
+  for have_cpus, have_gpus in resources(ray):
+    room = have_cpus // cpus
+    count += int(min(room, have_gpus // gpus) if gpus else room)
+  return count
+
+
 def share(ray, args):
   """(CPUs, GPUs) of a run; InputError where no node has them."""
-  nodes = [node['Resources'] for node in ray.nodes() if node['Alive']]
-  have = [(node.get('CPU', 0), node.get('GPU', 0)) for node in nodes]
-  gpus = args.gpus_per_run
+  have, gpus = resources(ray), args.gpus_per_run
   if gpus is None:
     gpus = int(any(g >= 1 for _, g in have))
   most = max((c for c, g in have if g >= gpus), default=0)
   cpus = args.cpus_per_run or min(CPUS, max(1, most))
-  if not any(c >= cpus and g >= gpus for c, g in have):
+  if not places(ray, cpus, gpus):
     each = '; '.join(f'{c:g} CPUs, {g:g} GPUs' for c, g in have)
     raise compare.InputError(
       f'a run is to have {cpus:g} CPUs and {gpus:g} GPUs (--cpus-per-run, '
@@ -464,18 +477,22 @@ class Sweep:
     """Returns when all have ended; whether it was stopped before."""
     while True:
       self._obey()
-      for run in self._runs:
-        if run.state == 'waiting' and not run.actor and run.after < time.time():
-          self._submit(run)
+      self._submit()
       self._listen()
       board.show()
       if all(run.state in ENDED for run in self._runs):
         return self._wanted > 0
       time.sleep(POLL)
 
-  def _submit(self, run):
-    run.actor = self._make()
-    run.answer = run.actor.start.remote(run.logdir, run.flags, *self._share)
+  def _submit(self):
+    """No more than there is room for: Ray does not keep their order."""
+    room = places(self._ray, *self._share)
+    room -= sum(run.actor is not None for run in self._runs)
+    due = [run for run in self._runs if run.state == 'waiting']
+    due = [run for run in due if not run.actor and run.after < time.time()]
+    for run in due[: max(0, room)]:
+      run.actor = self._make()
+      run.answer = run.actor.start.remote(run.logdir, run.flags, *self._share)
 
   def _listen(self):
     """Takes the answers that are there."""
