@@ -383,6 +383,7 @@ class Runner:
 
 def import_ray():
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+  os.environ.setdefault('RAY_worker_niceness', '0')  # runs inherit it
   os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
   try:
     import ray
