@@ -412,7 +412,10 @@ def connect(ray, address):
     error = getattr(error, 'strerror', None) or str(error).strip()
     first = error.partition('\n')[0]
     raise compare.InputError(
-      f'--address {address}: {first}' if address else f'Ray: {first}'
+      f'--address {address}: {first} (is it up? A cluster with tokens needs '
+      'RAY_AUTH_MODE=token)'
+      if address
+      else f'Ray: {first}'
     ) from None
 
 
