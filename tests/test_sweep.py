@@ -85,12 +85,16 @@ class Command:
         lambda: self.process.poll() is None or self.out,
       )
 
-  def kill_run(self, name):
-    """As the system would when memory runs out."""
+  def trainer(self, name):
+    """Process id of a run's dreamer.py."""
     holder = (self.logdir / name / 'lock').read_text()
     pid = int(re.match(r'process (\d+) on ', holder)[1])
     assert pid in self.family()
-    os.kill(pid, signal.SIGKILL)
+    return pid
+
+  def kill_run(self, name):
+    """As the system would when memory runs out."""
+    os.kill(self.trainer(name), signal.SIGKILL)
 
 
 def wait_for(condition, alive=lambda: True, seconds=180):
@@ -172,6 +176,11 @@ def test_nothing_is_lost_or_left_however_it_ends(tmp_path):
   # The same command goes on, and is killed without a chance to clean up.
   with Command(logdir, *words, steps=ENDLESS) as command:
     command.wait_for_checkpoint(*runs[:2])
+    # So is a worker of Ray, which else ends what it has started.
+    status = pathlib.Path(f'/proc/{command.trainer(runs[0])}/status')
+    worker = int(re.search(r'PPid:\s+(\d+)', status.read_text())[1])
+    assert worker in command.family()
+    os.kill(worker, signal.SIGKILL)
     command.process.kill()
     assert command.wait() == -signal.SIGKILL
   for name in runs[:2]:
