@@ -124,7 +124,8 @@ def _read_run(folder, xaxis, yaxis):
 def _read_config(path):
   """(task, method, seed, flags), None without a readable file.
 
-  Runs with another preset than the release's get its name after the method.
+  Runs with another preset than the release's get its name after the method. An
+  arm of sweep.py, in task/arm/seed, has the name of its folder.
   """
   if not path.exists():
     return None
@@ -132,8 +133,11 @@ def _read_config(path):
     record = json.loads(path.read_text())
     config = dict(record['config'])
     method = record.get('method', 'dreamer')
-    if config.get('preset', 'release') != 'release':
-      method += f'-{config["preset"]}'
+    suffix = f'-{config.get("preset", "release")}'.replace('-release', '')
+    names = [config['task'], path.parent.parent.name, str(config['seed'])]
+    if [*path.parts[-4:-1]] == names and names[1].startswith(f'{method}-'):
+      method = names[1].removesuffix(suffix)
+    method += suffix
     return config['task'], method, str(config['seed']), config
   except (OSError, ValueError, KeyError, TypeError):
     warn(f'{path} is not readable as the configuration of a run')

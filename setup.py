@@ -21,6 +21,8 @@ WITHOUT_LABMAZE = [
   )
 ]
 
+SWEEP = ['ray>=2.40,<3', 'rich>=13']
+
 setuptools.setup(
   name='dreamer-tf2',
   version='0.1.0',
@@ -54,9 +56,11 @@ setuptools.setup(
     'tensorboard>=2.18,<2.22',
   ],
   extras_require={
+    'sweep': SWEEP,
     'test': [
+      *SWEEP,
       *('pytest>=8', 'hypothesis>=6.100', 'ruff>=0.17,<0.18'),
       *('gymnasium>=1', 'pygame>=2.6', 'imageio-ffmpeg>=0.5'),
-    ]
+    ],
   },
 )

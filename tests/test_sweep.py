@@ -1,0 +1,367 @@
+"""Sweeps: real runs of dreamer.py, on a real Ray on this machine."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+import compare
+import sweep
+import wrappers
+
+ROOT = pathlib.Path(sweep.__file__).parent
+# Short runs that save every 100 steps.
+FLAGS = (
+  *('--preset', 'debug', '--eval_every', '100', '--precision', '32'),
+  *('--parallel', 'none', '--log_images', 'False'),
+)
+ENDLESS = '1e6'
+
+
+class Command:
+  """sweep.py in a process of its own; ends all that is left of it."""
+
+  def __init__(self, logdir, *words, steps='1000', stdout=None, **env):
+    self.logdir = logdir
+    self._mark = uuid.uuid4().hex  # all its processes have it, however deep
+    self._out = logdir.with_suffix(f'.{self._mark}')
+    self.process = subprocess.Popen(
+      [sys.executable, 'sweep.py', '--logdir', str(logdir)]
+      + ['--cpus-per-run', '1', *words, '--', *FLAGS, '--steps', steps],
+      stdout=stdout or self._out.open('w'),
+      stderr=subprocess.STDOUT,
+      cwd=ROOT,
+      env={**os.environ, 'MARK': self._mark, **env},
+      start_new_session=True,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    for pid in self.family():
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    self.process.wait()
+
+  @property
+  def out(self):
+    return self._out.read_text()
+
+  def family(self):
+    """Process ids of everything that this command has started."""
+    found = []
+    for path in pathlib.Path('/proc').glob('[0-9]*/environ'):
+      with contextlib.suppress(OSError):
+        if f'MARK={self._mark}'.encode() in path.read_bytes():
+          found.append(int(path.parent.name))
+    return found
+
+  def wait(self):
+    """Returns the exit code, when no process is left."""
+    code = self.process.wait()
+    wait_for(lambda: not self.family())
+    return code
+
+  def wait_for_checkpoint(self, *names):
+    """Until the runs `names` are amid their work."""
+    for name in names:
+      path = self.logdir / name / 'checkpoints/checkpoint'
+      before = path.stat().st_mtime_ns if path.exists() else 0
+      wait_for(
+        lambda path=path, before=before: (
+          path.exists() and path.stat().st_mtime_ns > before
+        ),
+        lambda: self.process.poll() is None or self.out,
+      )
+
+  def trainer(self, name):
+    """Process id of a run's dreamer.py."""
+    holder = (self.logdir / name / 'lock').read_text()
+    pid = int(re.match(r'process (\d+) on ', holder)[1])
+    assert pid in self.family()
+    return pid
+
+  def kill_run(self, name):
+    """As the system would when memory runs out."""
+    os.kill(self.trainer(name), signal.SIGKILL)
+
+
+def wait_for(condition, alive=lambda: True, seconds=180):
+  start = time.time()
+  while not condition():
+    assert alive() is True
+    assert time.time() < start + seconds
+    time.sleep(0.05)
+
+
+def printed(logdir, name):
+  return (logdir / f'{name}.out').read_text()
+
+
+TOYS = ('--tasks', 'toy_reach,toy_catch', '--seeds', '2')
+
+
+def test_sweep_with_a_killed_run_is_finished_by_the_same_command(tmp_path):
+  logdir = tmp_path / 'sweep'
+  names = [f'toy_{t}/dreamer/{s}' for t in ('reach', 'catch') for s in (0, 1)]
+  with Command(logdir, *TOYS, '--retries', '0') as command:
+    command.wait_for_checkpoint('toy_reach/dreamer/0')
+    command.kill_run('toy_reach/dreamer/0')
+    assert command.wait() == 1
+    assert '4 runs: 1 failed, 3 done' in command.out
+    line = 'toy_reach dreamer 0 failed: killed by SIGKILL'
+    assert line in command.out and 'retry' not in command.out
+  texts = [printed(logdir, name) for name in names]
+  assert ['Finished at' in text for text in texts] == [False, True, True, True]
+  # Again: the failed one goes on, the finished ones are left alone.
+  with Command(logdir, *TOYS, '--retries', '0') as command:
+    assert command.wait() == 0
+    assert '4 runs: 1 waiting, 3 done' in command.out
+    assert '4 runs: 4 done.' in command.out
+    done = r'toy_reach dreamer 0: done, 1000/1000 steps, [\d.]+ fps, return'
+    assert re.search(done, command.out)
+  assert [printed(logdir, name) for name in names[1:]] == texts[1:]
+  rest = printed(logdir, names[0]).removeprefix(texts[0])
+  assert re.search(r'Resumed at step [1-9]', rest) and 'Finished at' in rest
+  # All are finished: nothing starts, not even Ray.
+  with Command(logdir, *TOYS) as command:
+    assert command.wait() == 0
+    assert command.out == '4 runs: 4 done.\n'
+  # compare.py finds all.
+  path = tmp_path / 'compare.json'
+  assert compare.main([f'--indir={logdir}', f'--json={path}']) == 0
+  rows = json.loads(path.read_text())['rows']
+  assert {(r['task'], r['method'], r['seeds']) for r in rows} == {
+    ('toy_catch', 'dreamer-debug', 2),
+    ('toy_reach', 'dreamer-debug', 2),
+  }
+  # More steps make it unfinished; killed amid those, it is tried again.
+  words = ('--tasks', 'toy_reach', '--seeds', '1', '--retries', '1')
+  with Command(logdir, *words, steps='2000') as command:
+    command.wait_for_checkpoint('toy_reach/dreamer/0')
+    command.kill_run('toy_reach/dreamer/0')
+    assert command.wait() == 0
+    assert 'retry 1, ' in command.out and '(killed by SIGKILL)' in command.out
+    assert 'done, 2000/2000 steps' in command.out
+
+
+def test_nothing_is_lost_or_left_however_it_ends(tmp_path):
+  logdir = tmp_path / 'sweep'
+  words = ('--tasks', 'toy_reach', '--seeds', '3')
+  runs = [f'toy_reach/dreamer/{seed}' for seed in range(3)]
+  with Command(logdir, *words, steps=ENDLESS) as command:
+    command.wait_for_checkpoint(*runs[:2])
+    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
+    assert command.wait() == 130
+    assert 'Stopping: runs save' in command.out
+    assert command.out.endswith('Stopped. The same command goes on.\n')
+    assert 'Traceback' not in command.out
+  steps = []
+  for name in runs[:2]:
+    last = printed(logdir, name).splitlines()[-1]
+    steps.append(re.match(r'Stopped at step (\d+), \d+ updates; saved', last))
+  assert all(steps)
+  assert not (logdir / runs[2]).exists()  # it never started
+  # The same command goes on, and is killed without a chance to clean up.
+  with Command(logdir, *words, steps=ENDLESS) as command:
+    command.wait_for_checkpoint(*runs[:2])
+    # So is a worker of Ray, which else ends what it has started.
+    status = pathlib.Path(f'/proc/{command.trainer(runs[0])}/status')
+    worker = int(re.search(r'PPid:\s+(\d+)', status.read_text())[1])
+    assert worker in command.family()
+    os.kill(worker, signal.SIGKILL)
+    command.process.kill()
+    assert command.wait() == -signal.SIGKILL
+  for name in runs[:2]:
+    assert re.search(r'Resumed at step [1-9]', printed(logdir, name))
+
+
+def test_runs_that_cannot_get_better_are_refused_on_a_terminal(tmp_path):
+  """Not tried again. One needs other actions, one is in use."""
+  logdir = tmp_path / 'sweep'
+  folder = logdir / 'toy_catch/dreamer/0'
+  folder.mkdir(parents=True)
+  lock = (folder / 'lock').open('a+')
+  lock.write('process 1 on elsewhere\n')
+  lock.flush()
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  ours, theirs = pty.openpty()
+  words = ('--tasks', 'toy_catch', '--methods', 'planet,dreamer', '--seeds=1')
+  with Command(
+    logdir, *words, stdout=theirs, COLUMNS='200', LINES='50'
+  ) as command:
+    os.close(theirs)
+    text = b''
+    with contextlib.suppress(OSError):  # at its end
+      while block := os.read(ours, 2**16):
+        text += block
+    assert command.wait() == 1
+  os.close(ours)
+  lock.close()
+  text = text.decode()
+  assert '2 runs: 2 refused.' in text and 'retry' not in text
+  assert 'toy_catch has discrete actions, and --behavior planning' in text
+  assert 'in use by process 1 on elsewhere' in text
+  assert re.search('│ toy_catch │ planet  │ +0 │ .*│ refused │', text)
+  for method in ('planet', 'dreamer'):
+    assert printed(logdir, f'toy_catch/{method}/0').count('--- 20') == 1
+
+
+# --- Sets and arms ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  'name, tasks, arms',
+  [
+    ('dmc20', 20, 1),
+    ('atari11', 11, 1),
+    ('figure4', 4, 12),
+    ('figure8', 20, 3),
+    ('figure12', 20, 3),
+  ],
+)
+def test_sets(name, tasks, arms):
+  pairs = sweep.choose(name)
+  assert len(pairs) == len(set(pairs)) == tasks * arms
+  assert len({task for task, _ in pairs}) == tasks
+  assert len({arm.name for _, arm in pairs}) == arms
+  assert {task for task, _ in pairs} <= set(wrappers.task_names())
+
+
+def test_sets_and_methods_mix():
+  pairs = sweep.choose('toy_reach,dmc20,figure8,toy_reach')
+  assert len(pairs) == 1 + 60
+  assert {arm.name for task, arm in pairs if task == 'toy_reach'} == {'dreamer'}
+  pairs = sweep.choose('figure4,toy_catch', 'planet')
+  assert {arm.method for _, arm in pairs} == {'planet'}
+  assert len(pairs) == 4 * 4 + 1
+
+
+def test_arms_are_what_dreamer_and_compare_take_them_for(tmp_path):
+  """dreamer.py accepts the flags of all, and compare.py tells them apart."""
+  pairs = sweep.choose('dmc20,atari11', 'dreamer,dreamer-reward')
+  pairs += sweep.choose('toy_reach,figure4,figure8,figure12')
+  pairs += sweep.choose('toy_reach', ','.join(sweep.METHODS))
+  configs = sweep.check_flags(list(dict.fromkeys(pairs)), ['--steps', '7'])
+  seen = set()
+  for (task, arm), config in configs.items():
+    assert (config['task'], config['steps']) == (task, 7)
+    assert config['method'] == arm.method
+    flags = dict(zip(arm.flags[::2], arm.flags[1::2], strict=True))
+    for flag, value in flags.items():
+      assert str(config[flag[2:]]) == value
+    assert arm.name == arm.method or flags
+    folder = tmp_path / 'runs' / task / arm.name / '0'
+    folder.mkdir(parents=True)
+    record = dict(method=arm.method, config=config)
+    (folder / 'config.json').write_text(json.dumps(record))
+    seen.add((task, arm.name))
+  runs = compare.find_runs([tmp_path / 'runs'])
+  assert {(run.task, run.method) for run in runs} == seen
+  assert len(runs) == len(configs)
+  assert ('dmc_walker_walk', 'planet-horizon45') in seen
+
+
+def test_presets_and_other_layouts_keep_their_names(tmp_path):
+  for path, preset in (
+    ('toy_reach/dreamer-horizon9/0', 'cpu'),
+    ('toy_reach/dreamer-cpu/0', 'cpu'),
+    ('toy_reach/dreamer-old/3', 'release'),  # not the seed of the run
+  ):
+    folder = tmp_path / path
+    folder.mkdir(parents=True)
+    config = dict(task='toy_reach', seed=0, preset=preset)
+    record = dict(method='dreamer', config=config)
+    (folder / 'config.json').write_text(json.dumps(record))
+  names = {run.method for run in compare.find_runs([tmp_path])}
+  assert names == {'dreamer-horizon9-cpu', 'dreamer-cpu', 'dreamer'}
+
+
+# --- Bad input --------------------------------------------------------------
+
+
+REACH = ('--tasks', 'toy_reach')
+
+
+@pytest.mark.parametrize(
+  'words, expected',
+  [
+    ((), '--tasks'),
+    (('--tasks', 'toy_rech'), 'the nearest are toy_reach'),
+    (('--tasks', 'dmc2'), 'did you mean dmc20?'),
+    (('--tasks', 'toy_reach,'), "''"),
+    ((*REACH, '--methods', 'dremer'), 'did you mean dreamer'),
+    (('--tasks', 'figure8', '--methods', 'planet'), 'figure8 has none of them'),
+    ((*REACH, '--seeds', '0'), '--seeds is at least 1'),
+    ((*REACH, '--seeds', 'x'), '--seeds'),
+    ((*REACH, '--retries', '-1'), '--retries is at least 0'),
+    ((*REACH, '--gpus-per-run', '-1'), '--gpus-per-run is at least 0'),
+    ((*REACH, '--cpus-per-run', '0'), '--cpus-per-run is more than 0'),
+    ((*REACH, '--cpus-per-run', 'nan'), '--cpus-per-run is more than 0'),
+    ((*REACH, '--retry', '1'), 'did you mean --retries?'),
+    ((*REACH, '--preset', 'debug'), 'flags of dreamer.py come last, after --'),
+    ((*REACH, '--', '--seed=3'), '--seed after -- is set by sweep.py'),
+    ((*REACH, '--', '--logdir', 'x'), '--logdir after -- is set by sweep.py'),
+    ((*REACH, '--', '--help'), 'python dreamer.py --help'),
+    (
+      ('--tasks', 'figure4', '--', '--horizon', '9'),
+      'set by dreamer-horizon10',
+    ),
+    ((*REACH, '--', '--stepz', '3'), 'did you mean --steps'),
+    ((*REACH, '--', '--behavior', 'planning'), '--methods planet'),
+    ((*REACH, '--cpus-per-run', '999'), 'no node has that: there are 1'),
+    ((*REACH, '--address', '127.0.0.1:9'), '--address 127.0.0.1:9: Connection'),
+  ],
+)
+def test_bad_input(tmp_path, words, expected, capsys):
+  assert sweep.main(['--logdir', str(tmp_path / 'sweep'), *words]) == 2
+  err = capsys.readouterr().err
+  assert expected in err and err.count('\n') == 1
+  assert err.startswith('sweep.py: error: ')
+
+
+def test_logdir_that_cannot_be_made(tmp_path, capsys):
+  (tmp_path / 'file').touch()
+  assert sweep.main(['--logdir', str(tmp_path / 'file/x'), *REACH]) == 2
+  assert 'cannot write to --logdir' in capsys.readouterr().err
+
+
+def test_without_ray(tmp_path):
+  (tmp_path / 'ray.py').write_text('raise ImportError("none here")\n')
+  result = subprocess.run(
+    [sys.executable, 'sweep.py', '--logdir', str(tmp_path / 'x'), *REACH],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+  )
+  # Of the script's folder and PYTHONPATH, the first has no ray.py.
+  assert result.returncode == 2, result.stderr
+  assert "pip install '.[sweep]'" in result.stderr
+  assert 'Traceback' not in result.stderr and not result.stdout
+
+
+def test_starts_without_tensorflow_and_ray():
+  code = (
+    'import sweep, sys; assert not {"ray", "tensorflow"} & set(sys.modules)'
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
+def test_help(capsys):
+  with pytest.raises(SystemExit) as end:
+    sweep.main(['--help'])
+  assert end.value.code == 0
+  text = capsys.readouterr().out
+  assert all(name in text for name in (*sweep.SETS, *sweep.METHODS))
