@@ -18,7 +18,7 @@ Exit codes: 0 all runs are done, 1 some failed or were refused, 2 bad input,
 Sets of tasks for --tasks, which may be mixed with names of tasks, by commas:
 
   dmc20     the paper's 20 tasks of the control suite
-  atari11   the Atari games on the paper's website, which shows eleven (and
+  atari9    the Atari games on the paper's website, which shows eleven (and
             dmlab_collect, which needs DeepMind Lab: name it where you have it)
   figure4   three methods with horizons 10, 20, 30, 45; 4 tasks
   figure8   three representations; 20 tasks
@@ -59,7 +59,7 @@ METHODS = {
   'dreamer-reward': ('--representation', 'reward'),
   'planet': ('--behavior', 'planning'),
 }
-SETS = ('dmc20', 'atari11', 'figure4', 'figure8', 'figure12')
+SETS = ('dmc20', 'atari9', 'figure4', 'figure8', 'figure12')
 ATARI = (
   *('fishing_derby', 'ice_hockey', 'kung_fu_master', 'assault', 'boxing'),
   *('hero', 'freeway', 'frostbite', 'montezuma_revenge', 'pong', 'tennis'),
@@ -156,7 +156,7 @@ def expand(name, methods=None):
   arms = [plain(method) for method in methods or ['dreamer']]
   tasks = {
     'dmc20': dmc20,
-    'atari11': [f'atari_{game}' for game in ATARI],
+    'atari9': [f'atari_{game}' for game in ATARI],
     'figure4': [f'dmc_{task}' for task in FIGURE4],
   }.get(name, dmc20 if name in SETS else [name])
   if name.startswith('figure') and name in SETS:

@@ -225,7 +225,7 @@ def test_runs_that_cannot_get_better_are_refused_on_a_terminal(tmp_path):
   'name, tasks, arms',
   [
     ('dmc20', 20, 1),
-    ('atari11', 11, 1),
+    ('atari9', 11, 1),
     ('figure4', 4, 12),
     ('figure8', 20, 3),
     ('figure12', 20, 3),
@@ -250,7 +250,7 @@ def test_sets_and_methods_mix():
 
 def test_arms_are_what_dreamer_and_compare_take_them_for(tmp_path):
   """dreamer.py accepts the flags of all, and compare.py tells them apart."""
-  pairs = sweep.choose('dmc20,atari11', 'dreamer,dreamer-reward')
+  pairs = sweep.choose('dmc20,atari9', 'dreamer,dreamer-reward')
   pairs += sweep.choose('toy_reach,figure4,figure8,figure12')
   pairs += sweep.choose('toy_reach', ','.join(sweep.METHODS))
   configs = sweep.check_flags(list(dict.fromkeys(pairs)), ['--steps', '7'])
