@@ -36,7 +36,10 @@ SCALE = 1000  # the largest return of a control suite task
 MARGIN = 10  # a difference in return that does not matter
 LEAST_SEEDS = 3
 LEAST_STEPS = 90_000
-FREE = ('logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every')
+FREE = (
+  *('logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every'),
+  *('strategy', 'worker_timeout'),
+)
 
 
 class InputError(Exception):

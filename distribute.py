@@ -219,21 +219,18 @@ def make_team(strategy, batch_size):
   Raises:
     UserError: TF_CONFIG is missing or broken, or the batch cannot be split.
   """
-  cluster = _read_cluster()
-  gpus = len(tf.config.list_physical_devices('GPU'))
-  if strategy == 'auto':
-    strategy = 'mirrored' if gpus > 1 else 'single'
-    gpus = max(n for n in range(1, max(1, gpus) + 1) if batch_size % n == 0)
-    if cluster and cluster[1] > 1:
-      strategy = 'multiworker'
   if strategy == 'single':
     return Team()
-  if strategy == 'mirrored':
-    kind = 'GPU' if gpus else 'CPU'
-    devices = [d.name for d in tf.config.list_logical_devices(kind)]
-    team = Team(tf.distribute.MirroredStrategy(devices[: gpus or None]))
-  else:
+  cluster = _read_cluster()
+  gpus = len(tf.config.list_physical_devices('GPU'))
+  several = strategy == 'auto' and cluster and cluster[1] > 1
+  if strategy == 'multiworker' or several:
     team = _join(cluster)
+  elif strategy == 'mirrored':
+    team = _mirror(gpus)
+  else:
+    fitting = [n for n in range(2, gpus + 1) if batch_size % n == 0]
+    return _mirror(fitting[-1]) if fitting else Team()
   if batch_size % team.replicas:
     below = batch_size // team.replicas * team.replicas
     near = [n for n in (below, below + team.replicas) if n]
@@ -242,6 +239,13 @@ def make_team(strategy, batch_size):
       f'devices; choose {" or ".join(map(str, near))}'
     )
   return team
+
+
+def _mirror(gpus):
+  """On the first GPUs, or without any on the virtual devices of the CPU."""
+  devices = [f'GPU:{index}' for index in range(gpus)]
+  devices = devices or [d.name for d in tf.config.list_logical_devices('CPU')]
+  return Team(tf.distribute.MirroredStrategy(devices))
 
 
 def _join(cluster):
