@@ -1446,7 +1446,8 @@ def _check_logdir(config):
   names = {p.name for p in logdir.iterdir()}
   if 'config.json.broken' in names:
     return
-  own = r'episodes|lock(-\d+)?|writable-\d+|.*\.tmp'  # killed at its very start
+  # What a run leaves that was killed at its very start.
+  own = r'episodes|lock(-\d+)?|writable(-\d+)?|.*\.tmp'
   others = sorted(n for n in names if not re.fullmatch(own, n))
   if others:
     raise tools.UserError(

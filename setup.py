@@ -59,7 +59,12 @@ setuptools.setup(
     'sweep': SWEEP,
     'test': [
       *SWEEP,
-      *('pytest>=8', 'hypothesis>=6.100', 'ruff>=0.17,<0.18'),
+      *(
+        'pytest>=8',
+        'pytest-xdist>=3.6',
+        'hypothesis>=6.100',
+        'ruff>=0.17,<0.18',
+      ),
       *('gymnasium>=1', 'pygame>=2.6', 'imageio-ffmpeg>=0.5'),
     ],
   },

@@ -320,8 +320,6 @@ REACH = ('--tasks', 'toy_reach')
     ),
     ((*REACH, '--', '--stepz', '3'), 'did you mean --steps'),
     ((*REACH, '--', '--behavior', 'planning'), '--methods planet'),
-    ((*REACH, '--cpus-per-run', '999'), 'no node has that: there are 1'),
-    ((*REACH, '--address', '127.0.0.1:9'), '--address 127.0.0.1:9: Connection'),
   ],
 )
 def test_bad_input(tmp_path, words, expected, capsys):
@@ -329,6 +327,23 @@ def test_bad_input(tmp_path, words, expected, capsys):
   err = capsys.readouterr().err
   assert expected in err and err.count('\n') == 1
   assert err.startswith('sweep.py: error: ')
+
+
+@pytest.mark.parametrize(
+  'words, expected',
+  [
+    (('--cpus-per-run', '999'), 'no node has that: there are 1'),
+    (('--address', '127.0.0.1:9'), '--address 127.0.0.1:9: Connection'),
+  ],
+)
+def test_cluster_that_cannot_serve(tmp_path, words, expected):
+  """In a process of its own, as Ray is there once for each."""
+  command = [sys.executable, 'sweep.py', '--logdir', str(tmp_path / 'sweep')]
+  result = subprocess.run(
+    [*command, *REACH, *words], capture_output=True, text=True, cwd=ROOT
+  )
+  assert result.returncode == 2
+  assert expected in result.stderr and result.stderr.count('\n') == 1
 
 
 def test_logdir_that_cannot_be_made(tmp_path, capsys):
