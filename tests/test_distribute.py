@@ -74,6 +74,10 @@ def _update(folder, team, flags):
   if config.action_dist == 'onehot':
     space = wrappers.OneHotBox(2)
   agent = dreamer.Dreamer(config, folder / 'episodes', space, team=team)
+  if team.chief:  # as if it had restored a checkpoint
+    agent._updates.assign(7)
+    for variable in agent._opts['model'].variables:
+      variable.assign(1.1 * variable)
   agent.receive()
   for opt in agent._opts.values():  # so that float16 does not overflow
     opt.optimizer.dynamic_scale.assign(16.0)
@@ -280,17 +284,19 @@ def metrics_of(logdir):
 
 def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   processes = start_run(tmp_path, '--steps', '1e6', '--prefill', '200')
-  for process in processes:
-    wait_for(process, 'First update done')
+  said = [wait_for(process, 'First update done') for process in processes]
   processes[1].kill()
   chief, other = finish(processes)
+  said = ''.join(said[0]) + chief[1]
   assert chief[0] == 1 and other[0] == -9
   assert 'another process of this run is gone' in chief[2]
   assert 'Traceback' not in chief[2]
   saved = tf_checkpoint(tmp_path)
   assert saved > 0
   more = metrics_of(tmp_path)[-1]['step'] + 200
-  for code, out, error in finish(start_run(tmp_path, '--steps', f'{more}')):
+  ends = finish(start_run(tmp_path, '--steps', f'{more}'))
+  said += ends[0][1]
+  for code, out, error in ends:
     assert code == 0, (out, error)
     assert 'Training on 2 devices of 2 processes' in out
     assert 'Finished at step' in out
@@ -305,8 +311,13 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   paths = sorted((tmp_path / 'episodes').glob('*.npz'))
   steps = sum(int(path.stem.rsplit('-', 1)[-1]) - 1 for path in paths)
   assert steps >= more
-  actions = [np.load(path)['action'].tobytes() for path in paths]
-  assert len(set(actions)) == len(actions)
+  assert f'Finished at step {steps},' in ends[0][1]
+  episodes = [dict(np.load(path)) for path in paths]
+  for key, rows in (('action', slice(None)), ('image', slice(1))):
+    assert len({e[key][rows].tobytes() for e in episodes}) == len(episodes)
+  # The chief alone logs, and only its own.
+  returns = [line for line in lines if 'train/return' in line]
+  assert len(returns) == said.count('Episode: return') < len(episodes)
   # One process goes on with what two have learned.
   command = ['dreamer.py', '--logdir', f'{tmp_path}', *RUN]
   command += ['--steps', f'{steps + 100}']
