@@ -293,7 +293,7 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   assert 'Traceback' not in chief[2]
   saved = tf_checkpoint(tmp_path)
   assert saved > 0
-  more = metrics_of(tmp_path)[-1]['step'] + 200
+  more = steps_in(tmp_path) + 200
   ends = finish(start_run(tmp_path, '--steps', f'{more}'))
   said += ends[0][1]
   for code, out, error in ends:
@@ -308,10 +308,10 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   assert logged == sorted(logged)
   assert lines[-1]['step'] >= more
   # Both collected: each has a stream of its own, so no episode is there twice.
-  paths = sorted((tmp_path / 'episodes').glob('*.npz'))
-  steps = sum(int(path.stem.rsplit('-', 1)[-1]) - 1 for path in paths)
+  steps = steps_in(tmp_path)
   assert steps >= more
   assert f'Finished at step {steps},' in ends[0][1]
+  paths = sorted((tmp_path / 'episodes').glob('*.npz'))
   episodes = [dict(np.load(path)) for path in paths]
   for key, rows in (('action', slice(None)), ('image', slice(1))):
     assert len({e[key][rows].tobytes() for e in episodes}) == len(episodes)
@@ -324,6 +324,11 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   ((code, out, error),) = finish(start_all(command))
   assert code == 0, (out, error)
   assert f'Resumed at step {steps}, {updates} updates' in out
+
+
+def steps_in(logdir):
+  paths = (logdir / 'episodes').glob('*.npz')
+  return sum(int(path.stem.rsplit('-', 1)[-1]) - 1 for path in paths)
 
 
 def tf_checkpoint(logdir):
