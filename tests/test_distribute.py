@@ -258,7 +258,16 @@ def test_cluster_numbers_the_chief_first(monkeypatch):
 # Whole runs of two processes.
 
 RUN = ['--task', 'toy_reach', '--preset', 'debug', '--parallel', 'none']
-RUN += ['--time_limit', '20', '--log_images', 'False', '--precision', '32']
+RUN += [
+  '--prefill',
+  '200',
+  '--time_limit',
+  '20',
+  '--log_images',
+  'False',
+  '--precision',
+  '32',
+]
 
 
 def start_run(logdir, *flags):
@@ -283,7 +292,7 @@ def metrics_of(logdir):
 
 
 def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
-  processes = start_run(tmp_path, '--steps', '1e6', '--prefill', '200')
+  processes = start_run(tmp_path, '--steps', '1e6')
   said = [wait_for(process, 'First update done') for process in processes]
   processes[1].kill()
   chief, other = finish(processes)
@@ -311,6 +320,7 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   steps = steps_in(tmp_path)
   assert steps >= more
   assert f'Finished at step {steps},' in ends[0][1]
+  assert int(updates) > saved
   paths = sorted((tmp_path / 'episodes').glob('*.npz'))
   episodes = [dict(np.load(path)) for path in paths]
   for key, rows in (('action', slice(None)), ('image', slice(1))):
@@ -340,7 +350,7 @@ def tf_checkpoint(logdir):
 def test_stop_of_one_stops_both_at_one_update(tmp_path):
   """Here each process keeps episodes in a folder of its own."""
   folder = tmp_path / '{index}'
-  processes = start_run(folder, '--steps', '1e6', '--prefill', '200')
+  processes = start_run(folder, '--steps', '1e6')
   for process in processes:
     wait_for(process, 'First update done')
   processes[1].terminate()
