@@ -22,6 +22,7 @@ What happens within a replica is in `tools` (`replica`, `normal`,
 import contextlib
 import json
 import os
+import signal
 import zlib
 
 import numpy as np
@@ -198,7 +199,9 @@ class Team:
     except LOST as error:
       if self.workers == 1:
         raise
-      reason = str(error).partition('\n')[0][:200]
+      lines = str(error).splitlines()
+      told = [x for x in lines if 'aborted' in x or 'unhealthy' in x]
+      reason = (told or lines)[0].strip()[:200]
       raise PeerLost(
         f'another process of this run is gone or cannot be reached ({reason}). '
         'The same commands, in all processes, resume'
@@ -256,8 +259,11 @@ def _join(cluster):
       '{"type": "worker", "index": 0}}, with another index in each process'
     )
   index, workers = cluster
+  # It waits in C++, where Python's handler would not be called.
+  handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
   print(f'Process {index} of {workers}: waiting for the others.', flush=True)
   strategy = tf.distribute.MultiWorkerMirroredStrategy()
+  signal.signal(signal.SIGINT, handler)
   return Team(strategy, index, workers)
 
 

@@ -1190,7 +1190,7 @@ class Dreamer(tf.Module):
     if not self._logger:
       return
     self._logger.scalars(step, dict(metrics, updates=self.updates))
-    if images and self._c.log_images:
+    if images and self._c.log_images and self._team.chief:
       batch = next(load_dataset(self._datadir, self._c, self.updates))
       batch = {k: v[:6] for k, v in batch.items()}
       if '_decode' in self._networks:

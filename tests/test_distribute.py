@@ -10,6 +10,7 @@ makes five updates from the episodes in FOLDER and writes all weights there.
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -365,6 +366,17 @@ def test_stop_of_one_stops_both_at_one_update(tmp_path):
   assert [*(first / 'episodes').glob('*.npz')]
   assert [*(second / 'episodes').glob('*.npz')]
   assert {p.name for p in second.iterdir()} == {'episodes', 'lock-1'}
+
+
+def test_wait_for_others_ends_at_once_when_asked(tmp_path):
+  first, second = start_run(tmp_path / 'run')
+  second.kill()
+  wait_for(first, 'Process 0 of 2: waiting for the others')
+  first.send_signal(signal.SIGINT)
+  ((code, _, error), _) = finish([first, second], timeout=60)
+  assert code == -signal.SIGINT
+  assert not error
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(
