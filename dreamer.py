@@ -1408,9 +1408,10 @@ def setup_logdir(config, team=None):
       something else, or a run whose weights or replay have another shape.
   """
   logdir, team = config.logdir, team or distribute.Team()
+  suffix = '' if team.chief else f'-{team.index}'
   try:
     logdir.mkdir(parents=True, exist_ok=True)
-    probe = logdir / f'writable-{team.index}'
+    probe = logdir / f'writable{suffix}'
     with tools.atomic_write(probe) as file:
       file.write(b'')
     probe.unlink()
@@ -1423,7 +1424,7 @@ def setup_logdir(config, team=None):
     lock = tools.Lock(logdir)
     write_config(config)
   else:
-    lock = tools.Lock(logdir, f'lock-{team.index}')
+    lock = tools.Lock(logdir, f'lock{suffix}')
   for folder in (logdir, logdir / 'episodes'):
     folder.mkdir(exist_ok=True)
     if team.chief:
