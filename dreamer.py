@@ -978,12 +978,13 @@ class Dreamer(tf.Module):
 
     Args:
       data: preprocessed batch, [B, T, ...].
-      div: the mean KL of all replicas, where it is known.
+      div: the mean KL of all replicas in nats, a scalar, where it is known.
 
     Returns:
       Loss, posterior states {...: [B, T, ...]}, metrics.
     """
     likes, own_div, post, metrics = self._model_terms(data)
+    # The value of the whole batch, the gradient of the part that is here.
     div = tools.mean_over_replicas(own_div) if div is None else div
     div = own_div + tf.stop_gradient(div - own_div)
     clipped = tf.maximum(div, self._c.free_nats)
@@ -996,7 +997,8 @@ class Dreamer(tf.Module):
     """Terms of `_model_loss`, means over the batch that is here.
 
     Returns:
-      J_O or J_S, J_R and the like {name: scalar}, J_D, posterior, metrics.
+      {name: scalar} of J_O or J_S, of J_R and of discounts; J_D in nats, a
+      scalar; posterior states {...: [B, T, ...]}; metrics.
     """
     seeds = self._seeds(data['action'].shape[1], 0)
     embed = self._encode(data)
@@ -1019,7 +1021,10 @@ class Dreamer(tf.Module):
     return likes, div, post, metrics
 
   def _seeds(self, count, stream):
-    """Seeds int32 [count, 2] for a purpose, by the number of this update."""
+    """Seeds int32 [count, 2] by the number of this update.
+
+    Stream 0 is for the posterior, 1 for imagination. All replicas draw alike.
+    """
     seed = tf.stack([self._c.seed, 2 * self._updates + stream])
     return tf.random.stateless_uniform([count, 2], seed, None, None, tf.int32)
 

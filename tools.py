@@ -839,7 +839,7 @@ def load_episodes(
   replay = Replay(directory, capacity, shapes)
   for block in itertools.count(start):
     replay.rescan()
-    rng = np.random.default_rng([seed, block] + [stream] * (stream > 0))
+    rng = np.random.default_rng([seed, block, stream])
     for _ in range(rescan):
       yield replay.window(rng, length, balance)
 
