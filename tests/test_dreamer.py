@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -319,6 +320,32 @@ def test_noise_is_new_in_every_update(tmp_path):
   assert not (other == drawn[0]).any()
   again = make_agent(tmp_path)._seeds(4, 0).numpy()
   np.testing.assert_array_equal(again, drawn[0])
+
+
+def test_devices_are_set_up_before_tensorflow_computes(tmp_path):
+  """Memory growth, like virtual devices, cannot be set afterwards."""
+  code = """
+    import sys
+    import dreamer
+    import tensorflow as tf
+    def make_team(*args):
+      cpu = tf.config.list_physical_devices('CPU')[0]
+      halves = [tf.config.LogicalDeviceConfiguration()] * 2
+      tf.config.set_logical_device_configuration(cpu, halves)
+      raise dreamer.tools.UserError('early enough')
+    dreamer.distribute.make_team = make_team
+    sys.exit(dreamer.main(['--logdir', sys.argv[1], '--task', 'toy_reach']))
+  """
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(code), str(tmp_path / 'run')],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+  assert (done.returncode, done.stderr) == (
+    2,
+    'dreamer.py: error: early enough\n',
+  )
 
 
 # --- What moves what --------------------------------------------------------
