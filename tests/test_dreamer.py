@@ -19,6 +19,7 @@ import hypothesis
 import keras
 import models
 import numpy as np
+import reference
 import tensorflow as tf
 from hypothesis import strategies
 import tools
@@ -307,6 +308,23 @@ def test_behavior_gradients_beside_a_plain_loop(tmp_path):
     next(gradients(lambda: plain(tf.identity))),
   )
   assert np.abs(grad - through).max() > 1e-2 * np.abs(grad).max()
+
+
+def test_update_beside_stock_layers(tmp_path):
+  """Losses and gradients of a whole update, as tests/reference.py has them."""
+  changes = dict(cnn_depth=8, free_nats=0.0, action_init_std=1.0)
+  agent = make_agent(tmp_path, **changes)
+  data = dreamer.preprocess(batch_of(agent), agent._c)
+  losses, expected, _ = reference.Reference(agent).gradients(data)
+  grads, post, metrics = agent._model_gradients(data)
+  behavior = agent._behavior_gradients(post)
+  grads.update(behavior[0])
+  metrics.update(behavior[1])
+  for name, loss in losses.items():
+    np.testing.assert_allclose(metrics[f'{name}_loss'], loss, rtol=1e-5)
+    for grad, target in zip(grads[name], expected[name], strict=True):
+      error = np.abs(grad - target).max()
+      assert error <= 1e-3 * np.abs(target).max(), name
 
 
 def test_noise_is_new_in_every_update(tmp_path):
