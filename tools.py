@@ -386,6 +386,35 @@ class Normal(tfd.Normal):
     return self.loc + self.scale * noise
 
 
+class UnitNormal(tfd.Independent):
+  """A Gaussian of unit variance over the last `dims` axes of its mean.
+
+  Its log-probability goes over large images as seldom as it can.
+  """
+
+  def __init__(self, mean, dims):
+    super().__init__(tfd.Normal(mean, 1.0), dims)
+    self._dims = dims
+
+  def _log_prob(self, value):
+    """-1/2 |x - mean|^2 - n/2 ln 2 pi; x has the shape of the mean."""
+    dims, scale = self._dims, 0.5 * np.log(2.0 * np.pi)
+
+    @tf.custom_gradient
+    def like(mean, value):
+      error = value - mean
+      axes = list(range(error.shape.rank - dims, error.shape.rank))
+      constant = scale * int(np.prod([error.shape[i] for i in axes]))
+
+      def grad(dy):
+        dy = tf.reshape(dy, [*tf.unstack(tf.shape(dy)), *[1] * dims]) * error
+        return dy, -dy
+
+      return -0.5 * tf.reduce_sum(tf.square(error), axes) - constant, grad
+
+    return like(self.distribution.loc, value)
+
+
 class OneHotDist(tfd.OneHotCategorical):
   """One-hot categorical with straight-through gradients (section 3).
 

@@ -310,9 +310,14 @@ def test_behavior_gradients_beside_a_plain_loop(tmp_path):
   assert np.abs(grad - through).max() > 1e-2 * np.abs(grad).max()
 
 
-def test_update_beside_stock_layers(tmp_path):
-  """Losses and gradients of a whole update, as tests/reference.py has them."""
-  changes = dict(cnn_depth=8, free_nats=0.0, action_init_std=1.0)
+@pytest.mark.parametrize('size', [8, 4])
+def test_update_beside_stock_layers(tmp_path, size):
+  """Losses and gradients of a whole update, as tests/reference.py has them.
+
+  With the small state, the decoder takes a shorter way.
+  """
+  changes = dict(deter_size=size, cnn_depth=8, free_nats=0.0)
+  changes['action_init_std'] = 1.0
   agent = make_agent(tmp_path, **changes)
   data = dreamer.preprocess(batch_of(agent), agent._c)
   losses, expected, _ = reference.Reference(agent).gradients(data)

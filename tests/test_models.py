@@ -648,8 +648,36 @@ def test_encoder_and_decoder_precision(policy):
   np.testing.assert_allclose(log_prob, expected, rtol=1e-4)
 
 
+def test_decoder_computes_the_same_for_few_features_and_many():
+  """Many go through the product of the first two matrices."""
+  decoder = models.ConvDecoder(depth=4)
+  decoder(tf.zeros([1, 6]))
+  randomize(decoder, 0.3)
+  feat, grads = normal(20, 6), []
+  for group in (1, 20):
+    with tf.GradientTape() as tape:
+      tape.watch(feat)
+      parts = tf.split(feat, 20 // group)
+      means = tf.concat([decoder(x).mean() for x in parts], 0)
+      loss = tf.reduce_mean(tf.square(means))
+    variables = [v.value for v in decoder.trainable_variables]
+    grads.append(tape.gradient(loss, [feat, *variables]))
+    names = {op.name for op in ops_of(lambda x: decoder(x).mean(), parts[0])}
+    assert any('einsum' in name for name in names) == (group == 1)
+  for one, many in zip(*grads, strict=True):
+    np.testing.assert_allclose(many, one, atol=1e-5 * np.abs(one).max())
+
+
+def ops_of(function, *args):
+  """The operations of its graph."""
+  return (
+    tf.function(function).get_concrete_function(*args).graph.get_operations()
+  )
+
+
+@pytest.mark.parametrize('size', [128, 20])
 @pytest.mark.parametrize('name', ['mixed_float16', 'mixed_bfloat16'])
-def test_gradients_in_reduced_precision(name):
+def test_gradients_in_reduced_precision(name, size):
   """All of them, biases of many pixels and rows too, beside float32."""
   rng = np.random.default_rng(0)
   image = rng.uniform(-0.5, 0.5, (64, 64, 64, 3)).astype(np.float32)
@@ -659,9 +687,10 @@ def test_gradients_in_reduced_precision(name):
     keras.utils.set_random_seed(1)
     networks = [models.ConvEncoder(4), models.ConvDecoder(4)]
     networks.append(models.DenseDecoder((), 2, 32))
+    networks[1](tf.zeros([1, size]))  # built: now many may go the short way
     with tf.GradientTape() as tape:
       embed = networks[0]({'image': image})
-      like = networks[1](embed).log_prob(image + 0.3)
+      like = networks[1](embed[:, :size]).log_prob(image + 0.3)
       rows = tf.tile(tf.cast(embed, tf.float32), [200, 1])
       value = networks[2](rows).log_prob(tf.ones([12800]))
       loss = -tf.reduce_mean(like) - tf.reduce_mean(value)

@@ -376,6 +376,28 @@ def test_sample_dist_estimates():
   np.testing.assert_allclose(dist.mode(seed=1)[:, 0], peak, atol=0.05)
 
 
+@pytest.mark.parametrize('dims', [0, 1, 3])
+def test_unit_normal_is_a_gaussian_of_unit_variance(dims):
+  rng = np.random.default_rng(0)
+  shape = (2, 3, 4, 5, 6)[: 2 + dims]
+  mean, value = (tf.constant(rng.normal(size=shape)) for _ in range(2))
+  results = []
+  for dist in (tools.UnitNormal, lambda m, n: tfd.Independent(stock(m), n)):
+    with tf.GradientTape() as tape:
+      tape.watch((mean, value))
+      like = dist(mean, dims).log_prob(value)
+      loss = tf.reduce_sum(like * tf.cast(tf.range(1, 4), like.dtype))
+    results.append([like, *tape.gradient(loss, (mean, value))])
+    assert like.shape == [2, 3]
+    np.testing.assert_array_equal(dist(mean, dims).mean(), mean)
+  for one, other in zip(*results, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def stock(mean):
+  return tfd.Normal(mean, np.float64(1))
+
+
 LOGITS = np.array([[0.5, -1.0, 2.0], [3.0, 0.1, -0.4]])
 
 
