@@ -13,6 +13,7 @@ matrix product here, so that figures compare across machines.
 import argparse
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -284,7 +285,19 @@ def env(config, repeats):
 
 
 def _run(config):
-  """Environment steps a second of a run, updates and all, once warm."""
+  """Environment steps a second of a run, updates and all, once warm.
+
+  Updates come as often as in a run, but in smaller blocks and none ahead of
+  acting, so that short episodes tell.
+  """
+  block = math.gcd(config.train_every, config.train_steps)
+  config = tools.AttrDict(
+    config,
+    pretrain=0,
+    train_every=config.train_every // block,
+    train_steps=config.train_steps // block,
+    time_limit=min(config.time_limit, 200),
+  )
   agent = _agent(config)
   envs = [dreamer.make_env(config, i) for i in range(config.envs)]
   try:
