@@ -11,6 +11,7 @@ matrix product here, so that figures compare across machines.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -266,25 +267,36 @@ def replay(config, repeats):
 
 def env(config, repeats):
   """Environment steps a second: of 1, 2 and 4 workers, and of a whole run."""
-  rates, spread = {}, {}
+  rates, spread, repeats = {}, {}, max(2, repeats // 2)
   for count in (1, 2, 4):
-    envs = [dreamer.make_env(config, i) for i in range(count)]
-    try:
+    with _environments(config, count) as envs:
       act = dreamer.random_agent(envs[0].action_space, 0)
       collect = functools.partial(tools.simulate, act, envs, episodes=count)
-      times = median(collect, max(2, repeats // 2))
-    finally:
-      for each in envs:
-        each.close()
-    rate, high, low = (count * config.time_limit / t for t in times)
-    rates[str(count)], spread[str(count)] = rate, [low, high]
-  return (
-    dict(env_steps_per_s=rates, run_env_steps_per_s=_run(config)),
-    dict(env_steps_per_s=spread),
-  )
+      times = median(collect, repeats)
+    steps = count * config.time_limit
+    rates[str(count)], *spread[str(count)] = _rates(steps, times)
+  rate, *around = _run(config, repeats)
+  figures = dict(env_steps_per_s=rates, run_env_steps_per_s=rate)
+  return figures, dict(env_steps_per_s=spread, run_env_steps_per_s=around)
 
 
-def _run(config):
+@contextlib.contextmanager
+def _environments(config, count):
+  envs = [dreamer.make_env(config, i) for i in range(count)]
+  try:
+    yield envs
+  finally:
+    for each in envs:
+      each.close()
+
+
+def _rates(steps, times):
+  """What a second brings, from seconds: (median, least, largest)."""
+  middle, low, high = times
+  return steps / middle, steps / high, steps / low
+
+
+def _run(config, repeats):
   """Environment steps a second of a run, updates and all, once warm.
 
   Updates come as often as in a run, but in smaller blocks and none ahead of
@@ -299,18 +311,17 @@ def _run(config):
     time_limit=min(config.time_limit, 200),
   )
   agent = _agent(config)
-  envs = [dreamer.make_env(config, i) for i in range(config.envs)]
-  try:
-    state = tools.simulate(agent, envs, steps=1)  # traces; an episode each
+
+  def episode():  # one of each environment, and the updates due by then
+    tools.simulate(agent, envs, episodes=config.envs)
     agent.catch_up()
-    start, before = time.perf_counter(), agent.step
-    tools.simulate(agent, envs, steps=state[0] + 1, state=state)
-    agent.catch_up()
-    return (agent.step - before) / (time.perf_counter() - start)
-  finally:
-    agent.halt()
-    for each in envs:
-      each.close()
+
+  with _environments(config, config.envs) as envs:
+    try:
+      times = median(episode, repeats)
+    finally:
+      agent.halt()
+  return _rates(config.envs * config.time_limit, times)
 
 
 # --- Command ----------------------------------------------------------------
