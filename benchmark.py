@@ -26,7 +26,10 @@ import time
 
 import numpy as np
 
-import dreamer
+import dreamer  # first, as it imports TensorFlow quietly
+
+# isort: split
+import configs
 import tools
 
 PARTS = ('startup', 'train', 'policy', 'replay', 'env', 'memory')
@@ -101,7 +104,7 @@ def train(config, repeats):
     middle, low, high = median(lambda f=work: _wait(f()), repeats)
     split[name], spread[name] = middle, [low, high]
   figures = dict(update_s=times[0], update_split_s=split)
-  if dreamer.method_name(config) == 'dreamer':
+  if configs.method_name(config) == 'dreamer':
     figures['update_gflop'] = update_flops(agent, config) / 1e9
   return figures, dict(update_s=times[1:], update_split_s=spread)
 
@@ -404,7 +407,7 @@ def main(argv=None):
     logdir = args.work[1] if args.work else folder
     words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]
     try:
-      config = dreamer.parse_flags([*words, f'--logdir={logdir}'])
+      config = configs.parse_flags([*words, f'--logdir={logdir}'])
       if args.work:
         print(json.dumps(work(args.work[0], config, args.repeats)))
         return 0
@@ -422,7 +425,7 @@ def main(argv=None):
 
 def gather(parts, words, repeats, logdir):
   """Runs each part in a process of its own, and joins what they measured."""
-  report = dict(machine=machine(), versions=dreamer.versions(), spread={})
+  report = dict(machine=machine(), versions=configs.versions(), spread={})
   peaks = {}
   for part in ('gemm', *(p for p in parts if p != 'memory')):
     command = [sys.executable, __file__, *words, f'--repeats={repeats}']

@@ -21,7 +21,10 @@ import sys
 import imageio.v3 as imageio
 import numpy as np
 
-import dreamer
+import dreamer  # first, as it imports TensorFlow quietly
+
+# isort: split
+import configs
 import tools
 
 CONTEXT = 5  # images that a prediction sees
@@ -95,7 +98,7 @@ def evaluate(config, episodes, outdir=None):
   """Runs whole episodes; returns figures as --json writes them.
 
   Args:
-    config: from `dreamer.load_config`; its seed is that of the evaluation.
+    config: from `configs.load_config`; its seed is that of the evaluation.
     episodes: how many.
     outdir: folder for videos, or None.
   """
@@ -104,7 +107,7 @@ def evaluate(config, episodes, outdir=None):
   try:
     agent = load_agent(config, env.action_space)
     print(
-      f'{config.logdir}: {config.task}, {dreamer.method_name(config)}, '
+      f'{config.logdir}: {config.task}, {configs.method_name(config)}, '
       f'step {agent.step}, {agent.updates} updates.',
       flush=True,
     )
@@ -123,7 +126,7 @@ def evaluate(config, episodes, outdir=None):
   return dict(
     logdir=str(config.logdir),
     task=config.task,
-    method=dreamer.method_name(config),
+    method=configs.method_name(config),
     step=agent.step,
     updates=agent.updates,
     seed=config.seed,
@@ -214,7 +217,7 @@ def write_strips(path, video):
 
 
 def parse_flags(argv):
-  parser = dreamer.Parser(
+  parser = configs.Parser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   folder = pathlib.Path
@@ -231,7 +234,7 @@ def parse_flags(argv):
 
 
 def run(args):
-  config = dreamer.load_config(args.logdir)
+  config = configs.load_config(args.logdir)
   config.update(seed=args.seed, eval_noise=0.0)
   dreamer.setup_precision(config.precision)
   for path in filter(None, (args.outdir, args.json and args.json.parent)):

@@ -89,12 +89,12 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 # What dreamer.py makes of flags; apart, as it imports TensorFlow.
 CHECK = """
-import json, sys, dreamer
+import json, sys, dreamer, configs
 answers = []
 for flags in json.load(sys.stdin):
   try:
-    config = dreamer.parse_flags(flags)
-    answers.append(dict(config, method=dreamer.method_name(config)))
+    config = configs.parse_flags(flags)
+    answers.append(dict(config, method=configs.method_name(config)))
   except dreamer.ERRORS as error:
     answers.append(dict(error=str(error)))
 json.dump(answers, sys.stdout, default=str)

@@ -294,7 +294,7 @@ def main():
   for name, values in times.items():
     middle, low, high = np.median(values), min(values), max(values)
     print(f'{name:10} {middle:7.3f} s  ({low:.3f} to {high:.3f})')
-  ratios = np.divide(times['dreamer'], times['plain'])
+  ratios = np.divide(times['dreamer'], times['reference'])
   low, high = min(ratios), max(ratios)
   print(f'ratio      {np.median(ratios):7.3f}    ({low:.3f} to {high:.3f})')
 

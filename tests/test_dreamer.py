@@ -14,6 +14,7 @@ import pytest
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
+import configs
 import gym
 import hypothesis
 import keras
@@ -681,7 +682,7 @@ def test_open_loop_keeps_the_truth_and_the_context(tmp_path):
 
 
 def parse(*argv):
-  return dreamer.parse_flags(['--logdir', '/tmp/x', *argv])
+  return configs.parse_flags(['--logdir', '/tmp/x', *argv])
 
 
 def test_flags_parse_as_in_the_release():
@@ -727,7 +728,7 @@ def test_bad_flags_are_errors_with_exit_code_2(argv, words, capsys, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-FLAGS = {f[0]: f[1] for group in dreamer.define_flags().values() for f in group}
+FLAGS = {f[0]: f[1] for group in configs.define_flags().values() for f in group}
 VALUES = strategies.one_of(
   strategies.text(max_size=8),
   strategies.integers().map(str),
@@ -740,7 +741,7 @@ VALUES = strategies.one_of(
 @hypothesis.settings(max_examples=300, deadline=None)
 def test_any_value_of_any_flag_is_taken_as_its_type_or_refused(name, text):
   try:
-    config = dreamer.parse_flags(['--logdir=run', f'--{name}={text}'])
+    config = configs.parse_flags(['--logdir=run', f'--{name}={text}'])
   except (tools.UserError, dreamer.wrappers.TaskError) as error:
     assert str(error)
     return
@@ -762,12 +763,12 @@ def test_what_a_flag_shows_can_be_given_back(name):
   for task in ('dmc_walker_walk', 'toy_reach', 'atari_pong'):
     expected = dreamer.define_config(task)[name]
     words = ['--logdir=run', f'--task={task}', f'--{name}={expected}']
-    assert dreamer.parse_flags(words)[name] == expected
+    assert configs.parse_flags(words)[name] == expected
 
 
 def test_help_names_every_flag(capsys):
   with pytest.raises(SystemExit) as stop:
-    dreamer.parse_flags(['--help'])
+    configs.parse_flags(['--help'])
   assert stop.value.code == 0
   shown = capsys.readouterr().out
   for name in dreamer.define_config():
@@ -799,7 +800,7 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
   for name in names:
     (tmp_path / name).write_text('')
   dreamer.setup_logdir(
-    dreamer.parse_flags(['--logdir', str(tmp_path)])
+    configs.parse_flags(['--logdir', str(tmp_path)])
   ).release()
   left = {p.name for p in tmp_path.iterdir()}
   assert left == {'lock', 'config.json', 'episodes'}
@@ -987,10 +988,10 @@ def test_actions_are_chosen_by_the_action_space():
     (onehot, 'onehot', 'epsilon_greedy'),
   ):
     config = dreamer.define_config('gym_Some-v0')
-    dreamer.resolve_actions(config, space)
+    configs.resolve_actions(config, space)
     assert (config.action_dist, config.expl) == (dist, expl)
     config.expl = 'completely_random'
-    dreamer.resolve_actions(config, space)
+    configs.resolve_actions(config, space)
     assert config.expl == 'completely_random'
   for space, flags, words in (
     (box, dict(action_dist='onehot'), '--action_dist is tanh_normal'),
@@ -1000,19 +1001,19 @@ def test_actions_are_chosen_by_the_action_space():
     config = dreamer.define_config('gym_Some-v0')
     config.update(flags)
     with pytest.raises(tools.UserError, match=words):
-      dreamer.resolve_actions(config, space)
+      configs.resolve_actions(config, space)
 
 
 def test_suite_defaults_and_flags_before_them(tmp_path):
   flags = [f'--logdir={tmp_path}', '--task=atari_pong']
-  config = dreamer.parse_flags(flags)
+  config = configs.parse_flags(flags)
   expected = dict(action_repeat=4, time_limit=108_000, clip_rewards='tanh')
   expected.update(pcont=True, kl_scale=0.1, horizon=10, expl_amount=0.4)
   assert expected.items() <= config.items()
-  config = dreamer.parse_flags([*flags, '--horizon=15', '--pcont=False'])
+  config = configs.parse_flags([*flags, '--horizon=15', '--pcont=False'])
   assert (config.horizon, config.pcont, config.kl_scale) == (15, False, 0.1)
   flags[1] = '--task=gym_CartPole-v1'
-  config = dreamer.parse_flags(flags)
+  config = configs.parse_flags(flags)
   assert (config.action_repeat, config.pcont) == (1, True)
 
 
@@ -1059,7 +1060,7 @@ def test_learns_toy_catch(tmp_path):
   assert learned > 0.3
   # Predicted discounts after training: low where an episode ends only.
   flags = ['--logdir', str(logdir), '--task', 'toy_catch', '--precision', '32']
-  config = dreamer.parse_flags(flags)
+  config = configs.parse_flags(flags)
   datadir = logdir / 'episodes'
   agent = dreamer.Dreamer(config, datadir, wrappers.OneHotBox(3))
   assert tools.Checkpoints(

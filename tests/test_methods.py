@@ -10,6 +10,7 @@ import pytest
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
+import configs
 import gym
 import keras
 import numpy as np
@@ -275,7 +276,7 @@ def test_planning_needs_continuous_actions():
   config = dreamer.define_config('toy_catch')
   config.behavior = 'planning'
   with pytest.raises(tools.UserError, match='planning needs'):
-    dreamer.resolve_actions(config, wrappers.OneHotBox(3))
+    configs.resolve_actions(config, wrappers.OneHotBox(3))
 
 
 @pytest.mark.parametrize(
@@ -325,6 +326,6 @@ def test_whole_run_without_decoder_and_value(tmp_path):
 def test_bad_plans_are_refused(tmp_path):
   flags = [f'--logdir={tmp_path}', '--behavior=planning']
   with pytest.raises(tools.UserError, match='--plan_candidates is at least'):
-    dreamer.parse_flags([*flags, '--plan_candidates=50'])
+    configs.parse_flags([*flags, '--plan_candidates=50'])
   with pytest.raises(tools.UserError, match='--representation is one of'):
-    dreamer.parse_flags([*flags, '--representation=contrast'])
+    configs.parse_flags([*flags, '--representation=contrast'])
