@@ -196,7 +196,8 @@ def update_flops(agent, config):
 
   Each weight of a dense layer is used once for each row, of a convolution once
   for each pixel of its smaller side. A gradient by the inputs and one by the
-  weights cost as much as the forward pass; counted are those that are needed.
+  weights cost as much as the forward pass; counted are those that are needed
+  where every layer is computed on its own.
   """
   images = config.batch_size * config.batch_length
   starts = config.batch_size * (config.batch_length - int(config.pcont))

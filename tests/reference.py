@@ -1,7 +1,7 @@
 """An update as the equations read, of stock Keras layers and loops.
 
     python tests/reference.py --repeats 7
-    python tests/reference.py --precision 32 --task dmc_cartpole_balance
+    python tests/reference.py --precision 32 --preset cpu
 
 What `Dreamer.train` is held against: same weights, batch and noise give the
 same losses and gradients (test_dreamer.py), and as a script this times both in
@@ -17,17 +17,18 @@ import sys
 import tempfile
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import dreamer  # first, as it imports TensorFlow quietly
+
+# isort: split
+import configs
 import gym
 import keras
 import numpy as np
 import tensorflow as tf
+import tools
 from keras import layers as kl
 from tensorflow_probability import distributions as tfd
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
-import dreamer
-import tools
 
 LAYER = dict(dtype='float32')
 
@@ -267,8 +268,10 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--preset', default='release')
-  parser.add_argument('--precision', default='auto')
+  presets = 'release', *configs.PRESETS
+  parser.add_argument('--preset', default='release', choices=presets)
+  precisions = 'auto', '32', 'bfloat16'
+  parser.add_argument('--precision', default='auto', choices=precisions)
   parser.add_argument('--actions', type=int, default=6)
   parser.add_argument('--repeats', type=int, default=7)
   args = parser.parse_args()
