@@ -21,14 +21,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import dreamer  # first, as it imports TensorFlow quietly
 
 # isort: split
-import configs
 import gym
 import keras
 import numpy as np
 import tensorflow as tf
-import tools
 from keras import layers as kl
 from tensorflow_probability import distributions as tfd
+
+import configs
+import tools
 
 LAYER = dict(dtype='float32')
 
