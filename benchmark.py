@@ -286,6 +286,7 @@ def env(config, repeats):
 
 @contextlib.contextmanager
 def _environments(config, count):
+  """Yields `count` environments in their workers, and closes them."""
   envs = [dreamer.make_env(config, i) for i in range(count)]
   try:
     yield envs

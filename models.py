@@ -359,7 +359,7 @@ class ConvDecoder(keras.layers.Layer):
     return tools.UnitNormal(mean, len(self._shape))
 
   def _first(self, x):
-    """The dense layer and the first convolution: [N, F] to [N, 5, 5, C].
+    """Dense layer and first convolution: [N, F] to [N, 5, 5, 4 * depth].
 
     From 1x1 pixels the second is a matrix product too, and nothing is between
     them. So of many features the product with the product of both matrices

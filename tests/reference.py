@@ -35,7 +35,7 @@ LAYER = dict(dtype='float32')
 
 
 class Reference:
-  """Copies of an agent's networks, and their losses and gradients.
+  """Copies of an agent's networks, and their losses and gradients (float32).
 
   Args:
     agent: `dreamer.Dreamer`, with continuous actions and without `pcont`.
@@ -130,6 +130,7 @@ class Reference:
     return tfd.Normal(self._run(layers, feat)[..., 0], 1.0)
 
   def _policy(self, feat):
+    """Eq. 3."""
     mean, std = tf.split(self._run(self._actor, feat), 2, -1)
     mean = 5.0 * tf.tanh(mean / 5.0)
     raw = np.log(np.expm1(self._c.action_init_std)).astype(np.float32)
@@ -149,19 +150,21 @@ class Reference:
     return dict(mean=mean, std=std, stoch=stoch)
 
   def _transit(self, state, action, seed):
+    """The transition model of Eq. 9, on states [B, ...]."""
     x = self._img1(tf.concat([state['stoch'], action], -1))
     deter, _ = self._gru(x, [state['deter']])
     stats = self._gaussian(self._img3(self._img2(deter)), seed)
     return dict(stats, deter=deter)
 
   def _observe(self, state, action, embed, seed):
+    """The representation model of Eq. 9: posterior and prior [B, ...]."""
     prior = self._transit(state, action, seed)
     x = self._obs1(tf.concat([prior['deter'], embed], -1))
     stats = self._gaussian(self._obs2(x), tf.bitwise.invert(seed))
     return dict(stats, deter=prior['deter']), prior
 
   def _model_loss(self, data):
-    """Eq. 10."""
+    """Eq. 10, a scalar, and posterior states {...: [B, T, ...]}."""
     agent, steps = self._agent, data['action'].shape[1]
     seeds = agent._seeds(steps, 0)
     embed = self._encode(data['image'])
@@ -185,7 +188,7 @@ class Reference:
     ]
     div = tf.reduce_mean(tfd.kl_divergence(*dists))
     loss = self._c.kl_scale * tf.maximum(div, self._c.free_nats)
-    return loss - image - tf.reduce_mean(reward), post
+    return loss - image - tf.reduce_mean(reward), post  # Eq. 10
 
   def _dream(self, post):
     """Features of imagined states, a list of [N, F]."""
@@ -203,11 +206,11 @@ class Reference:
     return feats
 
   def _returns(self, rewards, values):
-    """Eq. 6, for the states but the last."""
+    """V_lambda [H-1, N] of lists of [N], for the states but the last."""
     c, returns = self._c, [values[-1]]
     for t in reversed(range(len(rewards) - 1)):
       following = (1 - c.disclam) * values[t + 1] + c.disclam * returns[0]
-      returns.insert(0, rewards[t] + c.discount * following)
+      returns.insert(0, rewards[t] + c.discount * following)  # Eq. 6
     return tf.stack(returns[:-1])
 
   def losses(self, data):
@@ -223,11 +226,11 @@ class Reference:
       value = self._head(self._value, feat).mean()
       returns = self._returns(tf.unstack(reward), tf.unstack(value))
       weights = self._c.discount ** np.arange(len(returns), dtype=np.float32)
-      actor = -tf.reduce_mean(weights[:, None] * returns)
+      actor = -tf.reduce_mean(weights[:, None] * returns)  # Eq. 7
     with tf.GradientTape() as value_tape:
       dist = self._head(self._value, tf.stop_gradient(feat[:-1]))
       like = dist.log_prob(tf.stop_gradient(returns))
-      value = -tf.reduce_mean(weights[:, None] * like)
+      value = -tf.reduce_mean(weights[:, None] * like)  # Eq. 8
     losses = dict(
       model=(model_tape, model),
       actor=(actor_tape, actor),

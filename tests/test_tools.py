@@ -388,6 +388,8 @@ def test_unit_normal_is_a_gaussian_of_unit_variance(dims):
       like = dist(mean, dims).log_prob(value)
       loss = tf.reduce_sum(like * tf.cast(tf.range(1, 4), like.dtype))
     results.append([like, *tape.gradient(loss, (mean, value))])
+    copied = dist(mean, dims).copy().log_prob(value)
+    np.testing.assert_array_equal(copied, like)
     assert like.shape == [2, 3]
     np.testing.assert_array_equal(dist(mean, dims).mean(), mean)
   for one, other in zip(*results, strict=True):
