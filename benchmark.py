@@ -29,6 +29,7 @@ import numpy as np
 import dreamer  # first, as it imports TensorFlow quietly
 
 # isort: split
+import cli
 import configs
 import tools
 
@@ -385,44 +386,62 @@ def table(report):
   return '\n'.join(lines)
 
 
-def main(argv=None):
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  parser.add_argument('--what', default=','.join(PARTS), help='parts to time')
-  parser.add_argument('--json', help='file for the figures')
-  parser.add_argument('--preset', default='release')
-  parser.add_argument('--task', default='dmc_walker_walk')
-  parser.add_argument('--precision', default='auto')
-  parser.add_argument('--representation', default='reconstruction')
-  parser.add_argument('--behavior', default='actor_critic')
-  parser.add_argument('--repeats', type=int, default=5)
-  parser.add_argument('--work', nargs=2, help=argparse.SUPPRESS)
-  args = parser.parse_args(argv)
-  parts = args.what.split(',')
-  for part in parts:
-    if part not in PARTS:
-      parser.error(f'no part {part!r}{tools.nearest(part, PARTS)}')
-  if args.json and not os.access(pathlib.Path(args.json).parent, os.W_OK):
-    parser.error(f'cannot write --json {args.json}')
+class Parts:
+  """Names of parts, by commas: a kind of value, as those in `cli`."""
+
+  metavar = 'parts'
+
+  def __str__(self):
+    return f'some of {", ".join(PARTS)}, by commas'
+
+  def parse(self, text):
+    for part in text.split(','):
+      if part not in PARTS:
+        raise cli.Refused(cli.nearest(part, PARTS))
+    return text.split(',')
+
+
+def parse_flags(argv):
+  parser = cli.Parser(__doc__)
+  parser.flag('--what', Parts(), list(PARTS), 'parts to time (all)')
+  parser.flag('--json', cli.Path(), help='file for the figures')
+  for name in FLAGS:
+    flag = configs.all_flags()[name]
+    text = f'{flag.meaning} ({flag.default})'
+    parser.flag(f'--{name}', flag.kind, flag.default, text)
+  parser.flag('--repeats', cli.Whole(1, 1000), 5, 'of what is timed (5)')
+  hidden = dict(nargs=2, help=argparse.SUPPRESS)
+  parser.flag('--work', cli.Text(), **hidden)
+  args = parser.parse(argv)
+  if args.json and not os.access(args.json.parent, os.W_OK):
+    raise cli.UserError(f'cannot write --json {args.json}')
+  return args
+
+
+def run(args):
   with tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
     words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]
-    try:
-      config = configs.parse_flags([*words, f'--logdir={logdir}'])
-      if args.work:
-        print(json.dumps(work(args.work[0], config, args.repeats)))
-        return 0
-      collect(config)
-    except dreamer.ERRORS as error:
-      print(f'benchmark.py: error: {error}', file=sys.stderr)
-      return 2
-    report = gather(parts, words, args.repeats, logdir)
+    config = configs.parse_flags([*words, f'--logdir={logdir}'])
+    if args.work:
+      print(json.dumps(work(args.work[0], config, args.repeats)))
+      return
+    collect(config)
+    report = gather(args.what, words, args.repeats, logdir)
   print(table(report))
   if args.json:
     with tools.atomic_write(args.json) as file:
       file.write((json.dumps(report, indent=2) + '\n').encode())
-  return 0
+
+
+def main(argv=None):
+  """Returns the exit code: 0, or 2 for bad input."""
+  try:
+    run(parse_flags(argv))
+    return 0
+  except dreamer.ERRORS as error:
+    print(f'benchmark.py: error: {error}', file=sys.stderr)
+    return 2
 
 
 def gather(parts, words, repeats, logdir):

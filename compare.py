@@ -18,7 +18,6 @@ release's plots read. Reads only. What is compared, and by which rule:
   3 seeds, or before 90,000 environment steps, the first published less 10%.
 """
 
-import argparse
 import collections
 import dataclasses
 import json
@@ -30,6 +29,9 @@ import sys
 import numpy as np
 from scipy import stats
 
+import cli
+from cli import UserError
+
 PAPER = pathlib.Path(__file__).with_name('scores') / 'paper.json'
 OTHERS = ('planet', 'd4pg', 'a3c')
 SCALE = 1000  # the largest return of a control suite task
@@ -38,15 +40,8 @@ LEAST_SEEDS = 3
 LEAST_STEPS = 90_000
 FREE = (
   *('logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every'),
-  *('strategy', 'worker_timeout'),
+  *('strategy', 'worker_timeout', 'start_timeout', 'env_errors'),
 )
-
-
-class InputError(Exception):
-  """Bad input: the message says what was wrong and what to do.
-
-  (The one of `tools` would bring TensorFlow, which takes seconds to import.)
-  """
 
 
 def warn(message):
@@ -73,12 +68,12 @@ def find_runs(folders, xaxis='step', yaxis='test/return'):
   """All runs below some folders, sorted; one for each task, method and seed.
 
   Raises:
-    InputError: a folder is missing, or there is no run in any.
+    UserError: a folder is missing, or there is no run in any.
   """
   found = {}
   for folder in folders:
     if not folder.is_dir():
-      raise InputError(f'--indir {folder} is not a folder')
+      raise UserError(f'--indir {folder} is not a folder')
     for path in _run_folders(folder):
       run = _read_run(path, xaxis, yaxis)
       if not run:
@@ -90,7 +85,7 @@ def find_runs(folders, xaxis='step', yaxis='test/return'):
         warn(f'{shorter.folder} is left out: same seed as {run.folder}')
       found[key] = run
   if not found:
-    raise InputError(
+    raise UserError(
       f'there is no run in {", ".join(map(str, folders))}: neither a logdir of '
       'dreamer.py (with config.json) nor task/method/seed/metrics.jsonl'
     )
@@ -141,7 +136,10 @@ def _read_config(path):
     if [*path.parts[-4:-1]] == names and names[1].startswith(f'{method}-'):
       method = names[1].removesuffix(suffix)
     method += suffix
-    return config['task'], method, str(config['seed']), config
+    task = config['task']
+    if config.get('env_args'):  # another task
+      task += f' {json.dumps(config["env_args"])}'
+    return task, method, str(config['seed']), config
   except (OSError, ValueError, KeyError, TypeError):
     warn(f'{path} is not readable as the configuration of a run')
     return None
@@ -188,12 +186,9 @@ def select(runs, tasks, methods):
   for name, patterns in (('tasks', tasks), ('methods', methods)):
     key = name[:-1]
     names = sorted({getattr(run, key) for run in runs})
-    try:
-      match = {n for n in names if any(re.search(p, n) for p in patterns)}
-    except re.error as error:
-      raise InputError(f'--{name}: {error}') from None
+    match = {n for n in names if any(re.search(p, n) for p in patterns)}
     if not match:
-      raise InputError(
+      raise UserError(
         f'--{name} {" ".join(patterns)} fits none of the runs; there are '
         + ', '.join(names)
       )
@@ -225,7 +220,7 @@ def load_paper(path=PAPER):
   try:
     return json.loads(path.read_text())
   except OSError:
-    raise InputError(
+    raise UserError(
       f'{path} is missing: run compare.py in a clone of its repository'
     ) from None
 
@@ -538,41 +533,32 @@ def _draw_paper(panel, paper, task, last):
 # --- The command ------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise InputError(message)
-
-
 def parse_flags(argv):
-  parser = _Parser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  parser = cli.Parser(__doc__)
+  several = dict(nargs='+')
+  parser.flag(
+    '--indir', cli.Path(), help='folders of runs', required=True, **several
   )
-  folder = pathlib.Path
-  parser.add_argument('--indir', nargs='+', type=folder, required=True)
-  parser.add_argument('--outdir', type=folder, help='folder for the curves')
-  parser.add_argument('--json', type=folder, help='file for the figures')
-  parser.add_argument('--xaxis', default='step', help='key of metrics.jsonl')
-  parser.add_argument('--yaxis', default='test/return', help='another key')
-  parser.add_argument(
-    '--bins', type=float, default=-1, help='width of a point of the curves'
-  )
-  parser.add_argument(
-    '--window', type=float, default=1e5, help='environment steps averaged'
-  )
+  parser.flag('--outdir', cli.Path(), help='folder for the curves')
+  parser.flag('--json', cli.Path(), help='file for the figures')
+  parser.flag('--xaxis', cli.Text(), 'step', 'key of metrics.jsonl (step)')
+  text = 'another key (test/return)'
+  parser.flag('--yaxis', cli.Text(), 'test/return', text)
+  text = 'width of a point of the curves (by the steps)'
+  parser.flag('--bins', cli.Number(0, 1e15, above=True), -1, text)
+  text = 'environment steps averaged (1e5)'
+  parser.flag('--window', cli.Number(0, 1e15, above=True), 1e5, text)
   for name in ('tasks', 'methods'):
     text = 'regular expressions, any of which may match'
-    parser.add_argument(f'--{name}', nargs='+', default=['.*'], help=text)
-  args = parser.parse_args(argv)
-  if args.window <= 0:
-    raise InputError(f'--window is more than 0, not {args.window:g}')
-  return args
+    parser.flag(f'--{name}', cli.Pattern(), ['.*'], text, **several)
+  return parser.parse(argv)
 
 
 def run(args):
   runs = find_runs(args.indir, args.xaxis, args.yaxis)
   groups = group_runs(select(runs, args.tasks, args.methods))
   if not any(len(r.steps) for group in groups.values() for r in group):
-    raise InputError(
+    raise UserError(
       f'no run has {args.yaxis} by {args.xaxis} in its metrics.jsonl yet'
       + (': no evaluation has finished' if args.yaxis[:5] == 'test/' else '')
     )
@@ -595,7 +581,7 @@ def run(args):
       report = dict(rows=rows, summary=summary, rule=rule)
       args.json.write_text(json.dumps(report, indent=2) + '\n')
   except OSError as error:
-    raise InputError(f'cannot write: {error}') from None
+    raise UserError(f'cannot write: {error}') from None
 
 
 def main(argv=None):
@@ -603,7 +589,7 @@ def main(argv=None):
   try:
     run(parse_flags(argv))
     return 0
-  except InputError as error:
+  except UserError as error:
     print(f'compare.py: error: {error}', file=sys.stderr)
     return 2
 

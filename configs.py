@@ -4,201 +4,224 @@ A flag's value is that of the command line, else of the preset, else of the
 task, else its default.
 """
 
-import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import pathlib
 import re
 import sys
+import typing
 
-import numpy as np
-
+import cli
 import distribute
 import tools
 import wrappers
+from cli import Choice, Number, Truth, UserError, Whole
 
 # --- Flags ------------------------------------------------------------------
 
 
-def define_flags():
-  """All flags: {group: [(name, default, unit and meaning, source)]}.
+class Flag(typing.NamedTuple):
+  """A flag of `dreamer.py`.
 
-  A tuple in place of a default lists the choices, the default first.
+  Attributes:
+    name: without its dashes.
+    kind: what values it takes, from `cli`.
+    default: its value for a control suite task.
+    meaning: its unit and meaning.
+    source: of the default.
+    fixed: may not change when a run resumes, as it shapes weights or replay,
+      or changes what the weights compute.
   """
-  return {
-    'Run': [
-      (
-        'logdir',
-        pathlib.Path(),
-        'folder of the run; resumes what is there',
-        '',
-      ),
-      ('task', 'dmc_walker_walk', 'name of the task', ''),
-      ('preset', ('release', *PRESETS), 'a set of defaults', ''),
-      ('seed', 0, 'of networks, noise, replay and environments', ''),
-      ('steps', 5_000_000, 'environment steps of the whole run', 'App. G'),
-      (
-        'eval_every',
-        10_000,
-        'environment steps between evaluations',
-        'release',
-      ),
-      ('log_every', 1000, 'environment steps between log lines', 'release'),
-      ('log_scalars', True, 'log losses and norms', 'release'),
-      ('log_images', True, 'log open-loop predictions', 'release'),
-      ('gpu_growth', True, 'take GPU memory as needed', 'release'),
-      (
-        'precision',
-        ('auto', '16', 'bfloat16', '32'),
-        'of layers; auto: 16 on a GPU, bfloat16 on a CPU that has it, or 32',
-        'release: 16',
-      ),
-      (
-        'jit',
-        ('auto', 'True', 'False'),
-        'compile with XLA; auto: on a GPU, as a CPU gets slower by it',
-        '',
-      ),
-      (
-        'strategy',
-        distribute.STRATEGIES,
-        'devices: one, all GPUs here, or the processes of TF_CONFIG',
-        'release: mirrored',
-      ),
-      ('save_every', 10.0, 'minutes between checkpoints, at most', ''),
-      (
-        'deterministic',
-        False,
-        'wait for updates before acting, and use exact kernels; slower',
-        '',
-      ),
-    ],
-    'Environment': [
-      ('envs', 1, 'environments that run at the same time', 'release'),
-      (
-        'parallel',
-        ('process', 'thread', 'none', 'ray'),
-        'how environments run; ray: on the hosts of RAY_ADDRESS, or on this',
-        'release: none',
-      ),
-      (
-        'worker_timeout',
-        60.0,
-        'seconds without an answer until a worker is replaced; 0: none',
-        '',
-      ),
-      ('action_repeat', 2, 'environment steps for each action', 'App. A'),
-      ('time_limit', 1000, 'environment steps of an episode', 'section 6'),
-      ('prefill', 5000, 'environment steps of random actions', 'App. A'),
-      ('eval_noise', 0.0, 'exploration amount in evaluations', 'release'),
-      ('clip_rewards', ('none', 'tanh'), 'bound of rewards', 'App. A'),
-    ],
-    'World model': [
-      (
-        'representation',
-        ('reconstruction', 'contrastive', 'reward'),
-        'what states are learned from, besides rewards',
-        'section 4',
-      ),
-      (
-        'contrast',
-        ('batch', 'time', 'window'),
-        'images to tell apart: of the batch, the sequence, or near in time',
-        'Eq. 12: batch',
-      ),
-      ('contrast_window', 5, 'agent steps to both sides that are near', ''),
-      ('deter_size', 200, 'units of the GRU', 'release'),
-      ('stoch_size', 30, 'dimensions of the latent Gaussian', 'App. A'),
-      ('num_units', 400, 'units of dense layers (paper: 300)', 'release'),
-      ('reward_layers', 2, 'hidden layers (paper: 3)', 'release'),
-      ('pcont_layers', 3, 'hidden layers', 'App. A'),
-      ('value_layers', 3, 'hidden layers', 'App. A'),
-      ('actor_layers', 4, 'hidden layers (paper: 3)', 'release'),
-      ('dense_act', 'elu', 'Keras activation of dense layers', 'App. A'),
-      ('cnn_act', 'relu', 'Keras activation of convolutions', 'release'),
-      ('cnn_depth', 32, 'channels of the first convolution', 'release'),
-      ('pcont', False, 'predict discounts, for early termination', 'App. A'),
-      ('free_nats', 3.0, 'nats of KL that cost nothing', 'App. A'),
-      ('kl_scale', 1.0, 'beta of Eq. 10', 'App. A'),
-      ('pcont_scale', 10.0, 'weight of the discount loss', 'release'),
-      ('weight_decay', 0.0, 'decoupled, for each update and rate', 'release'),
-      (
-        'weight_decay_pattern',
-        r'.*',
-        'regular expression of decaying variables',
-        'release',
-      ),
-    ],
-    'Training': [
-      ('batch_size', 50, 'sequences in a batch', 'App. A'),
-      ('batch_length', 50, 'agent steps in a sequence', 'App. A'),
-      ('train_every', 1000, 'environment steps between trainings', 'App. A'),
-      ('train_steps', 100, 'updates in a training', 'App. A'),
-      ('pretrain', 100, 'updates in the first training', 'release'),
-      ('model_lr', 6e-4, 'learning rate of the world model', 'App. A'),
-      ('value_lr', 8e-5, 'learning rate of the value model', 'App. A'),
-      ('actor_lr', 8e-5, 'learning rate of the action model', 'App. A'),
-      (
-        'actor_delay',
-        0,
-        'updates before the action model begins to learn',
-        '',
-      ),
-      ('grad_clip', 100.0, 'largest gradient norm', 'App. A'),
-      ('opt_eps', 1e-7, 'epsilon of Adam (2019 code: 1e-4)', 'release'),
-      ('dataset_balance', False, 'draw ends of episodes more', 'release'),
-      ('replay_capacity', 0, 'environment steps to draw from; 0: all', ''),
-    ],
-    'Behavior': [
-      (
-        'behavior',
-        ('actor_critic', 'actor', 'planning'),
-        'how actions are found: Eq. 7 and 8, Eq. 7 with V_R, or PlaNet',
-        'Fig. 4, 7',
-      ),
-      ('plan_horizon', 12, 'agent steps that are planned', 'PlaNet'),
-      ('plan_candidates', 1000, 'plans in each iteration', 'PlaNet'),
-      ('plan_best', 100, 'plans that the next are drawn after', 'PlaNet'),
-      ('plan_iterations', 10, 'iterations', 'PlaNet'),
-      ('discount', 0.99, 'gamma, for each agent step', 'App. A'),
-      ('disclam', 0.95, 'lambda of Eq. 6', 'App. A'),
-      ('horizon', 15, 'H, agent steps of imagination', 'App. A'),
-      (
-        'action_dist',
-        ('auto', 'tanh_normal', 'onehot'),
-        'action model; auto: by the action space',
-        'Eq. 3',
-      ),
-      ('action_init_std', 5.0, 'before tanh, at the start', 'release'),
-      (
-        'collect_action',
-        ('sample', 'mode'),
-        'action that exploration noise is added to (paper: mode)',
-        'release',
-      ),
-      (
-        'expl',
-        ('auto', 'additive_gaussian', 'epsilon_greedy', 'completely_random'),
-        'exploration; auto: the first, or the second for discrete actions',
-        'App. A',
-      ),
-      ('expl_amount', 0.3, 'standard deviation, or epsilon', 'App. A'),
-      (
-        'expl_decay',
-        0.0,
-        'environment steps that halve it; 0: none',
-        'release',
-      ),
-      (
-        'expl_ramp',
-        0,
-        'updates in which it goes to the least linearly; 0: none',
-        'App. A',
-      ),
-      ('expl_min', 0.0, 'least amount', 'release'),
-    ],
-  }
+
+  name: str
+  kind: object
+  default: object
+  meaning: str
+  source: str = ''
+  fixed: bool = False
+
+
+FIXED = True
+POSITIVE = Whole(1)
+SIZE = Whole(1, 20_000)  # beyond, a layer has more than a billion weights
+LAYERS = Whole(0, 50)
+RATE = Number(0, 1)
+WEIGHT = Number(0, 1e6)
+AMOUNT = Number(0, 10)  # of exploration
+ACTIVATION = Choice(
+  *('elu', 'relu', 'celu', 'gelu', 'leaky_relu', 'linear', 'mish', 'relu6'),
+  *('selu', 'sigmoid', 'silu', 'softplus', 'softsign', 'swish', 'tanh'),
+)
+PRESET = Choice('release', 'paper', 'cpu', 'debug')
+PRECISION = Choice('auto', '16', 'bfloat16', '32')
+JIT = Choice('auto', 'True', 'False')
+PARALLEL = Choice('process', 'thread', 'none', 'ray')
+REPRESENTATION = Choice('reconstruction', 'contrastive', 'reward')
+BEHAVIOR = Choice('actor_critic', 'actor', 'planning')
+ACTION_DIST = Choice('auto', 'tanh_normal', 'onehot')
+EXPL = Choice(
+  *('auto', 'additive_gaussian', 'epsilon_greedy', 'completely_random')
+)
+
+# fmt: off
+FLAGS = {
+  'Run': [
+    Flag('logdir', cli.Path(), pathlib.Path(),
+         'folder of the run; resumes what is there'),
+    Flag('task', cli.Text(wrappers.check_task), 'dmc_walker_walk',
+         'name of the task', fixed=FIXED),
+    Flag('preset', PRESET, 'release', 'a set of defaults'),
+    Flag('seed', Whole(0, 2**32 - 1), 0,
+         'of networks, noise, replay and environments'),
+    Flag('steps', Whole(), 5_000_000,
+         'environment steps of the whole run', 'App. G'),
+    Flag('eval_every', POSITIVE, 10_000,
+         'environment steps between evaluations', 'release'),
+    Flag('log_every', POSITIVE, 1000,
+         'environment steps between log lines', 'release'),
+    Flag('log_scalars', Truth(), True, 'log losses and norms', 'release'),
+    Flag('log_images', Truth(), True, 'log open-loop predictions', 'release'),
+    Flag('gpu_growth', Truth(), True, 'take GPU memory as needed', 'release'),
+    Flag('precision', PRECISION, 'auto',
+         'of layers; auto: 16 on a GPU, bfloat16 on a CPU that has it, or 32',
+         'release: 16'),
+    Flag('jit', JIT, 'auto',
+         'compile with XLA; auto: on a GPU, as a CPU gets slower by it'),
+    Flag('strategy', Choice(*distribute.STRATEGIES), 'auto',
+         'devices: one, all GPUs here, or the processes of TF_CONFIG',
+         'release: mirrored'),
+    Flag('save_every', WEIGHT, 10.0, 'minutes between checkpoints, at most'),
+    Flag('deterministic', Truth(), False,
+         'wait for updates before acting, and use exact kernels; slower'),
+  ],
+  'Environment': [
+    Flag('envs', Whole(1, 1000), 1,
+         'environments that run at the same time', 'release'),
+    Flag('env_args', cli.Arguments(), {},
+         'arguments of the constructor of a gym_ task', fixed=FIXED),
+    Flag('env_errors', Choice('drop', 'stop'), 'drop',
+         'after an error in a whole-running environment: drop its episode'),
+    Flag('parallel', PARALLEL, 'process',
+         'how environments run; ray: on the hosts of RAY_ADDRESS, or on this',
+         'release: none'),
+    Flag('worker_timeout', Number(0, 1e6), 60.0,
+         'seconds that a step or reset may take; 0: no limit'),
+    Flag('start_timeout', Number(0, 1e6), 600.0,
+         'seconds that the start of an environment may take; 0: no limit'),
+    Flag('action_repeat', Whole(1, 1000), 2,
+         'environment steps for each action', 'App. A', FIXED),
+    Flag('time_limit', POSITIVE, 1000,
+         'environment steps of an episode', 'section 6'),
+    Flag('prefill', Whole(), 5000,
+         'environment steps of random actions', 'App. A'),
+    Flag('eval_noise', AMOUNT, 0.0,
+         'exploration amount in evaluations', 'release'),
+    Flag('clip_rewards', Choice('none', 'tanh'), 'none',
+         'bound of rewards', 'App. A', FIXED),
+  ],
+  'World model': [
+    Flag('representation', REPRESENTATION, 'reconstruction',
+         'what states are learned from, besides rewards', 'section 4', FIXED),
+    Flag('contrast', Choice('batch', 'time', 'window'), 'batch',
+         'images to tell apart: of the batch, the sequence, or near in time',
+         'Eq. 12: batch'),
+    Flag('contrast_window', POSITIVE, 5,
+         'agent steps to both sides that are near'),
+    Flag('deter_size', SIZE, 200, 'units of the GRU', 'release', FIXED),
+    Flag('stoch_size', SIZE, 30,
+         'dimensions of the latent Gaussian', 'App. A', FIXED),
+    Flag('num_units', SIZE, 400,
+         'units of dense layers (paper: 300)', 'release', FIXED),
+    Flag('reward_layers', LAYERS, 2,
+         'hidden layers (paper: 3)', 'release', FIXED),
+    Flag('pcont_layers', LAYERS, 3, 'hidden layers', 'App. A', FIXED),
+    Flag('value_layers', LAYERS, 3, 'hidden layers', 'App. A', FIXED),
+    Flag('actor_layers', LAYERS, 4,
+         'hidden layers (paper: 3)', 'release', FIXED),
+    Flag('dense_act', ACTIVATION, 'elu',
+         'Keras activation of dense layers', 'App. A', FIXED),
+    Flag('cnn_act', ACTIVATION, 'relu',
+         'Keras activation of convolutions', 'release', FIXED),
+    Flag('cnn_depth', Whole(1, 1000), 32,
+         'channels of the first convolution', 'release', FIXED),
+    Flag('pcont', Truth(), False,
+         'predict discounts, for early termination', 'App. A', FIXED),
+    Flag('free_nats', WEIGHT, 3.0, 'nats of KL that cost nothing', 'App. A'),
+    Flag('kl_scale', WEIGHT, 1.0, 'beta of Eq. 10', 'App. A'),
+    Flag('pcont_scale', WEIGHT, 10.0, 'weight of the discount loss', 'release'),
+    Flag('weight_decay', RATE, 0.0,
+         'decoupled, for each update and rate', 'release'),
+    Flag('weight_decay_pattern', cli.Pattern(), r'.*',
+         'regular expression of decaying variables', 'release'),
+  ],
+  'Training': [
+    Flag('batch_size', Whole(1, 100_000), 50,
+         'sequences in a batch', 'App. A'),
+    Flag('batch_length', Whole(2, 100_000), 50,
+         'agent steps in a sequence', 'App. A'),
+    Flag('train_every', POSITIVE, 1000,
+         'environment steps between trainings', 'App. A'),
+    Flag('train_steps', Whole(), 100, 'updates in a training', 'App. A'),
+    Flag('pretrain', Whole(), 100, 'updates in the first training', 'release'),
+    Flag('model_lr', RATE, 6e-4, 'learning rate of the world model', 'App. A'),
+    Flag('value_lr', RATE, 8e-5, 'learning rate of the value model', 'App. A'),
+    Flag('actor_lr', RATE, 8e-5, 'learning rate of the action model', 'App. A'),
+    Flag('actor_delay', Whole(), 0,
+         'updates before the action model begins to learn'),
+    Flag('grad_clip', WEIGHT, 100.0,
+         'largest gradient norm; 0: no limit', 'App. A'),
+    Flag('opt_eps', Number(0, 1, above=True), 1e-7,
+         'epsilon of Adam (2019 code: 1e-4)', 'release'),
+    Flag('dataset_balance', Truth(), False,
+         'draw ends of episodes more', 'release'),
+    Flag('replay_capacity', Whole(), 0,
+         'environment steps to draw from; 0: all'),
+  ],
+  'Behavior': [
+    Flag('behavior', BEHAVIOR, 'actor_critic',
+         'how actions are found: Eq. 7 and 8, Eq. 7 with V_R, or PlaNet',
+         'Fig. 4, 7', FIXED),
+    Flag('plan_horizon', Whole(1, 1000), 12,
+         'agent steps that are planned', 'PlaNet'),
+    Flag('plan_candidates', Whole(2, 10**6), 1000,
+         'plans in each iteration', 'PlaNet'),
+    Flag('plan_best', Whole(2, 10**6), 100,
+         'plans that the next are drawn after', 'PlaNet'),
+    Flag('plan_iterations', Whole(1, 1000), 10, 'iterations', 'PlaNet'),
+    Flag('discount', Number(0, 1, above=True), 0.99,
+         'gamma, for each agent step', 'App. A'),
+    Flag('disclam', Number(0, 1), 0.95, 'lambda of Eq. 6', 'App. A'),
+    Flag('horizon', Whole(2, 1000), 15,
+         'H, agent steps of imagination', 'App. A'),
+    Flag('action_dist', ACTION_DIST, 'auto',
+         'action model; auto: by the action space', 'Eq. 3', FIXED),
+    Flag('action_init_std', Number(1e-3, 50), 5.0,
+         'before tanh, at the start', 'release', FIXED),
+    Flag('collect_action', Choice('sample', 'mode'), 'sample',
+         'action that exploration noise is added to (paper: mode)', 'release'),
+    Flag('expl', EXPL, 'auto',
+         'exploration; auto: the first, or the second for discrete actions',
+         'App. A'),
+    Flag('expl_amount', AMOUNT, 0.3,
+         'standard deviation, or epsilon', 'App. A'),
+    Flag('expl_decay', Number(0, 1e15), 0.0,
+         'environment steps that halve it; 0: none', 'release'),
+    Flag('expl_ramp', Whole(), 0,
+         'updates in which it goes to the least linearly; 0: none', 'App. A'),
+    Flag('expl_min', AMOUNT, 0.0, 'least amount', 'release'),
+  ],
+}
+# fmt: on
+
+
+RESOLVED = ('action_dist', 'expl')  # auto stands for one by `resolve_actions`
+
+
+def all_flags():
+  """{name: Flag}."""
+  return {flag.name: flag for flags in FLAGS.values() for flag in flags}
 
 
 PRESETS = {
@@ -318,114 +341,66 @@ def method_name(config):
 
 def define_config(task='dmc_walker_walk', preset='release'):
   """Defaults of a task and preset: `AttrDict` from flag to value."""
-  config = tools.AttrDict()
-  for flags in define_flags().values():
-    for name, default, _, _ in flags:
-      config[name] = default[0] if isinstance(default, tuple) else default
+  config = tools.AttrDict({k: flag.default for k, flag in all_flags().items()})
   config.update(TASKS.get(task) or TASKS.get(task.partition('_')[0], {}))
   config.update(PRESETS.get(preset, {}))
   config.update(task=task, preset=preset)
   return config
 
 
-def _parse_value(default, text):
-  """Reads `text` as the type of `default`; whole numbers may be 1e6."""
-  if isinstance(default, bool):
-    return {'True': True, 'False': False}[text]
-  if isinstance(default, int):
-    if float(text) != int(float(text)):
-      raise ValueError(text)
-    return int(float(text))
-  value = type(default)(text)
-  if isinstance(default, float) and not np.isfinite(value):
-    raise ValueError(text)
-  return value
-
-
-class Parser(argparse.ArgumentParser):
-  """Prints one line for an error, and exits with code 2."""
-
-  def error(self, message):
-    raise tools.UserError(message)
-
-
 def parse_flags(argv):
   """Resolves the command line: defaults < task < preset < given flags.
 
   Raises:
-    UserError: unknown flag, task or choice, wrong type, impossible value.
+    UserError: unknown flag or task, a value that a flag does not take, values
+      that do not go together.
   """
-  parser = Parser(
-    description='Dreamer: learns to act from images by latent imagination.',
+  parser = cli.Parser(
+    'Dreamer: learns to act from images by latent imagination.',
     epilog='The same command again resumes the run in its logdir.',
-    allow_abbrev=False,
   )
-  known = {}
-  for group, flags in define_flags().items():
+  for group, flags in FLAGS.items():
     section = parser.add_argument_group(group)
-    for name, default, text, source in flags:
-      choices = default if isinstance(default, tuple) else None
-      default = known[name] = default[0] if choices else default
-      shown = '' if name == 'logdir' else f'{default}; '
-      section.add_argument(
+    for name, kind, default, meaning, source, _ in flags:
+      shown = '' if name == 'logdir' else str(default)
+      about = '; '.join(filter(None, (shown, source)))
+      parser.flag(
         f'--{name}',
-        metavar='|'.join(choices) if choices else type(default).__name__,
-        help=f'{text} ({shown}{source})'.replace('; )', ')').replace(' ()', ''),
+        kind,
+        default,
+        f'{meaning} ({about})' if about else meaning,
+        section,
         required=name == 'logdir',
       )
-  given, unknown = parser.parse_known_args(argv)
-  for word in unknown:
-    names = [f'--{name}' for name in known]
-    hint = tools.nearest(word.split('=')[0], names) or '; --help lists all'
-    raise tools.UserError(f'unknown argument {word}{hint}')
-  given = {k: v for k, v in vars(given).items() if v is not None}
-  values = {k: _read_flag(k, v) for k, v in given.items()}
-  task = values.get('task', known['task'])
-  config = define_config(task, values.get('preset', known['preset']))
-  config.update(values)
+  given = parser.parse_given(argv)
+  start = {k: given[k] for k in ('task', 'preset') if k in given}
+  config = define_config(**start)
+  config.update(given)
   _check_config(config)
   return config
 
 
-def _read_flag(name, text):
-  flags = {f[0]: f[1] for group in define_flags().values() for f in group}
-  default = flags[name]
-  if isinstance(default, tuple):
-    if text not in default:
-      raise tools.UserError(
-        f'--{name} is one of {", ".join(default)}, not {text!r}'
-        + tools.nearest(text, default)
-      )
-    return text
-  try:
-    return _parse_value(default, text)
-  except (ValueError, KeyError, OverflowError):
-    kind = {bool: 'True or False', int: 'a whole number', float: 'a number'}
-    raise tools.UserError(
-      f'--{name} takes {kind[type(default)]}, not {text!r}'
-    ) from None
-
-
 def _check_config(config):
-  """Refuses what would fail later, with the flag's name."""
-  wrappers.check_task(config.task)
+  """Refuses values that do not go together, with the flags' names."""
   wrappers.check_parallel(config.task, config.parallel)
-  least = dict.fromkeys(
-    ('envs', 'action_repeat', 'batch_size', 'train_every', 'eval_every'), 1
-  )
-  least.update(dict.fromkeys(('deter_size', 'stoch_size', 'num_units'), 1))
-  least.update(cnn_depth=1, batch_length=2, horizon=2, prefill=0, steps=0)
-  least.update(plan_horizon=1, plan_iterations=1, plan_best=2)
-  least.update(plan_candidates=config.plan_best, contrast_window=1)
-  for name, value in least.items():
-    if config[name] < value:
-      raise tools.UserError(f'--{name} is at least {value}, not {config[name]}')
+  if config.env_args and not config.task.startswith('gym_'):
+    raise UserError(
+      f'--env_args is for gym_ tasks; {config.task} takes no arguments'
+    )
+  if config.plan_candidates < config.plan_best:
+    raise UserError(
+      f'--plan_candidates is at least --plan_best, {config.plan_best}, not '
+      f'{config.plan_candidates}'
+    )
   rows = config.time_limit // config.action_repeat + 1
   if config.batch_length > rows:
-    raise tools.UserError(
+    hint = f'Choose {rows} or less'
+    if rows < 2:
+      hint = 'Choose a larger --time_limit or a smaller --action_repeat'
+    raise UserError(
       f'--batch_length {config.batch_length} is longer than any episode: '
       f'{config.time_limit} environment steps with action repeat '
-      f'{config.action_repeat} make {rows} rows. Choose {rows} or less.'
+      f'{config.action_repeat} make {rows} rows. {hint}.'
     )
 
 
@@ -436,17 +411,17 @@ def resolve_actions(config, actspace):
   if discrete:
     kind, dist, expl = 'discrete', 'onehot', 'epsilon_greedy'
   if discrete and config.behavior == 'planning':
-    raise tools.UserError(
+    raise UserError(
       f'{config.task} has discrete actions, and --behavior planning needs '
       'continuous ones; choose actor_critic or actor'
     )
   if config.action_dist not in ('auto', dist):
-    raise tools.UserError(
+    raise UserError(
       f'{config.task} has {kind} actions: --action_dist is {dist} there, '
       f'not {config.action_dist}'
     )
   if discrete and config.expl == 'additive_gaussian':
-    raise tools.UserError(
+    raise UserError(
       f'{config.task} has discrete actions: --expl is epsilon_greedy there'
     )
   config.action_dist = dist
@@ -457,42 +432,43 @@ def resolve_actions(config, actspace):
 
 FORMAT = 1  # of logdirs: older code refuses those of newer
 
-# What may not change when a run resumes: it shapes weights or the replay.
-FIXED = (
-  *('task', 'action_repeat', 'deter_size', 'stoch_size', 'num_units'),
-  *('reward_layers', 'pcont_layers', 'value_layers', 'actor_layers'),
-  *('cnn_depth', 'pcont', 'action_dist', 'representation', 'behavior'),
-)
 
-
-class UnreadableError(tools.UserError):
+class UnreadableError(UserError):
   """A config.json that was cut short or is not one."""
 
 
 def check_logdir(config):
-  """UserError if the run in it, or what else is there, is not this run."""
+  """Checks that the run in a logdir, or what else is there, is this run.
+
+  Returns:
+    What flags change where a run resumes, as a list of texts.
+
+  Raises:
+    UserError: it is not this run.
+  """
   logdir, path = config.logdir, config.logdir / 'config.json'
   if path.exists():
     try:
-      _check_resume(config, _read_config(path)['config'])
+      return _check_resume(config, _saved_flags(path))
     except UnreadableError:
       path.rename(path.with_suffix('.json.broken'))
       tools.warn(
         f'{path} is not readable and is now {path.name}.broken; going on with '
         'the flags given'
       )
-    return
+    return []
   names = {p.name for p in logdir.iterdir()}
   if 'config.json.broken' in names:
-    return
+    return []
   # What a run leaves that was killed at its very start.
   own = r'episodes|lock(-\d+)?|writable(-\d+)?|.*\.tmp'
   others = sorted(n for n in names if not re.fullmatch(own, n))
   if others:
-    raise tools.UserError(
+    raise UserError(
       f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '
       'no config.json; choose a new folder'
     )
+  return []
 
 
 def _read_config(path):
@@ -507,7 +483,7 @@ def _read_config(path):
   unknown = set(record['config']) - set(define_config())
   if record.get('format', FORMAT) != FORMAT or unknown:
     what = f'flags {", ".join(sorted(unknown))}' if unknown else 'format'
-    raise tools.UserError(
+    raise UserError(
       f'{path} is of another version of this code ({what}); use that version'
     )
   return record
@@ -521,15 +497,18 @@ def load_config(logdir):
   """
   path = pathlib.Path(logdir) / 'config.json'
   if not path.exists():
-    raise tools.UserError(
+    raise UserError(
       f'--logdir {logdir} is not the logdir of a run: there is no config.json'
     )
+  return tools.AttrDict(_saved_flags(path), logdir=pathlib.Path(logdir))
+
+
+def _saved_flags(path):
+  """All flags of a config.json; what it lacks has its default."""
   saved = _read_config(path)['config']
-  if not {'task', 'preset'} <= set(saved):
+  if not all(isinstance(saved.get(k), str) for k in ('task', 'preset')):
     raise UnreadableError(f'{path} does not say its task and preset')
-  config = define_config(saved['task'], saved['preset'])
-  config.update(saved, logdir=pathlib.Path(logdir))
-  return config
+  return {**define_config(saved['task'], saved['preset']), **saved}
 
 
 def write_config(config):
@@ -554,17 +533,31 @@ def versions():
     *('tensorflow', 'keras', 'tensorflow-probability', 'dm-control'),
     *('mujoco', 'gym', 'numpy'),
   )
-  versions = {p: importlib.metadata.version(p) for p in packages}
-  return dict(versions, python=sys.version.split()[0])
+  versions = dict(python=sys.version.split()[0])
+  for package in packages:  # not all of them need be there
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  return versions
 
 
 def _check_resume(config, saved):
-  for name in FIXED:
-    if name not in saved or 'auto' in (saved[name], config[name]):
+  """The flags that differ from the saved ones; UserError if one may not."""
+  changes = []
+  for name, flag in all_flags().items():
+    old, new = saved[name], config[name]
+    if name == 'logdir' or old == new:
       continue
-    if saved[name] != config[name]:
-      raise tools.UserError(
-        f'--logdir {config.logdir} holds a run with --{name} {saved[name]}, '
-        f'not {config[name]}. Resume it with the flags that it was started '
-        f'with (see {config.logdir / "config.json"}) or choose a new folder.'
+    if name in RESOLVED and 'auto' in (old, new):
+      continue
+    if flag.fixed:
+      raise UserError(
+        f'--logdir {config.logdir} holds a run with --{name} {_shown(old)}, '
+        f'not {_shown(new)}. Resume it with the flags that it was started with '
+        f'(see {config.logdir / "config.json"}) or choose a new folder.'
       )
+    changes.append(f'--{name} {_shown(new)} (was {_shown(old)})')
+  return changes
+
+
+def _shown(value):
+  return json.dumps(value) if isinstance(value, dict) else value

@@ -57,6 +57,7 @@ class Team:
     self.strategy = strategy or tf.distribute.get_strategy()
     self.index, self.workers = index, workers
     self.chief = index == 0
+    self.suffix = '' if self.chief else f'-{index}'  # of its own files
     self.folders = 1  # that hold episodes, one for all or one for each
     self.replicas = self.strategy.num_replicas_in_sync
     self._sum = tf.function(
@@ -164,7 +165,7 @@ class Team:
 
   def check_flags(self, config):
     """UserError in all processes if they were started with other flags."""
-    own = ('logdir', 'parallel', 'worker_timeout')
+    own = ('logdir', 'parallel', 'worker_timeout', 'start_timeout')
     names = [name for name in config if name not in own]
     sums = [zlib.crc32(json.dumps(config[name]).encode()) for name in names]
     sums = np.array(sums, np.int64)

@@ -34,6 +34,7 @@ import time
 
 import numpy as np
 
+import workers
 import wrappers
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # before TensorFlow loads
@@ -51,10 +52,7 @@ with wrappers.quiet_stderr():
 VIDEO = 1000  # images of an evaluation that are logged, at most
 
 # Bad input: one clear message, exit code 2.
-ERRORS = (
-  *(tools.UserError, wrappers.TaskError),
-  *(wrappers.RenderError, wrappers.WorkerError),
-)
+ERRORS = (*(tools.UserError, wrappers.RenderError, wrappers.WorkerError),)
 
 
 # --- The agent --------------------------------------------------------------
@@ -77,7 +75,7 @@ class Dreamer(tf.Module):
     config: from `define_config`.
     datadir: folder of training episodes; they exist before the first update.
     actspace: a `gym.spaces.Box` of shape [A] within [-1, 1], or of one-hot
-      vectors, a `wrappers.OneHotBox`.
+      vectors, a `spaces.OneHotBox`.
     logger: `tools.Logger`, or None.
     stop: `tools.StopSignal`, or None.
     team: `distribute.Team`, or None for one device.
@@ -94,6 +92,7 @@ class Dreamer(tf.Module):
     self._stop = stop or tools.StopSignal()
     self._team = team or distribute.Team()
     self._actions = actspace.shape[0]
+    self._choices = getattr(actspace, 'choices', None)  # of discrete actions
     self._random = tf.random.Generator.from_seed(self._team.seed(config.seed))
     counter = functools.partial(tf.Variable, dtype=tf.int64, trainable=False)
     self._step = counter(0)  # environment steps
@@ -212,6 +211,7 @@ class Dreamer(tf.Module):
         c.action_dist,
         c.dense_act,
         init_std=c.action_init_std,
+        choices=self._choices,
         name='actor',
       )
       self._networks.append('_actor')
@@ -368,8 +368,10 @@ class Dreamer(tf.Module):
     if self._c.expl == 'additive_gaussian':
       return tf.clip_by_value(action + noise * normal, -1.0, 1.0)
     uniform = tf.random.stateless_uniform(tf.shape(action), seed)
-    if self._c.action_dist == 'onehot':  # the largest of A is a fair draw
-      random = tf.one_hot(tf.argmax(uniform, -1), self._actions)
+    if self._choices:  # of each, the largest number is a fair draw
+      parts = tf.split(uniform, self._choices, -1)
+      parts = [tf.one_hot(tf.argmax(x, -1), x.shape[-1]) for x in parts]
+      random = tf.concat(parts, -1)
     else:
       random = 2.0 * uniform - 1.0
     if self._c.expl == 'completely_random':
@@ -906,12 +908,15 @@ def summarize_episode(episode, config, datadir, logger, prefix, folders=1):
     logger.video(steps, 'test/policy', episode['image'][None, :VIDEO])
 
 
-def make_env(config, index=0, prefix='train', callbacks=(), lost=None):
+def make_env(
+  config, index=0, prefix='train', callbacks=(), lost=None, log=None
+):
   """Environment number `index` in its worker, recording episodes.
 
   Each has random streams of its own, from (seed, index) and the number of the
   episode; those of evaluations (`prefix` test) differ from those of training.
-  `lost` is called with the error of a worker that had to be replaced.
+  `lost` is called with the error of a worker that had to be replaced; what
+  workers print goes to `log`, from `workers.open_log`.
   """
   stream = [config.seed, index, int(prefix == 'test')]
   seed = int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
@@ -922,9 +927,18 @@ def make_env(config, index=0, prefix='train', callbacks=(), lost=None):
     config.time_limit,
     seed,
     prefix == 'test',
+    config.env_args,
   )
-  env = wrappers.Async(make, config.parallel, config.worker_timeout)
-  return wrappers.Collect(env, list(callbacks), lost=lost)
+  env = wrappers.Async(
+    make,
+    config.parallel,
+    config.worker_timeout,
+    config.start_timeout,
+    log,
+    f'{prefix} {index}',
+  )
+  tolerant = config.env_errors == 'drop'
+  return wrappers.Collect(env, list(callbacks), lost=lost, tolerant=tolerant)
 
 
 def random_agent(actspace, seed, number=0):
@@ -942,10 +956,10 @@ def random_agent(actspace, seed, number=0):
     if np.any(reset):
       rng = np.random.default_rng([seed, number])
       number += int(np.sum(reset))
-    size = (len(reset), *actspace.shape)
     if getattr(actspace, 'discrete', False):
-      index = rng.integers(actspace.shape[0], size=len(reset))
-      return np.eye(actspace.shape[0], dtype=np.float32)[index], None
+      size = (len(reset), len(actspace.choices))
+      return actspace.encode(rng.integers(actspace.choices, size=size)), None
+    size = (len(reset), *actspace.shape)
     return rng.uniform(-1, 1, size).astype(np.float32), None
 
   return act
@@ -993,10 +1007,9 @@ def setup_logdir(config, team=None):
       something else, or a run whose weights or replay have another shape.
   """
   logdir, team = config.logdir, team or distribute.Team()
-  suffix = '' if team.chief else f'-{team.index}'
   try:
     logdir.mkdir(parents=True, exist_ok=True)
-    probe = logdir / f'writable{suffix}'
+    probe = logdir / f'writable{team.suffix}'
     with tools.atomic_write(probe) as file:
       file.write(b'')
     probe.unlink()
@@ -1005,11 +1018,13 @@ def setup_logdir(config, team=None):
       f'cannot write to --logdir {logdir}: {error.strerror}'
     ) from None
   if team.chief:
-    configs.check_logdir(config)
+    changes = configs.check_logdir(config)
     lock = tools.Lock(logdir)
     configs.write_config(config)
+    if changes:
+      print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
   else:
-    lock = tools.Lock(logdir, f'lock{suffix}')
+    lock = tools.Lock(logdir, f'lock{team.suffix}')
   for folder in (logdir, logdir / 'episodes'):
     folder.mkdir(exist_ok=True)
     if team.chief:
@@ -1023,6 +1038,12 @@ def prefill_dataset(config, envs, logger, stop, team):
   done = team.from_chief(count_steps(datadir, config, team.folders))
   missing = -(-(config.prefill - done) // team.workers)
   if missing <= 0:
+    if not tools.count_episodes(datadir)[0]:
+      raise tools.UserError(
+        f'--prefill {config.prefill} with no episodes in {datadir}: learning '
+        f'needs episodes, of --batch_length {config.batch_length} rows at '
+        'least; choose --prefill 1 or more'
+      )
     return
   logger.say(f'Prefill: {missing} environment steps of random actions.')
   episodes, _ = tools.count_episodes(datadir)
@@ -1034,6 +1055,31 @@ def prefill_dataset(config, envs, logger, stop, team):
     return act(*args)
 
   tools.simulate(checked, envs, steps=-(-missing // config.action_repeat))
+
+
+class _ShortEpisodes:
+  """Says once, after the prefill, that episodes are too short to learn from."""
+
+  def __init__(self, config, datadir, logger):
+    self._config, self._datadir, self._logger = config, datadir, logger
+    self._said = False
+
+  def __call__(self, episode):
+    """To be called after an episode was stored."""
+    least = self._config.batch_length
+    if self._said or count_steps(self._datadir, self._config) < (
+      self._config.prefill
+    ):
+      return
+    rows = [tools.episode_length(p) for p in self._datadir.glob('*.npz')]
+    short = sum(n < least for n in rows)
+    if 0 < short < len(rows):
+      self._said = True
+      self._logger.say(
+        f'Warning: {short} of {len(rows)} episodes have fewer rows than '
+        f'--batch_length {least}. These, and others so short, are not learned '
+        'from; a smaller --batch_length may be given when the run resumes.'
+      )
 
 
 class _Estimate:
@@ -1084,7 +1130,8 @@ def run(config):
   step = count_steps(datadir, config, team.folders)
   logger = tools.Logger(config.logdir, config.steps, step, team.index)
   losses = _Losses(config, datadir, logger, team)
-  make = functools.partial(make_env, config, lost=losses)
+  output = workers.open_log(config.logdir / f'workers{team.suffix}.log')
+  make = functools.partial(make_env, config, lost=losses, log=output)
   envs = []
   try:
     summarize = functools.partial(
@@ -1097,23 +1144,28 @@ def run(config):
     store = [
       lambda episode: tools.save_episodes(datadir, [episode]),
       functools.partial(summarize, prefix='train'),
+      _ShortEpisodes(config, datadir, logger),
     ]
     first = team.index * config.envs
     envs += [make(first + i, 'train', store) for i in range(config.envs)]
     if team.chief:
-      log = functools.partial(summarize, prefix='test')
-      envs.append(make(0, 'test', [log]))
+      report = functools.partial(summarize, prefix='test')
+      envs.append(make(0, 'test', [report]))
     test_env = envs[-1] if team.chief else None
     _train(config, datadir, envs[: config.envs], test_env, logger, stop, team)
   finally:
     for env in envs:
       env.close()
+    output.close()
     logger.close()
     lock.release()
 
 
 class _Losses:
-  """Reports environment workers that died or hung, and counts them."""
+  """Reports environments that were replaced, and counts them.
+
+  Their workers died or hung, or they raised an error.
+  """
 
   def __init__(self, config, datadir, logger, team):
     self._config, self._datadir, self._logger = config, datadir, logger
@@ -1122,8 +1174,12 @@ class _Losses:
 
   def __call__(self, error):
     self._count += 1
+    if isinstance(error, wrappers.WorkerLost):
+      text = str(error)
+    else:
+      text = f'The environment failed: {error}\n{error.traceback.rstrip()}'
     self._logger.say(
-      f'Warning: {error}\nIts episode is dropped; a fresh worker takes over.'
+      f'Warning: {text}\nIts episode is dropped; a fresh worker takes over.'
     )
     step = count_steps(self._datadir, self._config, self._folders)
     self._logger.scalars(step, {'env_restarts': self._count})
@@ -1141,6 +1197,8 @@ def _train(config, datadir, train_envs, test_env, logger, stop, team):
   if team.chief:
     configs.write_config(config)
     _announce(config, policy, logger)
+    for line in train_envs[0].about:
+      logger.say(line)
   logger.say(f'Training on {team}.')
   shapes = dict(image=(64, 64, 3), action=train_envs[0].action_space.shape)
   tools.Replay(datadir, shapes=shapes).check()
@@ -1154,6 +1212,7 @@ def _train(config, datadir, train_envs, test_env, logger, stop, team):
     progress = _Progress(config, agent, datadir, logger, team)
     progress.resume()
     _number_episodes(train_envs, datadir)
+  made = agent.updates
   estimate = _Estimate(agent, config, logger)
   agent.after_update = lambda: (estimate(), progress.save_if_due())
   try:
@@ -1174,7 +1233,7 @@ def _train(config, datadir, train_envs, test_env, logger, stop, team):
     agent.finish()
     if not progress.exact:
       progress.save()
-    logger.say(f'Finished at step {agent.step}, {agent.updates} updates.')
+    logger.say(_ending(agent, made))
     team.wait()  # to leave together
   except tools.Stopped:
     agent.halt()
@@ -1190,6 +1249,25 @@ def _train(config, datadir, train_envs, test_env, logger, stop, team):
     raise
   finally:
     agent.halt()
+
+
+def _ending(agent, before):
+  """What a run says when it has finished.
+
+  Args:
+    agent: as it is at the end.
+    before: updates that it had at the start.
+  """
+  line = f'Finished at step {agent.step}, {agent.updates} updates.'
+  if not agent.updates:
+    return (
+      f'{line} Nothing was learned, as the replay already holds --steps. To '
+      f'learn from it, give --steps more than {agent.step}, and --pretrain the '
+      'number of updates to begin with.'
+    )
+  if agent.updates == before:
+    line += ' Nothing was left to do; a larger --steps goes on.'
+  return line
 
 
 def _number_episodes(envs, datadir):
@@ -1257,14 +1335,17 @@ class _Progress:
     """Restores the newest checkpoint; steps are those of whole episodes."""
     restored = self._team.chief and self._checkpoints.restore(repair=True)
     agent, saved = self._agent, self._state.restored
+    if self._team.chief:
+      self._check_lost(restored)
     if restored and self.exact and saved['exact']:
       self._rewind(saved)
     before = agent.step
     agent.step = count_steps(self._datadir, self._config, self._team.folders)
     agent.receive()
     if not restored:
-      if self.exact:
-        self.save()  # so that the first evaluation can be taken back, too
+      # From now on, a run without a checkpoint is one that has lost it. And an
+      # exact one can take back its first evaluation, too.
+      self.save()
       return
     self._evaluations = saved['evaluations']
     if self.exact and saved['exact']:
@@ -1278,6 +1359,28 @@ class _Progress:
       self._logger.scalars(agent.step, dict(resumed=1, updates=agent.updates))
       if saved['exact']:
         self.save()  # or a later exact run would take back what comes now
+
+  def _check_lost(self, restored):
+    """UserError if the run has learned, and would begin anew now.
+
+    Args:
+      restored: path of the checkpoint that was restored, or None.
+    """
+    trace = self._checkpoints.newest_trace()
+    if restored:
+      number = int(restored.rpartition('-')[2])
+      anew = self._agent.updates == 0 and trace > number
+    else:
+      anew = trace or self._logger.largest('updates')
+    if anew:
+      folder = self._config.logdir
+      raise tools.UserError(
+        f'--logdir {folder} holds a run that has learned, but no checkpoint '
+        f'with its weights. Put whole files ckpt-* back into '
+        f'{folder / "checkpoints"} (those ending in .broken have wrong bytes). '
+        'To learn anew from its episodes, move checkpoints and metrics.jsonl '
+        'out of the logdir'
+      )
 
   def _rewind(self, saved):
     """Takes away what came after the checkpoint; it will be made again."""
@@ -1330,6 +1433,14 @@ def main(argv=None):
     print(
       f'dreamer.py: error: {error.filename or "logdir"}: {error.strerror}. '
       'What was saved before is intact; the same command resumes.',
+      file=sys.stderr,
+    )
+    return 1
+  except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+    reason = (str(error) or 'no more can be had').partition('\n')[0][:200]
+    print(
+      f'dreamer.py: error: out of memory ({reason}). Smaller --batch_size, '
+      '--batch_length or networks need less; the last checkpoint is intact.',
       file=sys.stderr,
     )
     return 1

@@ -12,10 +12,8 @@ from 5 images of context and the actions alone, and the difference. Their
 sequences are of the episodes of this evaluation, which no model was trained on.
 """
 
-import argparse
 import functools
 import json
-import pathlib
 import sys
 
 import imageio.v3 as imageio
@@ -24,6 +22,7 @@ import numpy as np
 import dreamer  # first, as it imports TensorFlow quietly
 
 # isort: split
+import cli
 import configs
 import tools
 
@@ -103,7 +102,7 @@ def evaluate(config, episodes, outdir=None):
     outdir: folder for videos, or None.
   """
   recorder = Recorder(episodes, config.action_repeat, config.seed)
-  env = dreamer.make_env(config, 0, 'test', [recorder])
+  env = dreamer.make_env(config, 0, 'test', [recorder], lost=_report)
   try:
     agent = load_agent(config, env.action_space)
     print(
@@ -137,6 +136,10 @@ def evaluate(config, episodes, outdir=None):
   )
 
 
+def _report(error):
+  tools.warn(f'{error}; the episode begins anew')
+
+
 # --- Videos -----------------------------------------------------------------
 
 
@@ -152,7 +155,10 @@ def write_videos(agent, config, recorder, outdir):
     write_strips(outdir / 'prediction.png', video)
   else:
     curves = [x.numpy() for x in agent.open_loop_rewards(batch)]
-    imageio.imwrite(outdir / 'prediction.png', tools.plot_rewards(*curves))
+    picture = imageio.imwrite(
+      '<bytes>', tools.plot_rewards(*curves), extension='.png'
+    )
+    (outdir / 'prediction.png').write_bytes(picture)
     _wrote(outdir / 'prediction.png')
 
 
@@ -175,11 +181,14 @@ def write_video(path, frames):
   gif, mp4 = path.with_suffix('.gif'), path.with_suffix('.mp4')
   gif.write_bytes(tools.encode_gif(frames, FPS))
   _wrote(gif)
-  try:
-    imageio.imwrite(mp4, frames, fps=FPS, plugin='FFMPEG')
+  try:  # bytes, as imageio finds more than a file's name in some names
+    data = imageio.imwrite(
+      '<bytes>', frames, extension='.mp4', fps=FPS, plugin='FFMPEG'
+    )
   except ImportError:
     print(f'No {mp4}: for that, pip install imageio-ffmpeg.')
   else:
+    mp4.write_bytes(data)
     _wrote(mp4)
 
 
@@ -217,20 +226,13 @@ def write_strips(path, video):
 
 
 def parse_flags(argv):
-  parser = configs.Parser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  folder = pathlib.Path
-  parser.add_argument('--logdir', type=folder, required=True)
-  parser.add_argument('--episodes', type=int, default=10, help='(10)')
-  parser.add_argument('--seed', type=int, default=0, help='of environment (0)')
-  parser.add_argument('--outdir', type=folder, help='folder for videos')
-  parser.add_argument('--json', type=folder, help='file for the figures')
-  args = parser.parse_args(argv)
-  for name, least in (('episodes', 1), ('seed', 0)):
-    if getattr(args, name) < least:
-      raise tools.UserError(f'--{name} is at least {least}')
-  return args
+  parser = cli.Parser(__doc__)
+  parser.flag('--logdir', cli.Path(), help='of the run', required=True)
+  parser.flag('--episodes', cli.Whole(1), 10, 'whole episodes (10)')
+  parser.flag('--seed', cli.Whole(0, 2**32 - 1), 0, 'of the environment (0)')
+  parser.flag('--outdir', cli.Path(), help='folder for videos')
+  parser.flag('--json', cli.Path(), help='file for the figures')
+  return parser.parse(argv)
 
 
 def run(args):

@@ -437,6 +437,8 @@ class ActionDecoder(keras.layers.Layer):
     min_std: smallest standard deviation before tanh.
     init_std: standard deviation where the network puts out zero.
     mean_scale: bound of the mean before tanh (Appendix A: 5).
+    choices: where several discrete choices make an action, how many of the A
+      entries belong to each; None for one.
   """
 
   def __init__(
@@ -449,6 +451,7 @@ class ActionDecoder(keras.layers.Layer):
     min_std=1e-4,
     init_std=5.0,
     mean_scale=5.0,
+    choices=None,
     **kwargs,
   ):
     super().__init__(**kwargs)
@@ -458,12 +461,15 @@ class ActionDecoder(keras.layers.Layer):
     self._min_std = min_std
     self._raw_init_std = float(np.log(np.expm1(init_std)))
     self._mean_scale = mean_scale
+    self._choices = choices or (size,)
     self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
     self._out = Dense(size if dist == 'onehot' else 2 * size, name='out')
 
   def call(self, features):
     """Distribution over actions [..., A] for features [..., F]."""
     x = _apply(self._hidden + [self._out], features)
+    if self._dist == 'onehot' and len(self._choices) > 1:
+      return tools.FactoredOneHotDist(x, self._choices)
     if self._dist == 'onehot':
       return tools.OneHotDist(logits=x)
     # Eq. 3: a = tanh(mu + sigma * eps)

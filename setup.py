@@ -29,10 +29,13 @@ setuptools.setup(
   description='Dreamer: learning behaviors by latent imagination',
   license='MIT',
   py_modules=[
+    'cli',
     'configs',
     'distribute',
     'dreamer',
+    'gym_env',
     'models',
+    'spaces',
     'tools',
     'workers',
     'wrappers',

@@ -32,12 +32,10 @@ On a cluster, code and Python packages are at the same paths on all nodes, and
 --logdir is on storage that all nodes see.
 """
 
-import argparse
 import collections
 import contextlib
 import dataclasses
 import datetime
-import difflib
 import json
 import os
 import pathlib
@@ -48,8 +46,10 @@ import subprocess
 import sys
 import time
 
+import cli
 import compare
 import wrappers
+from cli import UserError, nearest
 
 ROOT = pathlib.Path(__file__).resolve().parent
 METHODS = {
@@ -136,11 +136,6 @@ class Run:
     return f'{self.task} {self.arm.name} {self.seed}'
 
 
-def nearest(word, choices, cutoff=0.5):
-  found = difflib.get_close_matches(word, list(choices), 3, cutoff)
-  return f'; did you mean {" or ".join(found)}?' if found else ''
-
-
 def plain(method):
   return Arm(method, method, METHODS[method])
 
@@ -163,7 +158,7 @@ def expand(name, methods=None):
     everything = figure_arms(name)
     arms = [arm for arm in everything if arm.method in (methods or METHODS)]
     if not arms:
-      raise compare.InputError(
+      raise UserError(
         f'--methods {",".join(methods)}: {name} has none of them, but '
         + ', '.join(dict.fromkeys(arm.method for arm in everything))
       )
@@ -194,12 +189,12 @@ def choose(tasks, methods=None):
   """(task, Arm) pairs of --tasks and --methods, each once.
 
   Raises:
-    InputError: there is no such set, task or method.
+    UserError: there is no such set, task or method.
   """
   methods = methods and methods.split(',')
   for method in methods or []:
     if method not in METHODS:
-      raise compare.InputError(
+      raise UserError(
         f'--methods: there is no {method!r}, only {", ".join(METHODS)}'
         + nearest(method, METHODS)
       )
@@ -217,24 +212,24 @@ def check_task(name):
   except wrappers.TaskError as error:
     hint = nearest(name, SETS)
     message = f'there is no set or task {name!r}{hint}' if hint else error
-    raise compare.InputError(f'--tasks: {message}') from None
+    raise UserError(f'--tasks: {message}') from None
 
 
 def check_flags(pairs, extra):
   """What dreamer.py makes of each pair's flags: {pair: its whole config}.
 
   Raises:
-    InputError: dreamer.py refuses some, or they are not to be given here.
+    UserError: dreamer.py refuses some, or they are not to be given here.
   """
   names = [word.split('=')[0] for word in extra if word.startswith('-')]
   for name in names:
     if name in OWN:
-      raise compare.InputError(f'{name} after -- is set by sweep.py itself')
+      raise UserError(f'{name} after -- is set by sweep.py itself')
     if name in ('-h', '--help'):
-      raise compare.InputError('python dreamer.py --help lists its flags')
+      raise UserError('python dreamer.py --help lists its flags')
     for _, arm in pairs:
       if name in arm.flags:
-        raise compare.InputError(f'{name} after -- is set by {arm.name} itself')
+        raise UserError(f'{name} after -- is set by {arm.name} itself')
   asked = [
     [*('--logdir', 'unused', '--task', task), *arm.flags, *extra]
     for task, arm in pairs
@@ -249,13 +244,13 @@ def check_flags(pairs, extra):
   )
   if result.returncode:
     last = (result.stderr.splitlines() or ['no message'])[-1]
-    raise compare.InputError(f'dreamer.py cannot be imported: {last}')
+    raise UserError(f'dreamer.py cannot be imported: {last}')
   configs = dict(zip(pairs, json.loads(result.stdout), strict=True))
   for (_, arm), config in configs.items():
     if 'error' in config:
-      raise compare.InputError(f'dreamer.py: {config["error"]}')
+      raise UserError(f'dreamer.py: {config["error"]}')
     if config['method'] != arm.method:
-      raise compare.InputError(
+      raise UserError(
         f'the flags after -- make {config["method"]} of {arm.name}; choose '
         f'methods by --methods {config["method"]}'
       )
@@ -389,7 +384,7 @@ def import_ray():
     import ray
     import rich  # noqa: F401
   except ImportError as error:
-    raise compare.InputError(
+    raise UserError(
       f"sweep.py needs Ray ({error}): pip install '.[sweep]'"
     ) from None
   return ray
@@ -411,7 +406,7 @@ def connect(ray, address):
   except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
     error = getattr(error, 'strerror', None) or str(error).strip()
     first = error.partition('\n')[0]
-    raise compare.InputError(
+    raise UserError(
       f'--address {address}: {first} (is it up? A cluster with tokens needs '
       'RAY_AUTH_MODE=token)'
       if address
@@ -435,7 +430,7 @@ def places(ray, cpus, gpus):
 
 
 def share(ray, args):
-  """(CPUs, GPUs) of a run; InputError where no node has them."""
+  """(CPUs, GPUs) of a run; UserError where no node has them."""
   have, gpus = resources(ray), args.gpus_per_run
   if gpus is None:
     gpus = int(any(g >= 1 for _, g in have))
@@ -443,7 +438,7 @@ def share(ray, args):
   cpus = args.cpus_per_run or min(CPUS, max(1, most))
   if not places(ray, cpus, gpus):
     each = '; '.join(f'{c:g} CPUs, {g:g} GPUs' for c, g in have)
-    raise compare.InputError(
+    raise UserError(
       f'a run is to have {cpus:g} CPUs and {gpus:g} GPUs (--cpus-per-run, '
       f'--gpus-per-run), and no node has that: there are {len(have)}, with '
       f'{each}'
@@ -670,45 +665,27 @@ def summary(runs):
 # --- The command ------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-  def error(self, message):
-    raise compare.InputError(message)
-
-
 def parse_flags(argv):
   """The flags of sweep.py, with those after -- as `extra`."""
   split = argv.index('--') if '--' in argv else len(argv)
-  parser = Parser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    usage='%(prog)s --tasks TASKS --logdir LOGDIR [...] [-- FLAGS]',
-    allow_abbrev=False,
+  parser = cli.Parser(
+    __doc__, usage='%(prog)s --tasks TASKS --logdir LOGDIR [...] [-- FLAGS]'
   )
-  add = parser.add_argument
-  add('--tasks', required=True, help='sets and names, by commas')
-  add('--methods', help=f'of {", ".join(METHODS)}; by commas (dreamer, or all)')
-  add('--seeds', type=int, default=5, help='how many: 0, 1, ... (5)')
-  add('--logdir', type=pathlib.Path, required=True, help='on shared storage')
-  add('--address', help='of a Ray cluster: auto, or host:port (a local one)')
-  text = 'which it sees alone; 0.5: two runs share one (1 where there are GPUs)'
-  add('--gpus-per-run', type=float, help=text)
-  add('--cpus-per-run', type=float, help=f'and its threads ({CPUS})')
-  add('--retries', type=int, default=3, help='of a run that fails (3)')
-  args, unknown = parser.parse_known_args(argv[:split])
-  for word in unknown:
-    names = [f'--{name.replace("_", "-")}' for name in vars(args)]
-    hint = nearest(word.split('=')[0], names, 0.7)
-    raise compare.InputError(
-      f'unknown argument {word}'
-      + (hint or '; flags of dreamer.py come last, after --')
-    )
+  flag, text = parser.flag, cli.Text()
+  flag('--tasks', text, help='sets and names, by commas', required=True)
+  methods = f'of {", ".join(METHODS)}; by commas (dreamer, or all)'
+  flag('--methods', text, help=methods)
+  flag('--seeds', cli.Whole(1, 10_000), 5, 'how many: 0, 1, ... (5)')
+  flag('--logdir', cli.Path(), help='on shared storage', required=True)
+  address = 'of a Ray cluster: auto, or host:port (a local one)'
+  flag('--address', text, help=address)
+  gpus = 'which it sees alone; 0.5: two runs share one (1 where there are GPUs)'
+  flag('--gpus-per-run', cli.Number(0, 1000), help=gpus)
+  cpus = f'and its threads ({CPUS})'
+  flag('--cpus-per-run', cli.Number(0, 1000, above=True), help=cpus)
+  flag('--retries', cli.Whole(), 3, 'of a run that fails (3)')
+  args = parser.parse(argv[:split])
   args.extra = argv[split + 1 :]
-  for name, least in (('seeds', 1), ('retries', 0), ('gpus_per_run', 0)):
-    if (getattr(args, name) or least) < least or args.seeds < 1:
-      name = name.replace('_', '-')
-      raise compare.InputError(f'--{name} is at least {least}')
-  if args.cpus_per_run is not None and not args.cpus_per_run > 0:
-    raise compare.InputError('--cpus-per-run is more than 0')
   return args
 
 
@@ -722,7 +699,7 @@ def run(args):
   try:
     args.logdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise compare.InputError(
+    raise UserError(
       f'cannot write to --logdir {args.logdir}: {error.strerror}'
     ) from None
   connect(ray, args.address)
@@ -754,7 +731,7 @@ def main(argv=None):
   """Returns the exit code; see the top of this file."""
   try:
     return run(parse_flags(sys.argv[1:] if argv is None else argv))
-  except compare.InputError as error:
+  except UserError as error:
     print(f'sweep.py: error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:

@@ -12,7 +12,6 @@ step of all three optimizers.
 import concurrent.futures
 import contextlib
 import datetime
-import difflib
 import errno
 import fcntl
 import functools
@@ -40,9 +39,7 @@ from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 from tensorflow_probability import random as tfr
 
-
-class UserError(Exception):
-  """Bad input: the message says what was wrong and what to do (exit code 2)."""
+from cli import UserError as UserError
 
 
 class NonFiniteError(Exception):
@@ -63,12 +60,6 @@ class AttrDict(dict):
       return self[name]
     except KeyError:
       raise AttributeError(name) from None
-
-
-def nearest(word, choices, count=3):
-  """The choices most like `word`, as a phrase for an error message."""
-  found = difflib.get_close_matches(word, list(choices), count, cutoff=0.5)
-  return f'; did you mean {" or ".join(found)}?' if found else ''
 
 
 # --- Schedules --------------------------------------------------------------
@@ -454,6 +445,37 @@ class OneHotDist(tfd.OneHotCategorical):
     return tf.stop_gradient(hard - probs) + probs
 
 
+class FactoredOneHotDist:
+  """Independent choices side by side, each with an `OneHotDist`.
+
+  Args:
+    logits: float [..., A].
+    choices: how many of the A belong to each choice.
+  """
+
+  def __init__(self, logits, choices):
+    self._choices = choices
+    self._dists = [OneHotDist(part) for part in self._split(logits)]
+
+  def sample(self, sample_shape=(), seed=None):
+    seeds = tfr.split_seed(seed, len(self._dists))
+    pairs = zip(self._dists, seeds, strict=True)
+    return tf.concat([d.sample(sample_shape, s) for d, s in pairs], -1)
+
+  def mode(self):
+    return tf.concat([d.mode() for d in self._dists], -1)
+
+  def log_prob(self, value):
+    pairs = zip(self._dists, self._split(value), strict=True)
+    return tf.add_n([dist.log_prob(part) for dist, part in pairs])
+
+  def entropy(self):
+    return tf.add_n([dist.entropy() for dist in self._dists])
+
+  def _split(self, vector):
+    return tf.split(vector, self._choices, -1)
+
+
 # --- Optimizer --------------------------------------------------------------
 
 
@@ -816,6 +838,10 @@ class Replay:
       fit = [e for e in self._recent if e.length >= (length or 1)]
       if not fit:
         longest = max([e.length for e in self._recent], default=0)
+        if not longest:
+          raise UserError(
+            f'learning needs episodes, and there are none in {self._directory}'
+          )
         raise UserError(
           f'batch_length {length} is longer than any episode in '
           f'{self._directory}: the longest has {longest} rows. '
@@ -1089,6 +1115,15 @@ class Logger:
     with atomic_write(self._metrics) as file:
       file.write(content[:size])
 
+  def largest(self, name):
+    """The largest value of a name in metrics.jsonl, 0 without any."""
+    values = [0]
+    if self._metrics.exists():
+      for line in self._metrics.read_text(errors='replace').splitlines():
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+          values.append(float(json.loads(line).get(name, 0)))
+    return max(values)
+
   def say(self, line):
     line = f'[worker {self._worker}] {line}' if self._worker else line
     self._bar.write(line, file=sys.stdout)
@@ -1147,6 +1182,32 @@ class RunState(tf.train.experimental.PythonState):
     self.restored = json.loads(text)
 
 
+def plain_path(folder):
+  """A path of a folder in which TensorFlow sees no pattern.
+
+  It takes `[ ] * ? \\` in the paths of checkpoints for patterns.
+
+  Args:
+    folder: a path; where it has such characters it exists.
+
+  Returns:
+    The path, and the file descriptor that it goes through or None.
+
+  Raises:
+    UserError: this system has no such path.
+  """
+  if not re.search(r'[][*?\\]', str(folder)):
+    return str(folder), None
+  links = pathlib.Path('/proc/self/fd')
+  if not links.exists():
+    raise UserError(
+      f'TensorFlow cannot write to {folder}: choose a path without any of '
+      '[ ] * ? and backslashes'
+    )
+  number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  return str(links / str(number)), number
+
+
 class Checkpoints:
   """Keeps the newest two checkpoints of trackable objects in a folder."""
 
@@ -1155,62 +1216,122 @@ class Checkpoints:
   def __init__(self, directory, **objects):
     self._directory = pathlib.Path(directory)
     self._checkpoint = tf.train.Checkpoint(**objects)
-    self._manager = tf.train.CheckpointManager(
-      self._checkpoint, str(directory), max_to_keep=self.KEEP
-    )
 
   def save(self, number):
     """Saves under `number` (updates), or the next that is free."""
+    self._directory.mkdir(exist_ok=True)
     number = max([number, *(n + 1 for n in self._numbers())])
-    try:
-      path = self._manager.save(checkpoint_number=number)
-    except tf.errors.OpError as error:
-      reason = str(error).partition('\n')[0]
-      full = 'space' in reason or 'quota' in reason
-      code = errno.ENOSPC if full else errno.EIO
-      raise OSError(code, reason[:200], str(self._directory)) from None
-    for file in self._directory.glob(f'{pathlib.Path(path).name}.*'):
-      with file.open('rb') as opened:
-        os.fsync(opened.fileno())
-    return path
+    name = f'ckpt-{number}'
+    with self._plain() as folder:
+      try:
+        self._checkpoint.write(f'{folder}/{name}')
+      except tf.errors.OpError as error:
+        reason = self._reason(error, folder)
+        full = 'space' in reason or 'quota' in reason
+        code = errno.ENOSPC if full else errno.EIO
+        raise OSError(code, reason, str(self._directory)) from None
+      for file in self._files(number):
+        with file.open('rb') as opened:
+          os.fsync(opened.fileno())
+    with atomic_write(self._directory / 'checkpoint') as file:
+      # As TensorFlow writes it: which is the newest, for other tools.
+      file.write(f'model_checkpoint_path: "{name}"\n'.encode())
+    for old in self._numbers()[: -self.KEEP]:
+      self._remove(old)
+    return str(self._directory / name)
 
   def restore(self, repair=False):
     """Restores the newest that is whole; returns its path, None if none.
 
     Args:
-      repair: rename broken ones to *.broken, and remove what a run that was
-        killed left behind.
+      repair: rename those with wrong bytes to *.broken, and remove what a run
+        that was killed left behind.
 
     Raises:
-      UserError: it does not fit these objects.
+      UserError: it cannot be read, or does not fit these objects.
     """
     if repair:
       self._sweep()
     for number in reversed(self._numbers()):
       path = str(self._directory / f'ckpt-{number}')
-      try:
-        self._restore(path)
+      reason = self._restore(number)
+      if not reason:
         return path
-      except (tf.errors.OpError, IndexError) as error:
-        if number not in self._numbers():
-          continue  # a run beside us has replaced it
-        reason = str(error).partition('\n')[0][:200]
-        warn(f'{path} is broken ({reason}); taking the checkpoint before')
-        for file in self._directory.glob(f'ckpt-{number}.*') if repair else ():
+      if number not in self._numbers():
+        continue  # a run beside us has replaced it
+      warn(f'{path} is broken ({reason}); taking the checkpoint before')
+      if repair and self._is_complete(number):
+        for file in self._files(number):
           file.rename(file.with_name(f'{file.name}.broken'))
     return None
 
-  def _restore(self, path):
+  def newest_trace(self):
+    """Largest number of a checkpoint of which there is any file, 0 if none."""
+    names = [path.name for path in self._directory.glob('ckpt-*')]
+    matches = [re.match(r'ckpt-(\d+)\.', name) for name in names]
+    return max([int(m[1]) for m in matches if m], default=0)
+
+  def _restore(self, number):
+    """Restores a checkpoint; returns what is wrong with its bytes, or ''."""
+    with self._plain() as folder:
+      path = f'{folder}/ckpt-{number}'
+      try:
+        status = self._checkpoint.restore(path).expect_partial()
+        status.assert_existing_objects_matched()
+        return ''
+      except (AssertionError, ValueError, KeyError) as error:
+        tf.get_logger().setLevel('ERROR')  # it would list every value
+        problem = 'was not made by this version of the code'
+        hint = 'use the version that made it, or a new logdir'
+        reason = self._reason(error, folder)
+      except (tf.errors.OpError, IndexError) as error:
+        reason = self._reason(error, folder)
+        if number not in self._numbers() or self._is_wrong(number, path):
+          return reason
+        problem = 'cannot be restored, though its bytes are right'
+        hint = 'make it readable, and start again; nothing was changed'
+    raise UserError(
+      f'{self._directory / f"ckpt-{number}"} {problem} ({reason}); {hint}'
+    )
+
+  def _is_wrong(self, number, path):
+    """Whether all of a checkpoint's bytes could be read, and are not right.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    for file in self._files(number):
+      try:
+        with file.open('rb') as opened:
+          while opened.read(2**20):
+            pass
+      except OSError as error:
+        raise UserError(
+          f'the checkpoint {file} cannot be read ({error.strerror}); make it '
+          'readable, and start again; nothing was changed'
+        ) from None
     try:
-      status = self._checkpoint.restore(path).expect_partial()
-      status.assert_existing_objects_matched()
-    except (AssertionError, ValueError, KeyError) as error:
-      tf.get_logger().setLevel('ERROR')  # it would list every value
-      reason = str(error).partition('\n')[0][:200]
-      raise UserError(
-        f'{path} was not made by this version of the code ({reason}); use '
-        'the version that made it, or a new logdir'
-      ) from None
+      reader = tf.train.load_checkpoint(path)
+      for name in reader.get_variable_to_shape_map():
+        reader.get_tensor(name)
+    except (tf.errors.OpError, IndexError, ValueError):
+      return True
+    return False
+
+  @contextlib.contextmanager
+  def _plain(self):
+    """A path of the folder for TensorFlow."""
+    folder, number = plain_path(self._directory)
+    try:
+      yield folder
+    finally:
+      if number is not None:
+        os.close(number)
+
+  def _reason(self, error, folder):
+    """The first line of an error, with the real path."""
+    line = (str(error) or type(error).__name__).partition('\n')[0]
+    return line.replace(folder, str(self._directory))[:200]
 
   def _numbers(self):
     """Of the checkpoints in the folder, sorted; the index is written last."""
@@ -1222,13 +1343,32 @@ class Checkpoints:
           numbers.append(int(match[1]))
     return sorted(numbers)
 
+  def _files(self, number):
+    own = rf'ckpt-{number}\.(index|data-\d+-of-\d+)'
+    paths = self._directory.glob(f'ckpt-{number}.*')
+    return [path for path in paths if re.fullmatch(own, path.name)]
+
+  def _is_complete(self, number):
+    """Whether there are as many files as their names say."""
+    data = [p for p in self._files(number) if p.suffix != '.index']
+    return bool(data) and len(data) == int(data[0].name.rpartition('-')[2])
+
+  def _remove(self, number):
+    """Removes a checkpoint, its index first, without which it is none."""
+    for path in sorted(self._files(number), reverse=True):
+      path.unlink()
+
   def _sweep(self):
-    """Removes unfinished checkpoints, and all but the newest; nothing else."""
+    """Removes unfinished checkpoints, and all but the newest; nothing else.
+
+    What is there stays where there is no checkpoint to go on from.
+    """
     keep = {f'ckpt-{n}' for n in self._numbers()[-self.KEEP :]}
     own = r'(ckpt-\d+)(_temp|\.index|\.data-\d+-of-\d+)|checkpoint\.tmp.*'
     for path in self._directory.glob('*'):
       match = re.fullmatch(own, path.name)
-      if not match or (match[1] in keep and match[2] != '_temp'):
+      temporary = match and match[2] in ('_temp', None)
+      if not match or not (temporary or (keep and match[1] not in keep)):
         continue
       if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)

@@ -17,8 +17,11 @@ import contextlib
 import faulthandler
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
+import io
 import logging
+import logging.handlers
 import os
 import pickle
 import re
@@ -28,14 +31,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
+import typing
 import weakref
 from multiprocessing import connection as mp_connection
+
+from cli import UserError
 
 STRATEGIES = ('process', 'thread', 'none', 'ray')
 
 
-class TaskError(ValueError):
+class TaskError(UserError):
   """A task name, or a way to run a task, that does not exist here."""
 
 
@@ -91,27 +98,39 @@ class Async:
     constructor: makes the environment; a function without arguments, which
       must pickle for 'process' and 'ray': `partial(make_task, 'toy_reach')`.
     strategy: 'process', 'thread', 'none' or 'ray'.
-    timeout: seconds that a caller waits for an answer, until the process is
-      killed; 0 waits for ever.
+    timeout: seconds that a caller waits for a reset or step, until the process
+      is killed; 0 waits for ever.
+    start_timeout: seconds that it waits for the environment to be made.
+    log: from `open_log`, for what the worker prints; None for no file.
+    name: of the worker, in the log.
 
   Every use raises WorkerError if the environment failed and WorkerLost if its
   worker died or was killed, but TaskError and RenderError arrive as what they
   are. All of them carry the worker's traceback as text in `traceback`.
   """
 
-  def __init__(self, constructor, strategy='process', timeout=0):
+  def __init__(
+    self,
+    constructor,
+    strategy='process',
+    timeout=0,
+    start_timeout=0,
+    log=None,
+    name='worker',
+  ):
     if strategy not in STRATEGIES:
       raise ValueError(f'Strategy {strategy!r} is not one of {STRATEGIES}.')
     self._constructor, self._strategy = constructor, strategy
-    self._timeout = timeout
+    self._limits = timeout, start_timeout
+    self._log = log, name
     self._number = None
     self._worker = self._start()
 
   def _start(self):
-    if self._strategy == 'process':
-      return _ProcessWorker(self._constructor, self._timeout)
-    if self._strategy == 'ray':
-      return _RayWorker(self._constructor, self._timeout)
+    remote = dict(process=_ProcessWorker, ray=_RayWorker)
+    if self._strategy in remote:
+      worker = remote[self._strategy]
+      return worker(self._constructor, *self._limits, _Output(*self._log))
     if self._strategy == 'thread':
       executor = concurrent.futures.ThreadPoolExecutor(1, 'environment')
       return _LocalWorker(self._constructor, executor)
@@ -131,11 +150,16 @@ class Async:
 
   @property
   def observation_space(self):
-    return self._worker.spaces()[0]
+    return self._worker.about()[0]
 
   @property
   def action_space(self):
-    return self._worker.spaces()[1]
+    return self._worker.about()[1]
+
+  @property
+  def about(self):
+    """What the environment says of itself, a list of sentences."""
+    return self._worker.about()[2]
 
   def reset(self, blocking=True):
     """Returns obs, or without blocking a function without arguments for it."""
@@ -190,6 +214,10 @@ def _resolve(answer):
   raise error
 
 
+def _about(env):
+  return env.observation_space, env.action_space, getattr(env, 'about', [])
+
+
 class _Immediate(concurrent.futures.Executor):
   """Runs what is submitted at once, in the caller's thread."""
 
@@ -207,9 +235,8 @@ class _LocalWorker:
     self._env = executor.submit(_attempt, constructor)
     self._closed = False
 
-  def spaces(self):
-    env = _resolve(self._env.result())
-    return env.observation_space, env.action_space
+  def about(self):
+    return _about(_resolve(self._env.result()))
 
   def call(self, method, *args):
     if self._closed:
@@ -228,6 +255,76 @@ class _LocalWorker:
     self._executor.shutdown()
 
 
+class _Log(logging.handlers.RotatingFileHandler):
+  """A log that does without what it cannot write, as on a full disk."""
+
+  def handleError(self, record):  # noqa: N802 (the library's name)
+    pass
+
+
+def open_log(path):
+  """A file for what workers print, of 2 MB at most: `path` and `path`.1."""
+  log = _Log(path, maxBytes=10**6, backupCount=1, encoding='utf8', delay=True)
+  log.setFormatter(logging.Formatter('%(asctime)s %(name)s: %(message)s'))
+  return log
+
+
+class _Output:
+  """What one worker prints: the end of it, and all of it in a log.
+
+  Args:
+    log: from `open_log`, which workers may share; None for no file.
+    name: of the worker, for the log.
+  """
+
+  TAIL = 4000  # bytes
+  LINE = 4000  # bytes of a line; longer ones are broken
+
+  def __init__(self, log=None, name=''):
+    self._log, self._name = log, name
+    self._tail = self._line = b''
+
+  def write(self, data):
+    self._tail = (self._tail + data)[-self.TAIL :]
+    *lines, self._line = (self._line + data).split(b'\n')
+    if len(self._line) > self.LINE:
+      lines, self._line = [*lines, self._line], b''
+    for line in lines:
+      for start in range(0, len(line) or 1, self.LINE):
+        self._record(line[start : start + self.LINE])
+
+  def follow(self, pipe):
+    """Takes all that comes from a pipe, until its other end is closed."""
+    with pipe:
+      while data := pipe.read1(2**16):
+        self.write(data)
+    if self._line:
+      self.write(b'\n')
+
+  def _record(self, line):
+    if self._log:
+      text = line.decode(errors='replace')
+      self._log.handle(logging.makeLogRecord(dict(name=self._name, msg=text)))
+
+  def where(self):
+    """A sentence that names the log, if there is one."""
+    path = self._log and self._log.baseFilename
+    return f' What workers print is in {path}.' if path else ''
+
+  def lost(self, cause, tail=None):
+    """The answer of a worker that can give none any more.
+
+    Args:
+      cause: how it ended, in words.
+      tail: the last that it printed, if not what was written here.
+    """
+    tail = (self._tail if tail is None else tail).decode(errors='replace')
+    message = f'The environment worker {cause}.{self.where()}'
+    if tail.strip():
+      message += f' Its last output:\n{tail.strip()}'
+    return False, ('WorkerLost', message, tail.strip())
+
+
 class _ProcessWorker:
   """Runs an environment in a process of its own.
 
@@ -235,25 +332,31 @@ class _ProcessWorker:
   module, and with it TensorFlow, into the worker.
   """
 
-  def __init__(self, constructor, timeout=0):
+  def __init__(self, constructor, timeout, start_timeout, output):
     self._pending = collections.deque()
-    self._timeout = timeout or None  # of `poll`
+    self._timeout = timeout
+    self._output = output
     self._connection, other = mp_connection.Pipe()
     # Standard input is a file, so that the worker can read it again if it has
     # to start over with another OpenGL.
     order = tempfile.TemporaryFile()
-    self._log = tempfile.TemporaryFile()
     with other, order:
       pickle.dump(sys.path, order)
       pickle.dump(constructor, order)
       order.seek(0)
-      self._process = _start_worker(other, order, self._log)
-    self._ready = self._expect()
+      self._process = _start_worker(other, order)
+    self._reader = threading.Thread(
+      target=output.follow, args=[self._process.stdout], daemon=True
+    )
+    self._reader.start()
+    self._ready = self._expect(_start_limit(start_timeout))
     self._end = weakref.finalize(
-      self, _end_worker, self._process, self._connection, self._ready
+      self,
+      _end_worker,
+      *(self._process, self._connection, self._ready, self._reader),
     )
 
-  def spaces(self):
+  def about(self):
     return self._wait(self._ready)
 
   def call(self, method, *args):
@@ -263,43 +366,46 @@ class _ProcessWorker:
     # A worker that died is noticed when the answer fails to come.
     with contextlib.suppress(OSError):
       self._connection.send((method, args))
-    return functools.partial(self._wait, self._expect())
+    return functools.partial(self._wait, self._expect(_limit(self._timeout)))
 
   def close(self):
     self._end()
 
-  def _expect(self):
+  def _expect(self, limit):
     future = concurrent.futures.Future()
-    self._pending.append(future)
+    self._pending.append((future, limit))
     return future
 
   def _wait(self, future):
     """Takes answers, which come in the order of the calls, up to this one."""
     while not future.done():
+      oldest, limit = self._pending[0]
       try:
-        if not self._connection.poll(self._timeout):
-          answer = self._kill()
-        else:
+        if self._connection.poll(limit.seconds or None):
           answer = self._connection.recv()
+        else:
+          answer = self._kill(limit)
       except (EOFError, OSError):
         answer = self._obituary()
-      self._pending.popleft().set_result(answer)
+      self._pending.popleft()
+      oldest.set_result(answer)
     return _resolve(future.result())
 
-  def _kill(self):
+  def _kill(self, limit):
     """Ends a worker that hangs, and returns its answer."""
     self._process.send_signal(signal.SIGABRT)  # it prints where it is
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(2)
     self._process.kill()
-    return self._obituary(_silence(self._timeout))
+    return self._obituary(str(limit))
 
   def _obituary(self, cause=None):
     """Returns the answer of a worker that can give none any more."""
     if not self._end.alive:
       return False, ('', 'The environment is closed.', '')
     cause = cause or self._cause()
-    return _lost(cause, _last_output(self._log))
+    self._reader.join(2)  # for its last words
+    return self._output.lost(cause)
 
   def _cause(self):
     """How the worker ended, in words."""
@@ -311,26 +417,29 @@ class _ProcessWorker:
     return f'ended with exit code {code}'
 
 
+class _Limit(typing.NamedTuple):
+  """Seconds that an answer may take (0: any), and what to say after them."""
+
+  seconds: float
+  text: str
+
+  def __str__(self):
+    return self.text.format(self.seconds)
+
+
+def _limit(seconds):
+  text = 'gave no answer for {:g} seconds, the limit of --worker_timeout'
+  return _Limit(seconds, text)
+
+
+def _start_limit(seconds):
+  text = 'took more than {:g} seconds to start, the limit of --start_timeout'
+  return _Limit(seconds, text)
+
+
 # The trainer has the cores; several workers with a pool each would only stand
 # in each other's way.
 _ONE_THREAD = {f'{x}_NUM_THREADS': '1' for x in ('OMP', 'OPENBLAS', 'MKL')}
-
-
-def _last_output(log):
-  """The end of a file that a worker writes to."""
-  size = os.fstat(log.fileno()).st_size
-  # The worker may share the position in this file; reading must not move it.
-  tail = os.pread(log.fileno(), 4000, max(0, size - 4000))
-  return tail.decode(errors='replace').strip()
-
-
-def _lost(cause, output=''):
-  """The answer of a worker that can give none any more."""
-  message = f'The environment worker {cause}.'
-  if output:
-    message += f' Its last output:\n{output}'
-  return False, ('WorkerLost', message, output)
-
 
 _WORKER_CODE = """
 import pickle, sys
@@ -342,10 +451,10 @@ _work(*sys.argv[1:])
 
 def _worker_command(handle, fallback):
   code = _WORKER_CODE.format(module=__name__)
-  return [sys.executable, '-c', code, str(handle), fallback]
+  return [sys.executable, '-u', '-c', code, str(handle), fallback]
 
 
-def _start_worker(connection, order, log):
+def _start_worker(connection, order):
   env = {**os.environ, **_ONE_THREAD}
   fallback = ''
   if not env.get('MUJOCO_GL'):
@@ -353,8 +462,8 @@ def _start_worker(connection, order, log):
   return subprocess.Popen(
     _worker_command(connection.fileno(), fallback),
     stdin=order,
-    stdout=log,
-    stderr=log,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
     env=env,
     pass_fds=[connection.fileno()],
     # Ctrl-C in a terminal is for the trainer alone.
@@ -362,7 +471,7 @@ def _start_worker(connection, order, log):
   )
 
 
-def _end_worker(process, connection, ready):
+def _end_worker(process, connection, ready, reader):
   """Ends a worker: kindly, or by force if it has not begun or is stuck."""
   with contextlib.suppress(OSError):
     connection.send(None)
@@ -372,6 +481,7 @@ def _end_worker(process, connection, ready):
     process.kill()
     process.wait()
   connection.close()
+  reader.join(2)
 
 
 def _work(handle, fallback):
@@ -386,7 +496,7 @@ def _work(handle, fallback):
   faulthandler.enable()  # prints a traceback when it crashes or is aborted
   environment = dict(os.environ)
   connection = mp_connection.Connection(int(handle))
-  success, env = _attempt(_construct)
+  success, env = _attempt(_construct, sys.stdin.buffer, os.getcwd())
   if not success and env[0] == 'RenderError' and fallback:
     environment['MUJOCO_GL'] = fallback
     os.lseek(0, 0, os.SEEK_SET)
@@ -395,26 +505,75 @@ def _work(handle, fallback):
   # The trainer is gone, killed perhaps, when the connection breaks.
   with contextlib.suppress(EOFError, OSError):
     if success:
-      connection.send((True, (env.observation_space, env.action_space)))
+      _send(connection, (True, _about(env)))
       _serve(connection, env)
       env.close()
     else:
-      connection.send((False, env))
+      _send(connection, (False, env))
   # Without the interpreter's clean-up, in which OpenGL libraries complain.
   os._exit(0)
 
 
-def _construct():
-  return pickle.load(sys.stdin.buffer)()
+def _construct(order, folder):
+  """Makes the environment that a pickled constructor in a file makes."""
+  constructor = pickle.load(order)
+  _make_way(folder)
+  return constructor()
 
 
 def _serve(connection, env):
   while (request := connection.recv()) is not None:
     method, args = request
     answer = _attempt(getattr(env, method), *args)
-    sent, failure = _attempt(connection.send, answer)
+    sent, failure = _attempt(_send, connection, answer)
     if not sent:
-      connection.send((False, failure))
+      _send(connection, (False, failure))
+
+
+def _send(connection, answer):
+  with _own_modules():
+    connection.send(answer)
+
+
+# --- Modules of the user ----------------------------------------------------
+# They may have the names of ours.
+
+OWN = ('cli', 'gym_env', 'spaces', 'workers', 'wrappers')  # that workers load
+_hidden = {}  # those of them whose names the user has taken
+
+
+def _make_way(folder):
+  """From here on, the user's modules go before ours of the same name.
+
+  Args:
+    folder: where the user is; modules are found there, too.
+  """
+  own = os.path.dirname(os.path.abspath(__file__))
+  rest = [p for p in map(os.path.abspath, sys.path) if p != own]
+  if folder not in (own, *rest):
+    rest.insert(0, folder)
+  sys.path[:] = [*rest, own]
+  for name in OWN:
+    if importlib.machinery.PathFinder.find_spec(name, rest):
+      _hidden[name] = sys.modules.pop(name, None) or _hidden.get(name)
+
+
+@contextlib.contextmanager
+def _own_modules():
+  """Puts our modules back under their names, for pickles of what they hold."""
+  theirs = {name: sys.modules.get(name) for name in _hidden}
+  sys.modules.update({k: v for k, v in _hidden.items() if v})
+  try:
+    yield
+  finally:
+    for name, module in theirs.items():
+      if module:
+        sys.modules[name] = module
+      else:
+        sys.modules.pop(name, None)
+
+
+# --- Ray --------------------------------------------------------------------
 
 
 class _RayWorker:
@@ -428,9 +587,10 @@ class _RayWorker:
   PLACING = 60  # seconds, or the timeout if that is longer
   GRACE = 2  # seconds for an actor to say where it hangs, or to close
 
-  def __init__(self, constructor, timeout=0):
+  def __init__(self, constructor, timeout, start_timeout, output):
     self._order = pickle.dumps(constructor)
-    self._timeout = timeout
+    self._limits = _limit(timeout), _start_limit(start_timeout)
+    self._output = output
     self._pending = collections.deque()
     self._ray = _connect_ray()
     chosen = os.environ.get('MUJOCO_GL')
@@ -447,14 +607,16 @@ class _RayWorker:
     self._actor = actor.remote()
     self._log = self._actor.log.remote().future()  # its first answer
     path = [os.path.abspath(folder) for folder in sys.path]
-    self._ready = self._expect(
-      self._actor.start.remote(path, __name__, self._order, self._timeout)
+    seconds = [limit.seconds for limit in self._limits]
+    starting = self._actor.start.remote(
+      path, __name__, self._order, os.getcwd(), *seconds
     )
+    self._ready = self._expect(starting, self._limits[1])
     self._end = weakref.finalize(
       self, _end_actor, self._ray, self._actor, self._ready
     )
 
-  def spaces(self):
+  def about(self):
     self._wait_for_place()
     try:
       return self._wait(self._ready)
@@ -464,62 +626,71 @@ class _RayWorker:
     self._end()
     renderer, self._fallback = self._fallback, None
     self._launch(renderer)
-    return self.spaces()
+    return self.about()
 
   def call(self, method, *args):
     if not self._end.alive:
       raise WorkerError('The environment is closed.')
-    self.spaces()
+    self.about()
     args = pickle.dumps(args)
-    answer = self._expect(self._actor.call.remote(method, args))
+    call = self._actor.call.remote(method, args)
+    answer = self._expect(call, self._limits[0])
     return functools.partial(self._wait, answer)
 
   def close(self):
     self._end()
 
-  def _expect(self, reference):
+  def _expect(self, reference, limit):
     # Signal handlers may raise while a future is waited for, but not in
     # `ray.get`.
     future = concurrent.futures.Future()
-    self._pending.append((reference.future(), future))
+    self._pending.append((reference.future(), future, limit))
     return future
 
   def _wait(self, future):
     """Takes answers, which come in the order of the calls, up to this one."""
     while not future.done():
-      coming, oldest = self._pending[0]
-      answer = self._receive(coming)
+      coming, oldest, limit = self._pending[0]
+      answer = self._receive(coming, limit)
       oldest.set_result(answer)
       self._pending.popleft()
     return _resolve(future.result())
 
-  def _receive(self, coming):
+  def _receive(self, coming, limit):
     """Returns an answer of the actor, or one for an actor that gives none."""
-    limit = self._timeout + self.GRACE if self._timeout else None
     try:
-      return pickle.loads(coming.result(limit))
+      seconds = limit.seconds + self.GRACE if limit.seconds else None
+      answer, printed = pickle.loads(coming.result(seconds))
+      self._output.write(printed)
+      success, payload = answer
+      if not success and payload[0] == 'WorkerLost':
+        kind, message, trace = payload
+        payload = kind, message + self._output.where(), trace
+      return success, payload
     except TimeoutError:
       self._ray.kill(self._actor)
-      return _lost(_silence(self._timeout), self._last_output())
+      return self._output.lost(str(limit), self._last_output())
     except self._ray.exceptions.RayTaskError as error:  # no such code there
       trace = str(error)
       return False, ('', trace.splitlines()[-1], trace)
     except self._ray.exceptions.RayError as error:
       if not self._end.alive:
         return False, ('', 'The environment is closed.', '')
-      return _lost(f'died: {_why_lost(error)}', self._last_output())
+      cause = f'died: {_why_lost(error)}'
+      return self._output.lost(cause, self._last_output())
 
   def _last_output(self):
     """What a dead actor wrote to standard error, if that was on this host."""
     if not self._log.done() or self._log.exception():
-      return ''
+      return b''
     with contextlib.suppress(OSError), open(self._log.result(), 'rb') as log:
-      return _last_output(log)
-    return ''
+      log.seek(max(0, os.fstat(log.fileno()).st_size - _Output.TAIL))
+      return log.read()
+    return b''
 
   def _wait_for_place(self):
     """Raises WorkerError if the cluster has no room for the actor."""
-    seconds = max(self.PLACING, self._timeout)
+    seconds = max(self.PLACING, self._limits[0].seconds)
     try:
       self._log.exception(seconds)  # errors come with the other answers, too
     except TimeoutError:
@@ -537,10 +708,6 @@ class _RayWorker:
         f'the cluster has {total:g}, {free:g} of them free. Use fewer --envs '
         'or a larger cluster.'
       ) from None
-
-
-def _silence(seconds):
-  return f'gave no answer for {seconds:g} seconds'
 
 
 def _why_lost(error):
@@ -580,7 +747,7 @@ def _actor_class():
 
       sys.path[:] = path + [x for x in sys.path if x not in path]
       self._served = importlib.import_module(module)._Served(*args)
-      return self._served.spaces()
+      return self._served.about()
 
     def call(self, *args):
       return self._served.call(*args)
@@ -589,40 +756,79 @@ def _actor_class():
 
 
 class _Served:
-  """An environment in its actor; answers are those of `_attempt`, pickled."""
+  """An environment in its actor.
 
-  def __init__(self, order, timeout):
+  Answers are pickled pairs: one of `_attempt`, and what was printed since the
+  last.
+
+  Args:
+    order: the pickled constructor.
+    folder: where the user is.
+    timeout, start_timeout: seconds for a call, and for the constructor.
+  """
+
+  def __init__(self, order, folder, timeout, start_timeout):
     for number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, self._give_up)
-    self._timeout = timeout
-    self._env = None
-    self._order = order
+    self._limits = _limit(timeout), _start_limit(start_timeout)
+    self._order = io.BytesIO(order), folder
+    self._printed = [_Printed(number) for number in (1, 2)]
 
-  def spaces(self):
-    return self._answer(self._construct)
+  def about(self):
+    return self._answer(self._construct, self._limits[1])
 
   def _construct(self):
-    self._env = pickle.loads(self._order)()
-    return self._env.observation_space, self._env.action_space
+    self._env = _construct(*self._order)
+    return _about(self._env)
 
   def call(self, method, args):
-    return self._answer(lambda: getattr(self._env, method)(*pickle.loads(args)))
+    args = pickle.loads(args)
+    return self._answer(
+      lambda: getattr(self._env, method)(*args), self._limits[0]
+    )
 
-  def _answer(self, function):
-    answer = _attempt(self._limited, function)
-    packed, result = _attempt(pickle.dumps, answer)
-    return result if packed else pickle.dumps((False, result))
+  def _answer(self, function, limit):
+    answer = _attempt(self._limited, function, limit)
+    printed = b''.join(stream.read() for stream in self._printed)
+    with _own_modules():
+      packed, result = _attempt(pickle.dumps, (answer, printed))
+      return result if packed else pickle.dumps(((False, result), printed))
 
-  def _limited(self, function):
-    signal.setitimer(signal.ITIMER_REAL, self._timeout)
+  def _limited(self, function, limit):
+    self._limit = limit
+    signal.setitimer(signal.ITIMER_REAL, limit.seconds)
     try:
       return function()
     finally:
       signal.setitimer(signal.ITIMER_REAL, 0)
 
   def _give_up(self, number, frame):
-    raise WorkerLost(_lost(_silence(self._timeout))[1][1])
+    raise WorkerLost(f'The environment worker {self._limit}.')
+
+
+class _Printed:
+  """What this process adds to the file behind a file descriptor."""
+
+  MOST = 10_000  # bytes at a time; the last of them are kept
+
+  def __init__(self, number):
+    self._number = number
+    self._place = os.fstat(number).st_size
+
+  def read(self):
+    """What is new there."""
+    sys.stdout.flush()
+    size = os.fstat(self._number).st_size
+    start, self._place = max(self._place, size - self.MOST), size
+    if start == size:
+      return b''
+    try:
+      with open(f'/proc/self/fd/{self._number}', 'rb') as file:
+        file.seek(start)
+        return file.read(size - start)
+    except OSError:
+      return b''
 
 
 def require_ray():

@@ -16,25 +16,22 @@ workers that import this module, workers.py and the simulator.
 
 import difflib
 import functools
-import importlib
 import importlib.util
-import inspect
 import os
 import pathlib
 import sys
 import traceback
 
 import numpy as np
-import PIL.Image
 
+import spaces
 import workers
+from gym_env import GymEnv, right_form
+from spaces import OneHotBox as OneHotBox
+from spaces import gym
 from workers import Async as Async
-from workers import RenderError, TaskError, WorkerLost, quiet_stderr
-from workers import WorkerError as WorkerError
-
-with quiet_stderr():
-  import gym
-  import gym.spaces
+from workers import RenderError, TaskError, WorkerError, WorkerLost
+from workers import quiet_stderr as quiet_stderr
 
 # What dm_control.suite.ALL_TASKS holds. It is written out because importing
 # dm_control loads OpenGL, which the training process must not do.
@@ -112,8 +109,11 @@ def check_task(task):
   if task in names or (family == 'gym' and name):
     return
   lower = {name.lower(): name for name in names}
+  form = right_form(task)
   near = difflib.get_close_matches(task.lower(), lower, n=3, cutoff=0.5)
-  if near:
+  if form:
+    hint = f'here it is written {form}'
+  elif near:
     hint = 'the nearest are ' + ', '.join(lower[name] for name in near)
   else:
     hint = (
@@ -146,7 +146,9 @@ def check_parallel(task, strategy):
     )
 
 
-def make_task(task, action_repeat=2, time_limit=1000, seed=None, test=False):
+def make_task(
+  task, action_repeat=2, time_limit=1000, seed=None, test=False, args=None
+):
   """Makes the environment of a task, with the wrappers that it needs.
 
   Args:
@@ -155,10 +157,12 @@ def make_task(task, action_repeat=2, time_limit=1000, seed=None, test=False):
     time_limit: longest episode in environment steps.
     seed: int; the same seed gives the same trajectory. None: a fresh one.
     test: for evaluation: whole games of Atari, held-out levels of Lab.
+    args: arguments of the constructor of a gym_<id>, by name.
 
   Returns:
     An environment with actions in [-1, 1], or one-hot where they are discrete,
-    and observations 'image', 'reward' and whatever else the task shows.
+    and observations 'image', 'reward' and whatever else the task shows. It may
+    have `about`, a list of sentences on what of it the agent sees.
 
   Raises:
     TaskError: there is no such task.
@@ -171,9 +175,11 @@ def make_task(task, action_repeat=2, time_limit=1000, seed=None, test=False):
   elif family == 'dmlab':
     env = DeepMindLab(name, action_repeat, seed=seed, test=test)
   else:
-    make = dict(dmc=DeepMindControl, gym=GymEnv, toy=_toy)[family]
+    gym_env = functools.partial(GymEnv, args=args)
+    make = dict(dmc=DeepMindControl, gym=gym_env, toy=_toy)[family]
     env = ActionRepeat(make(name, seed=seed), action_repeat)
-  if isinstance(env.action_space, gym.spaces.Discrete):
+  discrete = gym.spaces.Discrete, gym.spaces.MultiDiscrete
+  if isinstance(env.action_space, discrete):
     env = OneHotAction(env)
   else:
     env = NormalizeActions(env)
@@ -226,6 +232,14 @@ class DeepMindControl:
     except Exception as error:
       raise _render_error(error) from error
 
+  @property
+  def about(self):
+    size = 'x'.join(map(str, self._size))
+    spec = self._env.observation_spec()
+    others = [f'{k} {list(v.shape)}' for k, v in spec.items()]
+    sees = f'The agent sees camera {self._camera}, {size}.'
+    return [sees, f'Not used: {", ".join(others)}.'] if others else [sees]
+
   def reseed(self, seed):
     self._env.task.random.seed(seed)
 
@@ -266,7 +280,7 @@ class DeepMindControl:
       key: gym.spaces.Box(-np.inf, np.inf, spec.shape, np.float32)
       for key, spec in self._env.observation_spec().items()
     }
-    parts['image'] = _image_space(self._size)
+    parts['image'] = spaces.image_space(self._size)
     return gym.spaces.Dict(parts)
 
   def _action_space(self):
@@ -360,7 +374,9 @@ class Atari:
     self._noops, self._life_done = noops, life_done
     self._goes_on = False  # whether the next episode continues this game
     self._reseeded = False
-    self.observation_space = gym.spaces.Dict({'image': _image_space(size)})
+    self.observation_space = gym.spaces.Dict(
+      {'image': spaces.image_space(size)}
+    )
     self.action_space = gym.spaces.Discrete(len(self._actions))
 
   def _load(self):
@@ -408,7 +424,7 @@ class Atari:
     pass
 
   def _observe(self, frames):
-    return {'image': _resize(np.max(frames, 0), self._size)}
+    return {'image': spaces.resize(np.max(frames, 0), self._size)}
 
 
 class DeepMindLab:
@@ -458,7 +474,9 @@ class DeepMindLab:
     self._lab = deepmind_lab.Lab(path, ['RGB_INTERLEAVED'], config=config)
     self._random = np.random.RandomState(seed)
     self._repeat, self._size = action_repeat, tuple(size)
-    self.observation_space = gym.spaces.Dict({'image': _image_space(size)})
+    self.observation_space = gym.spaces.Dict(
+      {'image': spaces.image_space(size)}
+    )
     self.action_space = gym.spaces.Discrete(len(self.ACTIONS))
 
   def reseed(self, seed):
@@ -512,169 +530,6 @@ def lab_level(name, test=False):
   return f'contributed/dmlab30/{name}' if name in _LAB30 else name
 
 
-class GymEnv:
-  """An environment that is registered with Gym, or else with Gymnasium.
-
-  The image is the observation where that is one, or its entry 'image', else
-  what the environment renders. `terminated` sets the discount to 0; a time
-  limit of the registration, and `truncated`, end the episode with 1. Steps of
-  four values, as in older versions of Gym, are understood.
-
-  Args:
-    name: the id; 'module:id' imports the module first.
-    size: height and width of the image in pixels.
-    seed: int or None.
-
-  Raises:
-    TaskError: not registered, no images, or actions that are neither discrete
-      nor a box.
-  """
-
-  def __init__(self, name, size=(64, 64), seed=None):
-    self._name, self._size, self._seed = name, tuple(size), seed
-    self._env, self._limit = _make_gym(name)
-    self._key = _image_key(self._env.observation_space)
-    self.action_space = self._action_space(self._env.action_space)
-    self.observation_space = gym.spaces.Dict({'image': _image_space(size)})
-    self._reset()
-    try:
-      self.observe()
-    except (TypeError, AttributeError, NotImplementedError) as error:
-      raise self._no_images(error) from error
-
-  def reseed(self, seed):
-    self._seed = seed
-
-  def reset(self):
-    self._reset(self._seed)
-    self._seed = None  # the streams go on
-    return self.observe()
-
-  def step(self, action):
-    reward, done, info = self.advance(action)
-    return self.observe(), reward, done, info
-
-  def advance(self, action):
-    """Steps like `step`, but spares the image; see `observe`."""
-    space = self._env.action_space
-    if isinstance(self.action_space, gym.spaces.Discrete):
-      action = int(action) + int(getattr(space, 'start', 0))
-    else:
-      action = np.reshape(action, space.shape).astype(space.dtype)
-    self._obs, reward, ended, *truncated, info = self._env.step(action)
-    if not truncated:
-      truncated = [info.get('TimeLimit.truncated', False)]
-      ended = ended and not truncated[0]
-    self._steps += 1
-    done = bool(ended or truncated[0] or self._steps == self._limit)
-    return float(reward), done, {'discount': np.float32(0 if ended else 1)}
-
-  def observe(self):
-    """Returns the observation of the present state."""
-    if self._key is None:
-      image = self._render()
-    else:
-      image = self._obs[self._key] if self._key else self._obs
-    image = np.asarray(image)
-    image = image[..., None] if image.ndim == 2 else image
-    if image.dtype != np.uint8 or image.shape[2:] not in ((1,), (3,)):
-      raise self._no_images('it is not uint8 [height, width, 3]')
-    return {'image': _resize(image, self._size)}
-
-  def close(self):
-    self._env.close()
-
-  def _reset(self, seed=None):
-    parameters = inspect.signature(self._env.reset).parameters.values()
-    takes = any(p.name == 'seed' or p.kind == p.VAR_KEYWORD for p in parameters)
-    if seed is not None and not takes:
-      self._env.seed(seed)
-    result = self._env.reset(seed=seed) if takes else self._env.reset()
-    new = isinstance(result, tuple) and len(result) == 2
-    self._obs = result[0] if new and isinstance(result[1], dict) else result
-    self._steps = 0
-
-  def _render(self):
-    old = getattr(self._env, 'render_mode', None) is None
-    image = self._env.render(mode='rgb_array') if old else self._env.render()
-    return image[-1] if isinstance(image, list) else image
-
-  def _no_images(self, reason):
-    return TaskError(
-      f'gym_{self._name} has no images. Its observations are '
-      f'{self._env.observation_space}, and what it renders cannot be used: '
-      f'{reason}.'
-    )
-
-  def _action_space(self, space):
-    kind = type(space).__name__  # of Gym or of Gymnasium
-    if kind == 'Discrete':
-      return gym.spaces.Discrete(int(space.n))
-    if kind == 'Box':
-      low, high = (
-        np.ravel(x).astype(np.float32) for x in (space.low, space.high)
-      )
-      return gym.spaces.Box(low, high, dtype=np.float32)
-    raise TaskError(
-      f'gym_{self._name} has actions {space}; they must be Discrete or a Box.'
-    )
-
-
-def _make_gym(name):
-  """Returns an environment by its id, and its time limit (None for none)."""
-  module, _, key = name.rpartition(':')
-  if module:
-    try:
-      importlib.import_module(module)
-    except ModuleNotFoundError as error:
-      raise TaskError(f'gym_{name}: {error}.') from error
-  names = []
-  for library in ('gymnasium', 'gym'):  # the maintained one first
-    if importlib.util.find_spec(library) is None:
-      continue
-    library = importlib.import_module(library)
-    registry = library.envs.registration.registry
-    names += set(registry) - set(names)
-    if key in registry:
-      return _unwrap(_render_arrays(library.make, key), registry[key])
-  near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
-  hint = f'; the nearest are {", ".join(near)}' if near else ''
-  raise TaskError(
-    f'There is no environment {key!r} in Gym{hint}. For one of your own: '
-    '--task gym_package.module:Id-v0 imports package.module first.'
-  )
-
-
-def _render_arrays(make, key):
-  try:
-    return make(key, render_mode='rgb_array', disable_env_checker=True)
-  except TypeError:  # made for versions without this argument
-    return make(key, disable_env_checker=True)
-
-
-def _unwrap(env, spec):
-  """Takes off what `make` puts around: it refuses steps of four values."""
-  added = ('TimeLimit', 'OrderEnforcing', 'PassiveEnvChecker')
-  while type(env).__name__ in added and '.wrappers.' in type(env).__module__:
-    env = env.env
-  return env, spec.max_episode_steps
-
-
-def _image_key(space):
-  """Where the image is in an observation: '' for all of it, None for nowhere.
-
-  Images are boxes of uint8 with two or three dimensions, the last of them the
-  channels.
-  """
-  if type(space).__name__ == 'Dict':
-    inner = 'image' in space.spaces and _image_key(space['image']) is not None
-    return 'image' if inner else None
-  if type(space).__name__ != 'Box' or space.dtype != np.uint8:
-    return None
-  gray = len(space.shape) == 2
-  return '' if gray or space.shape[2:] in ((1,), (3,)) else None
-
-
 class ToyReach:
   """Steer a green dot onto a red target; an image task without a simulator.
 
@@ -690,7 +545,7 @@ class ToyReach:
   TARGET = np.zeros(2)
 
   def __init__(self, seed=None):
-    self.observation_space = gym.spaces.Dict({'image': _image_space()})
+    self.observation_space = gym.spaces.Dict({'image': spaces.image_space()})
     self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
     self._random = np.random.RandomState(seed)
     self._dot = np.zeros(2)
@@ -747,7 +602,7 @@ class ToyCatch:
   SPEED = 4  # Pixels per step.
 
   def __init__(self, seed=None):
-    self.observation_space = gym.spaces.Dict({'image': _image_space()})
+    self.observation_space = gym.spaces.Dict({'image': spaces.image_space()})
     self.action_space = gym.spaces.Discrete(3)
     self._random = np.random.RandomState(seed)
     self._ball = self._paddle = 32
@@ -789,22 +644,6 @@ class ToyCatch:
     row = 4 + 52 * self._step / self.LENGTH
     _draw_disc(image, (self._ball, row), 4, (255, 60, 60))
     return {'image': image}
-
-
-def _image_space(size=(64, 64)):
-  return gym.spaces.Box(0, 255, (*size, 3), np.uint8)
-
-
-def _resize(image, size):
-  """Resizes uint8 [h, w, 1 or 3] to [*size, 3], bilinearly.
-
-  Pillow widens the filter where an image shrinks, so that every pixel counts.
-  """
-  image = np.broadcast_to(image, (*image.shape[:2], 3))
-  if image.shape[:2] != size:
-    picture = PIL.Image.fromarray(np.ascontiguousarray(image))
-    image = picture.resize(size[::-1], PIL.Image.Resampling.BILINEAR)
-  return np.array(image)
 
 
 def _draw_disc(image, center, radius, color):
@@ -877,24 +716,17 @@ class ActionRepeat(Wrapper):
 
 
 class NormalizeActions(Wrapper):
-  """Maps actions in [-1, 1] to the bounds of `env`, where these are finite."""
+  """Maps actions in [-1, 1] onto the Box of `env` (see `spaces.BoxMap`)."""
 
   def __init__(self, env):
     super().__init__(env)
-    space = env.action_space
-    self._bounded = np.isfinite(space.low) & np.isfinite(space.high)
-    self._low = np.where(self._bounded, space.low, -1)
-    self._high = np.where(self._bounded, space.high, 1)
+    self._map = spaces.BoxMap(env.action_space)
     self.action_space = gym.spaces.Box(
-      np.where(self._bounded, -1, space.low).astype(np.float32),
-      np.where(self._bounded, 1, space.high).astype(np.float32),
-      dtype=np.float32,
+      -1.0, 1.0, env.action_space.shape, np.float32
     )
 
   def step(self, action):
-    action = np.asarray(action)
-    scaled = (action + 1) / 2 * (self._high - self._low) + self._low
-    return self._env.step(np.where(self._bounded, scaled, action))
+    return self._env.step(self._map(_check_action(action, self.action_space)))
 
 
 class TimeLimit(Wrapper):
@@ -944,44 +776,29 @@ class ObsDict(Wrapper):
     return {self._key: obs}, reward, done, info
 
 
-class OneHotBox(gym.spaces.Box):
-  """Space of the one-hot vectors of length `count`, float32.
-
-  `discrete` tells it from other boxes, in workers and after pickling too.
-  """
-
-  discrete = True
-
-  def __init__(self, count):
-    super().__init__(0.0, 1.0, (count,), np.float32)
-
-  def sample(self, mask=None):
-    index = self.np_random.integers(self.shape[0])
-    return np.eye(self.shape[0], dtype=self.dtype)[index]
-
-  def contains(self, x):
-    x = np.asarray(x)
-    if x.shape != self.shape:
-      return False
-    return bool(np.isin(x, (0, 1)).all() and x.sum() == 1)
-
-
 class OneHotAction(Wrapper):
-  """Takes one-hot vectors where `env` takes numbers, gym's Discrete.
+  """Takes one-hot vectors where `env` takes numbers: Discrete, MultiDiscrete.
 
-  `step` raises ValueError for a vector that is not one-hot.
+  Several choices are one-hot vectors side by side. `step` raises ValueError
+  for what is not.
   """
 
   def __init__(self, env):
     super().__init__(env)
-    if not isinstance(env.action_space, gym.spaces.Discrete):
-      raise TypeError(f'{env.action_space} is not a Discrete action space.')
-    self.action_space = OneHotBox(int(env.action_space.n))
+    space = env.action_space
+    if isinstance(space, gym.spaces.Discrete):
+      self.action_space = spaces.OneHotBox(space.n)
+    elif isinstance(space, gym.spaces.MultiDiscrete):
+      self.action_space = spaces.OneHotBox(space.nvec)
+    else:
+      raise TypeError(f'{space} is not a Discrete action space.')
+    self._single = isinstance(space, gym.spaces.Discrete)
 
   def step(self, action):
     if not self.action_space.contains(action):
-      raise ValueError(f'Action {action} is not a one-hot vector.')
-    return self._env.step(int(np.argmax(action)))
+      raise ValueError(f'Action {action} is not one-hot.')
+    index = self.action_space.decode(action)
+    return self._env.step(int(index[0]) if self._single else index)
 
 
 class RewardObs(Wrapper):
@@ -1073,26 +890,39 @@ class Collect(Wrapper):
   `info['discount']` the discount is 1 - done.
 
   A worker that died or hangs is restarted. Its episode is dropped: the step
-  then returns done, with `info['lost']`, and no callback is called. After
-  `LOSSES` losses without a whole episode between them its error is raised.
+  then returns done, with `info['lost']`, and no callback is called. So is one
+  in which the environment raised an error, if `tolerant`, unless it has not
+  made a whole episode yet. After `LOSSES` losses without a whole episode
+  between them the last error is raised.
 
   Args:
     env: an `Async` or an environment.
     callbacks: functions of one argument, the episode.
     precision: bits of the stored floats and signed integers, 16, 32 or 64.
-    lost: function of one argument, called with the error of a lost worker.
+    lost: function of one argument, called with the error of a lost worker or
+      of an environment.
+    tolerant: replace environments that raise errors, as lost workers.
   """
 
   LOSSES = 5
 
-  def __init__(self, env, callbacks=None, precision=32, lost=None):
+  def __init__(
+    self, env, callbacks=None, precision=32, lost=None, tolerant=False
+  ):
     super().__init__(env)
     self._lost = lost or (lambda error: None)
     self._losses = 0
+    self._tolerant = tolerant
+    self._proven = False  # whether it has made a whole episode
     self._callbacks = list(callbacks or ())
     self._float = {16: np.float16, 32: np.float32, 64: np.float64}[precision]
     self._int = {16: np.int16, 32: np.int32, 64: np.int64}[precision]
     self._rows = None
+
+  def number(self, number):
+    """The next episode is this one: earlier ones were whole."""
+    self._proven = self._proven or number > 0
+    self._env.number(number)
 
   def reset(self, blocking=True):
     """Starts an episode; returns obs, or without blocking a promise of it."""
@@ -1102,16 +932,19 @@ class Collect(Wrapper):
     return promise() if blocking else promise
 
   def _restart(self, error):
-    """Replaces a lost worker; raises its error if that happens too often."""
+    """Replaces a worker; raises its error if it may not, or does too often."""
     while True:
+      own = not isinstance(error, WorkerLost)  # of the environment
       self._losses += 1
+      if own and not (self._tolerant and self._proven):
+        raise error
       if self._losses >= self.LOSSES:
         raise error
       self._lost(error)
       try:
         self._env.restart()
         return
-      except WorkerLost as another:
+      except WorkerError as another:
         error = another
 
   def step(self, action, blocking=True):
@@ -1134,7 +967,7 @@ class Collect(Wrapper):
     if isinstance(self._env, Async):
       try:
         return method(*args, blocking=False)
-      except WorkerLost as error:
+      except WorkerError as error:
         return functools.partial(workers.fail, error)
     result = method(*args)
     return lambda: result
@@ -1144,7 +977,7 @@ class Collect(Wrapper):
       try:
         obs = promise()
         break
-      except WorkerLost as error:
+      except WorkerError as error:
         self._restart(error)
         promise = self._send('reset')
     space = self._env.action_space
@@ -1155,7 +988,7 @@ class Collect(Wrapper):
   def _record_step(self, action, promise):
     try:
       obs, reward, done, info = promise()
-    except WorkerLost as error:
+    except WorkerError as error:
       self._restart(error)
       row, self._rows = self._rows[-1], None
       obs = {k: v for k, v in row.items() if k not in ('action', 'discount')}
@@ -1166,7 +999,7 @@ class Collect(Wrapper):
     )
     if done:
       episode = self._stack(self._rows)
-      self._rows, self._losses = None, 0
+      self._rows, self._losses, self._proven = None, 0, True
       for callback in self._callbacks:
         callback(episode)
       info = {**info, 'episode': episode}

@@ -2,12 +2,18 @@
 
 import json
 import os
+import pathlib
+import tempfile
 
 import pytest
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
+import benchmark
+import cli
+import compare
 import configs
+import evaluate
 import gym
 import hypothesis
 import numpy as np
@@ -107,11 +113,29 @@ def test_a_given_flag_wins_over_preset_and_task():
     (['--steps', 'many'], '--steps takes a whole number'),
     (['--steps', '1.5'], '--steps takes a whole number'),
     (['--pcont', 'yes'], '--pcont takes True or False'),
-    (['--preset', 'gpu'], '--preset is one of'),
-    (['--envs', '0'], '--envs is at least 1'),
+    (['--preset', 'gpu'], '--preset takes one of release, paper'),
+    (['--envs', '0'], '--envs takes a whole number from 1'),
     (['--time_limit', '60'], '--batch_length 50 is longer'),
     (['--parallel', 'none'], '--parallel process'),
-    (['--horizon', '1'], '--horizon'),
+    (['--horizon', '1'], '--horizon takes a whole number from 2'),
+    (['--seed', '-1'], '--seed takes a whole number from 0 to 4,294,967,295'),
+    (['--seed', '5e9'], "not '5e9'"),
+    (['--dense_act', 'foo'], '--dense_act takes one of elu'),
+    (['--dense_act', 'rleu'], 'did you mean relu'),
+    (['--weight_decay_pattern', '('], 'unterminated subpattern'),
+    (['--worker_timeout', '-5'], '--worker_timeout takes a number from 0'),
+    (['--worker_timeout', '1e12'], 'to 1,000,000'),
+    (['--model_lr', '-1'], '--model_lr takes a number from 0 to 1'),
+    (['--discount', '2'], '--discount takes a number above 0, at most 1'),
+    (['--discount', '0'], '--discount takes'),
+    (['--disclam', '-1'], '--disclam takes'),
+    (['--grad_clip', '-1'], '--grad_clip takes'),
+    (['--reward_layers', '-1'], '--reward_layers takes'),
+    (['--precision', '8'], '--precision takes one of auto, 16'),
+    (['--env_args', '[1]'], '--env_args takes a JSON object'),
+    (['--env_args', '{1}'], 'Expecting property name'),
+    (['--env_args', '{"a": 1}'], '--env_args is for gym_ tasks'),
+    (['--task', 'crafter_reward'], 'gym_crafter:CrafterReward-v1'),
   ],
 )
 def test_bad_flags_are_errors_with_exit_code_2(argv, words, capsys, tmp_path):
@@ -122,31 +146,123 @@ def test_bad_flags_are_errors_with_exit_code_2(argv, words, capsys, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
-FLAGS = {f[0]: f[1] for group in configs.define_flags().values() for f in group}
-VALUES = strategies.one_of(
+FLAGS = configs.all_flags()
+TEXTS = strategies.one_of(
   strategies.text(max_size=8),
   strategies.integers().map(str),
   strategies.floats().map(str),
   strategies.sampled_from(['True', 'False', 'none', '1e6', '1e400', '0x1']),
+  strategies.sampled_from(
+    ['{}', '{"a": NaN}', '[' * 2000, '(', 'elu', '~no/x']
+  ),
 )
 
 
-@hypothesis.given(strategies.sampled_from(sorted(FLAGS)), VALUES)
-@hypothesis.settings(max_examples=300, deadline=None)
-def test_any_value_of_any_flag_is_taken_as_its_type_or_refused(name, text):
+def values(flag):
+  """Texts of values that a flag takes: the ends of its range, and others."""
+  kind = flag.kind
+  if isinstance(kind, cli.Whole):
+    # What is bounded for its memory or time is left small.
+    top = kind.high if kind.high >= 10**9 else kind.low + 7
+    top = strategies.sampled_from([kind.low, top])
+    return strategies.one_of(top, strategies.integers(kind.low, kind.low + 5))
+  if isinstance(kind, cli.Number):
+    ends = strategies.sampled_from([kind.low, kind.high])
+    return strategies.one_of(ends, strategies.floats(kind.low, kind.high))
+  if isinstance(kind, cli.Choice):
+    return strategies.sampled_from(kind.words)
+  if isinstance(kind, cli.Truth):
+    return strategies.booleans()
+  return strategies.just(_shown(flag.default))
+
+
+def _shown(value):
+  return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+@hypothesis.given(strategies.sampled_from(sorted(FLAGS)), TEXTS)
+@hypothesis.settings(max_examples=500, deadline=None)
+def test_any_text_for_any_flag_is_taken_as_its_kind_or_refused(name, text):
+  flag = FLAGS[name]
   try:
     config = configs.parse_flags(['--logdir=run', f'--{name}={text}'])
-  except (tools.UserError, wrappers.TaskError) as error:
-    assert str(error)
+  except cli.UserError as error:
+    assert len(str(error).splitlines()) == 1
     return
-  default = FLAGS[name]
   value = config[name]
-  if isinstance(default, tuple):
-    assert value in default
-  elif name != 'logdir':
-    assert type(value) is type(default)
-    assert not isinstance(value, (int, float)) or np.isfinite(float(value))
-  assert set(config) == set(dreamer.define_config())
+  if isinstance(flag.kind, cli.Choice):
+    assert value in flag.kind.words
+  elif isinstance(flag.kind, (cli.Whole, cli.Number)):
+    assert type(value) is type(flag.default)
+    assert flag.kind.low <= value <= flag.kind.high
+  else:
+    assert isinstance(value, (type(flag.default), pathlib.Path))
+  assert set(config) == set(FLAGS)
+
+
+@pytest.mark.parametrize('name', FLAGS)
+def test_beyond_its_range_a_flag_is_refused(name):
+  """Before anything is written: the message says what is taken."""
+  kind = FLAGS[name].kind
+  wrong = ['nonsense\n']
+  if isinstance(kind, (cli.Whole, cli.Number)):
+    wrong += [str(x) for x in (kind.low - 1, 2 * kind.high + 1, -5, 'nan')]
+  if isinstance(kind, cli.Pattern):
+    wrong = ['(', '*']
+  if isinstance(kind, cli.Path):
+    wrong = ['', '~no_such_user/x', '\udcff']
+  for text in wrong:
+    with pytest.raises(cli.UserError) as error:
+      parse(f'--{name}={text}')
+    assert str(error.value).startswith((f'--{name} takes ', 'There is no task'))
+
+
+@pytest.fixture
+def eager():
+  tf.config.run_functions_eagerly(True)
+  yield
+  tf.config.run_functions_eagerly(False)
+
+
+@hypothesis.given(
+  strategies.fixed_dictionaries({k: values(f) for k, f in FLAGS.items()})
+)
+@hypothesis.settings(
+  max_examples=25,
+  deadline=None,
+  suppress_health_check=list(hypothesis.HealthCheck),
+  phases=[hypothesis.Phase.generate],
+)
+def test_whatever_all_flags_take_can_be_learned_with(eager, given):
+  """Each is one that its flag takes; an agent makes an update with them."""
+  given.update(logdir='run', task='toy_reach', preset='debug', parallel='none')
+  given.update(time_limit=1000, batch_length=min(given['batch_length'], 12))
+  try:
+    config = parse(*(f'--{name}={value}' for name, value in given.items()))
+    space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+      rng = np.random.default_rng(0)
+      episode = dict(
+        image=rng.integers(0, 256, (20, 64, 64, 3), dtype=np.uint8),
+        action=rng.uniform(-1, 1, (20, 2)).astype(np.float32),
+        reward=rng.uniform(0, 1, 20).astype(np.float32),
+        discount=np.ones(20, np.float32),
+      )
+      tools.save_episodes(folder, [episode])
+      agent = dreamer.Dreamer(config, folder, space)
+      batch = next(dreamer.load_dataset(folder, config))
+      metrics = agent.train(batch)
+      obs = dict(image=batch['image'][:, 0])
+      state = (
+        agent._dynamics.initial(len(batch['image'])),
+        batch['action'][:, 0],
+      )
+      reset = np.zeros(len(batch['image']), bool)
+      action, _ = agent.policy(obs, reset, state, agent._noise(True), True)
+      agent.halt()
+  except cli.UserError:
+    hypothesis.assume(False)
+  assert 'model_loss' in metrics and action.shape == state[1].shape
 
 
 @hypothesis.given(
@@ -156,7 +272,7 @@ def test_any_value_of_any_flag_is_taken_as_its_type_or_refused(name, text):
 def test_what_a_flag_shows_can_be_given_back(name):
   for task in ('dmc_walker_walk', 'toy_reach', 'atari_pong'):
     expected = dreamer.define_config(task)[name]
-    words = ['--logdir=run', f'--task={task}', f'--{name}={expected}']
+    words = ['--logdir=run', f'--task={task}', f'--{name}={_shown(expected)}']
     assert configs.parse_flags(words)[name] == expected
 
 
@@ -208,7 +324,71 @@ def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   with pytest.raises(tools.UserError, match='--num_units 64, not 7'):
     dreamer.setup_logdir(config)
   config.num_units, config.steps = 64, 123
+  capsys.readouterr()
   dreamer.setup_logdir(config)
+  assert '--steps 123 (was 10000).' in capsys.readouterr().out
   saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert saved['config']['steps'] == 123
   assert saved['versions']['tensorflow'] == tf.__version__
+
+
+@pytest.mark.parametrize(
+  'name, value',
+  [
+    ('dense_act', 'relu'),
+    ('cnn_act', 'elu'),
+    ('clip_rewards', 'tanh'),
+    ('action_init_std', 1.0),
+    ('env_args', {'size': 3}),
+  ],
+)
+def test_what_changes_the_function_of_the_weights_is_fixed(
+  tmp_path, name, value
+):
+  config = dreamer.define_config('gym_Some-v0')
+  config.logdir = tmp_path / 'run'
+  dreamer.setup_logdir(config).release()
+  old = config[name]
+  config[name] = value
+  with pytest.raises(cli.UserError, match=f'--{name} .*, not ') as error:
+    dreamer.setup_logdir(config)
+  assert _shown(value) in str(error.value)
+  config[name] = old
+  dreamer.setup_logdir(config).release()
+
+
+def test_all_other_flags_that_change_are_said(tmp_path, capsys):
+  config = dreamer.define_config('toy_reach')
+  config.logdir = tmp_path / 'run'
+  dreamer.setup_logdir(config).release()
+  capsys.readouterr()
+  dreamer.setup_logdir(config).release()
+  assert capsys.readouterr().out == ''
+  config.expl = 'additive_gaussian'  # what auto stands for is no change
+  dreamer.setup_logdir(config).release()
+  assert capsys.readouterr().out == ''
+  config.update(precision='32', model_lr=0.5, expl='completely_random')
+  dreamer.setup_logdir(config).release()
+  line = 'Resuming with other flags: --precision 32 (was auto), --model_lr 0.5 '
+  line += '(was 0.003), --expl completely_random (was additive_gaussian).\n'
+  assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize(
+  'name', ['dreamer', 'evaluate', 'compare', 'benchmark']
+)
+def test_a_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch, name):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  module = dict(
+    dreamer=configs, evaluate=evaluate, compare=compare, benchmark=benchmark
+  )[name]
+  flags = dict(
+    dreamer=('logdir',),
+    evaluate=('logdir', 'outdir', 'json'),
+    compare=('indir', 'outdir', 'json'),
+    benchmark=('json',),
+  )[name]
+  args = module.parse_flags([f'--{flag}=~/x [1]' for flag in flags])
+  for flag in flags:
+    path = args[flag] if name == 'dreamer' else getattr(args, flag)
+    assert path in (tmp_path / 'x [1]', [tmp_path / 'x [1]'])

@@ -14,6 +14,7 @@ import pytest
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
+import compare
 import configs
 import gym
 import keras
@@ -674,13 +675,14 @@ def read_metrics(logdir):
 
 
 def test_debug_run_is_stopped_killed_and_resumed(tmp_path):
-  """On a real control suite task, in real processes."""
-  logdir = tmp_path / 'run'
+  """On a real control suite task, in a folder with all that names may have."""
+  logdir = tmp_path / 'a [1]*? ~ü:%s.zip'
   flags = ('--preset', 'debug', '--task', 'dmc_cartpole_balance')
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   # Killed without warning once it has saved.
   process = subprocess.Popen(command(logdir, *flags, '--steps', '1e5'), **pipes)
-  wait_for((logdir / 'checkpoints/checkpoint').exists, process)
+  saved = 'checkpoints/ckpt-[1-9]*.index'
+  wait_for(lambda: list(logdir.glob(saved)), process)
   process.kill()
   process.communicate()
   # Resumed, and stopped by SIGTERM.
@@ -712,7 +714,21 @@ def test_debug_run_is_stopped_killed_and_resumed(tmp_path):
   assert f'Resumed at step {before}, {stopped} updates' in process.stdout
   assert 'Found' in process.stdout
   assert 'Finished' in process.stdout
+  assert f'other flags: --steps {before + 300} (was 100000).' in process.stdout
   check_logdir(logdir)
+  # Evaluated, with pictures there too, and compared.
+  words = ['--logdir', logdir, '--episodes=1', '--outdir', logdir / 'videos']
+  process = subprocess.run(
+    [sys.executable, ROOT / 'evaluate.py', *words],
+    capture_output=True,
+    text=True,
+  )
+  assert (process.returncode, process.stderr) == (0, '')
+  assert f'step {before + 300}, ' in process.stdout
+  names = {path.name for path in (logdir / 'videos').iterdir()}
+  assert {'behavior.gif', 'behavior.mp4', 'prediction.png'} <= names
+  (run,) = compare.find_runs([logdir])
+  assert run.steps[-1] >= before and len(run.scores) >= 2
 
 
 def wait_for(condition, process, seconds=120):

@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import spaces
 import wrappers
 
 gym = wrappers.gym
@@ -326,13 +327,13 @@ class Blind(Plain):
     return np.zeros(2, np.float32)
 
 
-class ManyActions(Plain):
-  action_space = gym.spaces.MultiDiscrete([2, 3])
+class TupleActions(Plain):
+  action_space = gym.spaces.Tuple([gym.spaces.Discrete(2)])
 
 
 for kind in (
   *(Plain, Truncating, Old, OldTruncating),
-  *(Dictionary, Blind, ManyActions),
+  *(Dictionary, Blind, TupleActions),
 ):
   gym.register(f'{kind.__name__}-v0', kind)
 gym.register('Limited-v0', Plain, max_episode_steps=3)
@@ -396,7 +397,7 @@ def test_gym_continuous_actions_are_scaled():
   'name, words',
   [
     ('Blind-v0', 'has no images'),
-    ('ManyActions-v0', 'Discrete or a Box'),
+    ('TupleActions-v0', 'Discrete, MultiDiscrete'),
     ('Pluin-v0', 'Plain-v0'),
     ('no_such_module:Plain-v0', 'no_such_module'),
   ],
@@ -551,9 +552,9 @@ def test_lab_levels(lab):
 def test_resizing_keeps_the_mean():
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (210, 160, 3), dtype=np.uint8)
-  small = wrappers._resize(image, (64, 64))
+  small = spaces.resize(image, (64, 64))
   assert isinstance(small, np.ndarray) and small.shape == (64, 64, 3)
   assert abs(small.mean() - image.mean()) < 0.5
-  gray = wrappers._resize(image[..., :1], (64, 64))
+  gray = spaces.resize(image[..., :1], (64, 64))
   assert (gray[..., 0] == gray[..., 2]).all()
   assert PIL.Image.fromarray(gray).size == (64, 64)

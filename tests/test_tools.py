@@ -30,6 +30,7 @@ import tensorflow as tf
 from hypothesis import strategies
 from tensorflow_probability import distributions as tfd
 
+import cli
 import tools
 
 # --- Scans and returns ------------------------------------------------------
@@ -1440,12 +1441,15 @@ def test_broken_checkpoint_gives_way_to_the_one_before(
     np.testing.assert_array_equal(a, b)
   if (part, damage) not in (('index', 'gone'), ('index', 'empty')):
     assert 'ckpt-2 is broken' in capsys.readouterr().out
-    assert list(tmp_path.glob('ckpt-2.*.broken'))
-  assert not (tmp_path / 'ckpt-2.index').exists()
+    # What is set aside was read; what is not whole may be on its way here.
+    aside = {p.name for p in tmp_path.glob('ckpt-2.*.broken')}
+    assert len(aside) == (0 if damage == 'gone' else 2)
+  whole = damage == 'gone' and part != 'index'
+  assert (tmp_path / 'ckpt-2.index').exists() == whole
   # And it goes on from there.
   dense_step(fresh, fresh_optimizer, 3)
   again.save(1)
-  assert again.restore(repair=True).endswith('ckpt-2')
+  assert again.restore(repair=True).endswith('ckpt-3' if whole else 'ckpt-2')
 
 
 def test_restore_sweeps_what_a_killed_run_left(tmp_path):
@@ -1557,8 +1561,8 @@ def test_attr_dict():
 
 def test_nearest():
   choices = ['batch_size', 'batch_length', 'horizon']
-  assert 'horizon' in tools.nearest('horizen', choices)
-  assert tools.nearest('zzz', choices) == ''
+  assert 'horizon' in cli.nearest('horizen', choices)
+  assert cli.nearest('zzz', choices) == ''
 
 
 def test_stopwatch_leaves_the_first_call_out(monkeypatch):

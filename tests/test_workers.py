@@ -559,6 +559,7 @@ def test_cluster_of_two_hosts():
     import test_wrappers
     import workers
     import wrappers
+    os.makedirs('/tmp/ray', exist_ok=True)  # where Ray notes the address
     cluster = cluster_utils.Cluster(
         True, head_node_args=dict(num_cpus=0, temp_dir=sys.argv[1]))
     host = cluster.add_node(num_cpus=1, temp_dir=sys.argv[1])

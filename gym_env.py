@@ -1,0 +1,401 @@
+"""Environments that are registered with Gym or Gymnasium.
+
+These are the users' own: nothing is taken for granted but `reset` and `step`.
+What an environment shows is looked at once, when it is made, and `about` says
+in words what the agent gets of it.
+"""
+
+import copy
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+
+import numpy as np
+
+import spaces
+from spaces import gym
+from workers import TaskError
+
+# Packages that register environments, by the beginning of their ids.
+PACKAGES = {
+  'ALE/': 'ale_py',
+  'BabyAI-': 'minigrid',
+  'Crafter': 'crafter',
+  'Meta-World/': 'metaworld',
+  'MiniGrid-': 'minigrid',
+}
+# What the same suites are called elsewhere, by the beginning of a task's name.
+FORMS = {
+  'ale_': 'gym_ale_py:ALE/Pong-v5 or atari_pong',
+  'babyai_': 'gym_minigrid:BabyAI-GoToObj-v0',
+  'crafter_': 'gym_crafter:CrafterReward-v1',
+  'metaworld_': 'gym_metaworld:Meta-World/MT1 with '
+  """--env_args '{"env_name": "reach-v3"}'""",
+  'minigrid_': 'gym_minigrid:MiniGrid-Empty-8x8-v0',
+}
+
+
+def right_form(task):
+  """How a name of another program is written here, None if not known."""
+  lower = task.lower()
+  form = next((v for k, v in FORMS.items() if lower.startswith(k)), None)
+  package = _package(task)
+  if package:
+    return f'gym_{package}:{task}'
+  if re.search(r'-v\d+$', task):
+    return form or f'gym_{task}'
+  return form
+
+
+def _package(key):
+  return next((v for k, v in PACKAGES.items() if key.startswith(k)), None)
+
+
+class GymEnv:
+  """An environment that is registered with Gymnasium, or else with Gym.
+
+  The image is the observation or a part of it, where there is one that is an
+  image (see `spaces.image_layout`), else what the environment renders.
+  `terminated` sets the discount to 0; a time limit of the registration, and
+  `truncated`, end the episode with 1. Steps of four values, as in older
+  versions of Gym, are understood.
+
+  Args:
+    name: the id; 'module:id' imports the module first.
+    size: height and width of the image in pixels.
+    seed: int or None.
+    args: arguments of the constructor, by name.
+
+  Attributes:
+    about: what the agent sees, and what else there is, a list of sentences.
+
+  Raises:
+    TaskError: not registered, wrong arguments, no images, or actions of an
+      unknown kind.
+  """
+
+  def __init__(self, name, size=(64, 64), seed=None, args=None):
+    self._name, self._size, self._seed = name, tuple(size), seed
+    self._env, self._limit = make(name, args or {})
+    self._plain_render = False
+    self._seeding = _seeding(self._env)
+    parts = _flatten(self._env.observation_space)
+    self._path, self._layout = self._find_image(parts)
+    self.action_space = self._action_space(self._env.action_space)
+    self.observation_space = gym.spaces.Dict(
+      {'image': spaces.image_space(size)}
+    )
+    self._reset(np.random.SeedSequence().entropy % 2**31)
+    try:
+      self.observe()
+    except (TypeError, AttributeError, NotImplementedError) as error:
+      raise self._no_images(error) from error
+    self.about = self._describe(parts)
+
+  def reseed(self, seed):
+    self._seed = seed
+
+  def reset(self):
+    self._reset(self._seed)
+    self._seed = None  # the streams go on
+    return self.observe()
+
+  def step(self, action):
+    reward, done, info = self.advance(action)
+    return self.observe(), reward, done, info
+
+  def advance(self, action):
+    """Steps like `step`, but spares the image; see `observe`."""
+    result = self._env.step(self._own_action(action))
+    self._obs, reward, ended, *truncated, info = result
+    if not truncated:
+      truncated = [info.get('TimeLimit.truncated', False)]
+      ended = ended and not truncated[0]
+    self._steps += 1
+    done = bool(ended or truncated[0] or self._steps == self._limit)
+    discount = np.float32(0 if ended else 1)
+    return self._number(reward), done, {'discount': discount}
+
+  def observe(self):
+    """Returns the observation of the present state."""
+    image, layout = self._image()
+    return {'image': spaces.resize(layout.read(image), self._size)}
+
+  def close(self):
+    self._env.close()
+
+  # Seeds
+
+  def _reset(self, seed):
+    result = self._seeded_reset(seed)
+    new = isinstance(result, tuple) and len(result) == 2
+    self._obs = result[0] if new and isinstance(result[1], dict) else result
+    self._steps = 0
+
+  def _seeded_reset(self, seed):
+    if seed is not None and self._seeding == 'reset':
+      try:
+        return self._env.reset(seed=seed)
+      except TypeError as error:  # a wrapper that takes all there is
+        if "'seed'" not in str(error):
+          raise
+        self._seeding = 'seed' if hasattr(self._env, 'seed') else None
+    if seed is not None and self._seeding == 'seed':
+      self._env.seed(seed)
+    return self._env.reset()
+
+  # Images
+
+  def _find_image(self, parts):
+    """(keys, `Layout`) of the observation that is the image, or two Nones.
+
+    That which is called image, or else the first that is one.
+    """
+    found, reason = {}, None
+    for path, space in parts.items():
+      if not _is(space, 'Box'):
+        continue
+      try:
+        low, high = np.min(space.low), np.max(space.high)
+        layout = spaces.image_layout(space.shape, space.dtype, low, high)
+      except ValueError as error:
+        reason = f'{_called(path)} cannot be used: {error}'
+        continue
+      if layout:
+        found[path] = layout
+    if reason and not found:
+      raise TaskError(f'gym_{self._name}: {reason}.')
+    path = next((p for p in found if p[-1:] == ('image',)), None)
+    path = path if path is not None else next(iter(found), None)
+    return path, found.get(path)
+
+  def _image(self):
+    """The image of the present state, and its layout."""
+    if not self._layout:
+      image = self._render()
+      return image, self._rendered_layout(image)
+    image = self._obs
+    for key in self._path:
+      image = image[key]
+    return image, self._layout
+
+  def _render(self):
+    """What the environment draws, of any version of Gym."""
+    if self._plain_render or getattr(self._env, 'render_mode', None):
+      image = self._env.render()
+    else:
+      try:
+        image = self._env.render(mode='rgb_array')
+      except TypeError as error:
+        if "'mode'" not in str(error) and 'argument' not in str(error):
+          raise
+        self._plain_render = True
+        image = self._env.render()
+    return np.asarray(image[-1] if isinstance(image, list) else image)
+
+  def _rendered_layout(self, image):
+    high = 1 if image.dtype.kind in 'fb' and np.max(image) <= 1 else 255
+    try:
+      layout = spaces.image_layout(image.shape, image.dtype, 0, high)
+    except ValueError as error:
+      raise self._no_images(error) from error
+    if not layout:
+      raise self._no_images(
+        f'shape {image.shape}, type {image.dtype}; {spaces.EXPECTED}'
+      )
+    return layout
+
+  def _no_images(self, reason):
+    return TaskError(
+      f'gym_{self._name} has no images. Its observations are '
+      f'{self._env.observation_space}, and what it renders cannot be used: '
+      f'{str(reason).rstrip(".")}.'
+    )
+
+  def _describe(self, parts):
+    image, layout = self._image()
+    source = 'what the environment renders'
+    if self._layout:
+      source = _called(self._path)
+    about = [f'The agent sees {source}, {layout}.']
+    if layout.read(image).shape[:2] != self._size:
+      size = 'x'.join(map(str, self._size))
+      about[0] = f'{about[0][:-1]}; resized to {size}.'
+    others = [
+      f'{_called(path)} ({_outline(space)})'
+      for path, space in parts.items()
+      if path != self._path
+    ]
+    if others:
+      about.append(f'Not used: {", ".join(others)}.')
+    if not self._seeding:
+      about.append(
+        'The environment cannot be seeded: its episodes are others in every '
+        'run.'
+      )
+    return about
+
+  # Actions and rewards
+
+  def _action_space(self, space):
+    """What `OneHotAction` or `NormalizeActions` can wrap."""
+    if _is(space, 'Discrete'):
+      return gym.spaces.Discrete(int(space.n))
+    if _is(space, 'MultiDiscrete'):
+      return gym.spaces.MultiDiscrete(np.ravel(space.nvec))
+    if _is(space, 'MultiBinary'):
+      return gym.spaces.MultiDiscrete([2] * int(np.prod(space.shape)))
+    if _is(space, 'Box') and np.prod(space.shape, dtype=int):
+      low, high = np.ravel(space.low), np.ravel(space.high)
+      return gym.spaces.Box(low, high, dtype=space.dtype)
+    raise TaskError(
+      f'gym_{self._name} has actions {space}; they must be Discrete, '
+      'MultiDiscrete, MultiBinary or a Box.'
+    )
+
+  def _own_action(self, action):
+    """The action as the environment's own space has it."""
+    space = self._env.action_space
+    if _is(space, 'Discrete'):
+      return int(action) + int(getattr(space, 'start', 0))
+    action = np.reshape(action, space.shape)
+    if _is(space, 'MultiDiscrete'):
+      action = action + getattr(space, 'start', 0)
+    return action.astype(space.dtype)
+
+  def _number(self, reward):
+    array = np.asarray(reward)
+    if array.size != 1 or array.dtype.kind not in 'biuf':
+      shown = f'of shape {array.shape}' if array.size != 1 else repr(reward)
+      raise TaskError(
+        f'gym_{self._name} gave a reward {shown}; a reward is one number.'
+      )
+    return float(array.reshape(()))
+
+
+def make(name, args):
+  """Makes an environment by its id, without the wrappers that `make` adds.
+
+  Those would refuse steps of four values, and their time limit cannot be told
+  from a true end.
+
+  Args:
+    name: the id, or 'module:id'.
+    args: arguments of its constructor, by name.
+
+  Returns:
+    The environment, and its time limit in steps (None for none).
+
+  Raises:
+    TaskError: there is none, or it does not take the arguments.
+  """
+  module, _, key = name.rpartition(':')
+  if module:
+    _import(name, module)
+  names = []
+  for library in ('gymnasium', 'gym'):  # the maintained one first
+    if importlib.util.find_spec(library) is None:
+      continue
+    library = importlib.import_module(library)
+    registry = library.envs.registration.registry
+    names += set(registry) - set(names)
+    if key in registry:
+      return _construct(library, registry[key], args)
+  raise _unknown(key, names)
+
+
+def _import(name, module):
+  try:
+    importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    hint = 'the current folder and those of PYTHONPATH were searched'
+    if error.name in PACKAGES.values():
+      hint = f'pip install {error.name}'
+    raise TaskError(f'gym_{name}: {error}; {hint}.') from error
+
+
+def _unknown(key, names):
+  package = _package(key)
+  near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+  if package:
+    hint = f'; perhaps in its package: --task gym_{package}:{key}'
+  elif near:
+    hint = f'; the nearest are {", ".join(near)}'
+  else:
+    hint = ''
+  return TaskError(
+    f'There is no environment {key!r} in Gym{hint}. For one of your own: '
+    '--task gym_package.module:Id-v0 imports package.module first.'
+  )
+
+
+def _construct(library, spec, args):
+  bare = copy.copy(spec)
+  bare.order_enforce, bare.max_episode_steps = False, None
+  make = functools.partial(library.make, bare, disable_env_checker=True)
+  try:
+    return _render_arrays(make, args), spec.max_episode_steps
+  except TypeError as error:
+    if 'argument' not in str(error):
+      raise
+    given = f"--env_args '{json.dumps(args)}'" if args else 'no --env_args'
+    raise TaskError(
+      f'gym_{spec.id} cannot be made with {given}: {error}'
+    ) from error
+
+
+def _render_arrays(make, args):
+  try:
+    return make(**{'render_mode': 'rgb_array', **args})
+  except TypeError as error:
+    if 'render_mode' in args or 'argument' not in str(error):
+      raise
+  return make(**args)  # made for versions without this argument
+
+
+def _seeding(env):
+  """How an environment is seeded: by 'reset', by 'seed', or by None."""
+  parameters = inspect.signature(env.reset).parameters.values()
+  if any(p.name == 'seed' or p.kind == p.VAR_KEYWORD for p in parameters):
+    return 'reset'
+  return 'seed' if hasattr(env, 'seed') else None
+
+
+# --- Spaces of Gym or of Gymnasium -------------------------------------------
+
+
+def _is(space, kind):
+  """Whether a space is of a kind, by its name, in either library."""
+  return any(c.__name__ == kind for c in type(space).__mro__)
+
+
+def _flatten(space, path=()):
+  """{keys: space} of all within a space; the keys lead to its part."""
+  if _is(space, 'Dict'):
+    items = space.spaces.items()
+  elif _is(space, 'Tuple'):
+    items = enumerate(space.spaces)
+  else:
+    return {path: space}
+  parts = {}
+  for key, part in items:
+    parts.update(_flatten(part, (*path, key)))
+  return parts
+
+
+def _called(path):
+  name = '/'.join(map(str, path))
+  return f'the observation {name!r}' if path else 'the observation'
+
+
+def _outline(space):
+  """Kind and size of a space, shortly."""
+  if _is(space, 'Box'):
+    return f'{space.dtype} {list(space.shape)}'
+  if _is(space, 'Discrete'):
+    return f'one of {space.n}'
+  return type(space).__name__

@@ -1,0 +1,230 @@
+"""Images and actions, as environments have them and as the agent does.
+
+The agent sees uint8 [64, 64, 3] and acts in [-1, 1]^A, or by one-hot vectors
+side by side. Environments show images in many layouts, and take actions from
+boxes of any bounds and type, or from several sets of choices.
+"""
+
+import dataclasses
+
+import numpy as np
+import PIL.Image
+
+import workers
+
+with workers.quiet_stderr():
+  import gym.spaces
+
+# --- Images -----------------------------------------------------------------
+
+SIDE = 16  # pixels; what is smaller is no image, and fewer are channels
+EXPECTED = (
+  'an image is uint8, or a float in [0, 1], of shape [height, width, 3], with '
+  f'at least {SIDE} pixels a side; gray, RGBA, channels first and stacks of '
+  'frames are understood'
+)
+
+
+def image_space(size=(64, 64)):
+  return gym.spaces.Box(0, 255, (*size, 3), np.uint8)
+
+
+def resize(image, size):
+  """Resizes uint8 [h, w, 1 or 3] to [*size, 3], bilinearly.
+
+  Pillow widens the filter where an image shrinks, so that every pixel counts.
+  """
+  image = np.broadcast_to(image, (*image.shape[:2], 3))
+  if image.shape[:2] != size:
+    picture = PIL.Image.fromarray(np.ascontiguousarray(image))
+    image = picture.resize(size[::-1], PIL.Image.Resampling.BILINEAR)
+  return np.array(image)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How an array holds an image; `str` says so.
+
+  Attributes:
+    shape: of the array.
+    stacked: the first axis is time, the newest frame last.
+    first: channels come before height and width.
+    start, stop: the channels to take.
+    scale: factor to 0 .. 255.
+    about: what is done with it, in words.
+  """
+
+  shape: tuple
+  stacked: bool
+  first: bool
+  start: int
+  stop: int
+  scale: int
+  about: tuple
+
+  def __str__(self):
+    size = 'x'.join(map(str, self.shape))
+    return ', '.join((size, *self.about))
+
+  def read(self, array):
+    """The image in an array of this layout, uint8 [h, w, 1 or 3]."""
+    array = np.asarray(array)
+    if array.shape != self.shape:
+      raise ValueError(f'An image has shape {array.shape}, not {self.shape}.')
+    if self.stacked:
+      array = array[-1]
+    if array.ndim == 2:
+      array = array[..., None]
+    if self.first:
+      array = np.moveaxis(array, 0, -1)
+    array = array[..., self.start : self.stop]
+    if array.dtype == np.uint8 and self.scale == 1:
+      return array
+    if not np.isfinite(array).all():
+      raise FloatingPointError('An image has numbers that are not finite.')
+    return np.clip(np.rint(array * float(self.scale)), 0, 255).astype(np.uint8)
+
+
+def image_layout(shape, dtype, low, high):
+  """How arrays of a shape, type and bounds hold an image.
+
+  Args:
+    shape: tuple of integers.
+    dtype: of NumPy.
+    low, high: least and largest number in them.
+
+  Returns:
+    A `Layout`, or None for what is no image, such as a vector.
+
+  Raises:
+    ValueError: it seems to be an image, but not one that can be read.
+  """
+  found = _find_channels(shape)
+  if not found:
+    if np.dtype(dtype) == np.uint8 and sum(n >= SIDE for n in shape) >= 2:
+      raise ValueError(f'it has shape {shape}; {EXPECTED}')
+    return None
+  stacked, first, count = found
+  if low < 0 or high > 255:
+    if count is None or stacked:  # a matrix of features, perhaps
+      return None
+    raise ValueError(f'it is {dtype} from {low:g} to {high:g}; {EXPECTED}')
+  about = [f'the newest of {shape[0]} frames'] if stacked else []
+  if first:
+    about.append('channels first')
+  start, stop, kind = _choose_channels(count or 1, first)
+  about += [kind] if kind else []
+  scale = 255 if high <= 1 else 1
+  if scale == 255:
+    about.append('from 0 to 1')
+  return Layout(shape, stacked, first, start, stop, scale, tuple(about))
+
+
+def _find_channels(shape):
+  """(stacked, channels first, number of channels or None), None for neither."""
+  if len(shape) == 4:
+    found = _find_channels(shape[1:])
+    return (True, *found[1:]) if found else None
+  if len(shape) not in (2, 3):
+    return None
+  large = [n >= SIDE for n in shape]
+  if large == [True, True]:
+    return False, False, None
+  if large == [True, True, False]:
+    return False, False, shape[2]
+  if large == [False, True, True]:
+    return False, True, shape[0]
+  return None
+
+
+def _choose_channels(count, first):
+  """(start, stop) of the channels that are the image, and what they are."""
+  if count in (1, 3):
+    return 0, count, 'gray' if count == 1 else ''
+  if count == 4 and not first:
+    return 0, 3, 'RGBA without its alpha'
+  size = 1 if count % 3 else 3
+  frames = f'the newest of {count // size} frames'
+  return count - size, count, f'gray, {frames}' if size == 1 else frames
+
+
+# --- Actions ----------------------------------------------------------------
+
+LIMIT = 1e9  # bounds from here on stand for none, as in MuJoCo
+
+
+class BoxMap:
+  """Maps actions in [-1, 1] onto a box, so that the box contains them.
+
+  The ends of [-1, 1] are the bounds. A side without one is 1 beyond zero, or
+  2 from the other side, whichever is further. In boxes of whole numbers each
+  number has an equal share of [-1, 1].
+
+  Args:
+    box: a Box of Gym or Gymnasium, of any shape.
+  """
+
+  def __init__(self, box):
+    self._box = box
+    low, high = (np.asarray(x, np.float64) for x in (box.low, box.high))
+    none = LIMIT
+    if box.dtype.kind == 'f':
+      none = min(LIMIT, float(np.finfo(box.dtype).max))
+    bounded, limited = low > -none, high < none
+    least = np.where(limited, np.minimum(-1, high - 2), -1)
+    most = np.where(bounded, np.maximum(1, low + 2), 1)
+    self._low = np.where(bounded, low, least)
+    self._high = np.where(limited, high, most)
+
+  def __call__(self, action):
+    """The action of the box for one in [-1, 1], both of its shape."""
+    dtype, (low, high) = self._box.dtype, (self._low, self._high)
+    share = (np.clip(np.asarray(action, np.float64), -1, 1) + 1) / 2
+    if dtype.kind == 'f':
+      value = low + share * (high - low)
+    else:
+      low, count = np.ceil(low), np.floor(high) - np.ceil(low) + 1
+      value = low + np.minimum(np.floor(share * count), count - 1)
+    # Rounding to fewer bits may pass a bound.
+    return np.clip(value.astype(dtype), self._box.low, self._box.high)
+
+
+class OneHotBox(gym.spaces.Box):
+  """Space of one-hot vectors, or of several side by side, float32.
+
+  `discrete` tells it from other boxes, in workers and after pickling too.
+
+  Args:
+    choices: the number of choices, or a sequence of such numbers.
+  """
+
+  discrete = True
+
+  def __init__(self, choices):
+    self.choices = tuple(int(n) for n in np.ravel(choices))
+    super().__init__(0.0, 1.0, (sum(self.choices),), np.float32)
+
+  def encode(self, indices):
+    """One-hot vectors [..., A] for the numbers of choices [..., K]."""
+    indices = np.asarray(indices)
+    parts = [
+      np.eye(n, dtype=self.dtype)[indices[..., i]]
+      for i, n in enumerate(self.choices)
+    ]
+    return np.concatenate(parts, -1)
+
+  def decode(self, vector):
+    """Numbers of choices, int64 [K], for a one-hot vector [A]."""
+    return np.array([np.argmax(part) for part in self._split(vector)])
+
+  def sample(self, mask=None):
+    return self.encode(self.np_random.integers(self.choices))
+
+  def contains(self, x):
+    x = np.asarray(x)
+    if x.shape != self.shape or not np.isin(x, (0, 1)).all():
+      return False
+    return all(part.sum() == 1 for part in self._split(x))
+
+  def _split(self, vector):
+    return np.split(vector, np.cumsum(self.choices)[:-1], -1)

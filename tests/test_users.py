@@ -1,0 +1,826 @@
+"""What users bring: environments as people write them, and their modules.
+
+Real environments of Gymnasium, and of Gym where the two differ, most of them
+in real workers.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import time
+
+import gymnasium
+import numpy as np
+import pytest
+
+import cli
+import gym_env
+import spaces
+import workers
+import wrappers
+
+gym = wrappers.gym
+S = gymnasium.spaces
+PIXELS = S.Box(0, 255, (64, 64, 3), np.uint8)
+ROOT = os.path.dirname(os.path.abspath(wrappers.__file__))
+
+
+class Base(gymnasium.Env):
+  """Shows its time in every pixel, and refuses what is no action of it."""
+
+  metadata = {'render_modes': ['rgb_array']}
+  observation_space = PIXELS
+  action_space = S.Box(-1, 1, (2,), np.float32)
+  length = 20
+
+  def __init__(self, render_mode=None):
+    self.render_mode, self.time, self.actions = render_mode, 0, []
+
+  def obs(self):
+    space = self.observation_space
+    return np.full(space.shape, self.time, space.dtype)
+
+  def reset(self, seed=None, options=None):
+    super().reset(seed=seed)
+    self.time = 0
+    return self.obs(), {}
+
+  def step(self, action):
+    if not self.action_space.contains(action):
+      raise AssertionError(f'{action!r} is outside of {self.action_space}')
+    self.actions.append(action)
+    self.time += 1
+    return self.obs(), self.reward(), False, self.time >= self.length, {}
+
+  def reward(self):
+    return 1.0
+
+  def render(self):
+    return np.full((64, 64, 3), 200, np.uint8)
+
+
+def register(kind, name=None, library=gymnasium):
+  """Registers an environment; returns the task that it is."""
+  name = f'{name or kind.__name__}-v0'
+  if name not in library.envs.registration.registry:
+    library.register(name, entry_point=kind)
+  return f'gym_{name}'
+
+
+def make(kind, library=gymnasium, repeat=1, **kwargs):
+  return wrappers.make_task(
+    register(kind, library=library), repeat, 100, **kwargs
+  )
+
+
+def innermost(env):
+  while hasattr(env, '_env'):
+    env = env._env
+  return env
+
+
+def variant(base=Base, **attributes):
+  """A class with other attributes, of a name of its own."""
+  variant.count += 1
+  return type(f'Variant{variant.count}', (base,), attributes)
+
+
+variant.count = 0
+
+
+# --- Optional methods -------------------------------------------------------
+
+
+class NoSeed(Base):
+  def reset(self):
+    self.time = 0
+    return self.obs(), {}
+
+
+class OldNoSeed(gym.Env):
+  """Crafter's interface: no seed, four values, nothing more."""
+
+  observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+  action_space = gym.spaces.Discrete(2)
+
+  def reset(self):
+    self.time = 0
+    return np.zeros((64, 64, 3), np.uint8)
+
+  def step(self, action):
+    self.time += 1
+    return np.zeros((64, 64, 3), np.uint8), 1.0, self.time == 9, {}
+
+
+class TakesAll(gymnasium.Wrapper):
+  """Hands everything on, so that its signature says nothing."""
+
+  def reset(self, **kwargs):
+    return self.env.reset(**kwargs)
+
+
+@pytest.mark.parametrize(
+  'kind, library',
+  [
+    (NoSeed, gymnasium),
+    (OldNoSeed, gym),
+    (lambda **kwargs: TakesAll(NoSeed(**kwargs)), gymnasium),
+  ],
+)
+def test_what_cannot_be_seeded_runs_and_says_so(kind, library):
+  name = 'Wrapped' if kind.__name__ == '<lambda>' else None
+  task = register(kind, name, library)
+  env = wrappers.make_task(task, 1, 100, seed=3)
+  for _ in range(2):
+    assert env.reset()['image'][0, 0, 0] == 0
+    done = False
+    while not done:
+      action = np.eye(2)[0] if library is gym else np.zeros(2)
+      _, _, done, _ = env.step(action.astype(np.float32))
+  assert sum('cannot be seeded' in line for line in env.about) == 1
+  assert not any('seeded' in x for x in make(Base, seed=3).about)
+
+
+class PlainRender(Base):
+  observation_space = S.Box(-1, 1, (5,), np.float32)
+
+  def __init__(self):
+    super().__init__()
+
+
+class OldRender(PlainRender):
+  def render(self, mode='human'):
+    return super().render() if mode == 'rgb_array' else None
+
+
+class ModernRender(Base):
+  observation_space = S.Box(-1, 1, (5,), np.float32)
+
+  def render(self):
+    return super().render() if self.render_mode == 'rgb_array' else None
+
+
+@pytest.mark.parametrize('kind', [PlainRender, OldRender, ModernRender])
+def test_rendering_of_all_versions(kind):
+  env = make(kind)
+  assert (env.reset()['image'] == 200).all()
+  assert 'what the environment renders' in env.about[0]
+  assert env.about[1] == 'Not used: the observation (float32 [5]).'
+
+
+# --- Actions ----------------------------------------------------------------
+
+TOP = np.finfo(np.float32).max
+HALF = np.float16
+
+
+def box(low, high, dtype=np.float32):
+  low, high = np.array(low, dtype), np.array(high, dtype)
+  return S.Box(low, high, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+  'space, least, middle, most',
+  [
+    (box([-2, 0], [4, 10]), [-2, 0], [1, 5], [4, 10]),
+    # Each finite side counts by itself.
+    (box([0, -np.inf], [np.inf, 3]), [0, -1], [1, 1], [2, 3]),
+    (box([-7, 5], [np.inf, np.inf]), [-7, 5], [-3, 6], [1, 7]),
+    (box([-np.inf] * 2, [-4, 0]), [-6, -2], [-5, -1], [-4, 0]),
+    # Bounds this large are none.
+    (box([-TOP, -1e9], [TOP, 1e9]), [-1, -1], [0, 0], [1, 1]),
+    (box([-65504], [65504], HALF), [-1], [0], [1]),
+    (box([-1e30], [1e300], np.float64), [-1], [0], [1]),
+    # The range of these two is beyond float32, or rounded to nothing in it.
+    (box([-9e8], [9e8]), [-9e8], [0], [9e8]),
+    (box([0.1], [0.7]), [0.1], [0.4], [0.7]),
+    (box([[1], [2]], [[3], [6]]), [[1], [2]], [[2], [4]], [[3], [6]]),
+  ],
+)
+def test_boxes_of_all_bounds(space, least, middle, most):
+  to = spaces.BoxMap(space)
+  rng = np.random.default_rng(0)
+  for sign, expected in ((-1, least), (0, middle), (1, most)):
+    action = np.full(space.shape, sign, np.float32)
+    np.testing.assert_allclose(to(action), expected, rtol=1e-3)
+  for scale in (1, 1, 3):  # beyond [-1, 1] as well
+    action = to(scale * rng.uniform(-1, 1, space.shape).astype(np.float32))
+    assert space.contains(action) and np.isfinite(action).all()
+
+
+def test_boxes_contain_their_rounded_ends():
+  rng = np.random.default_rng(0)
+  for dtype in (np.float16, np.float32, np.float64):
+    for _ in range(300):
+      ends = np.sort(rng.normal(0, 10, (2, 3)).astype(dtype), 0)
+      space = S.Box(ends[0], ends[1], dtype=dtype)
+      for sign in (-1.0, 1.0):
+        assert space.contains(spaces.BoxMap(space)(np.full(3, sign, 'f')))
+
+
+@pytest.mark.parametrize(
+  'low, high, dtype, values',
+  [
+    (0, 3, np.int64, [0, 1, 2, 3]),
+    (-1, 1, np.int8, [-1, 0, 1]),
+    (250, 255, np.uint8, range(250, 256)),
+    (-(2**63), 2**63 - 1, np.int64, [-1, 0, 1]),
+    (5, 2**63 - 1, np.int64, [5, 6, 7]),
+  ],
+)
+def test_integer_boxes_are_equal_bins(low, high, dtype, values):
+  space = S.Box(low, high, (1,), dtype)
+  to = spaces.BoxMap(space)
+  actions = [to(np.array([x])) for x in np.linspace(-1, 1, 60_001)]
+  assert all(map(space.contains, actions))
+  found, counts = np.unique(actions, return_counts=True)
+  assert found.tolist() == list(values)
+  assert np.ptp(counts) <= 2
+
+
+class Mirror(Base):
+  """The action comes back as the reward, in digits."""
+
+  def reward(self):
+    return digits(np.ravel(self.actions[-1]))
+
+
+def digits(numbers):
+  return float(sum(n * 10**i for i, n in enumerate(numbers)))
+
+
+@pytest.mark.parametrize(
+  'space, choices, start',
+  [
+    (S.MultiDiscrete([3, 2]), (3, 2), 0),
+    (S.MultiDiscrete([[3], [2]]), (3, 2), 0),
+    (S.MultiDiscrete([3, 2], start=[4, 5]), (3, 2), [4, 5]),
+    (S.MultiBinary(3), (2, 2, 2), 0),
+    (S.MultiBinary([2, 1]), (2, 2), 0),
+    (S.Discrete(3, start=2), (3,), 2),
+  ],
+)
+def test_choices_are_one_hot_vectors_side_by_side(space, choices, start):
+  env = make(variant(Mirror, action_space=space))
+  assert env.action_space.choices == choices and env.action_space.discrete
+  assert env.action_space.shape == (sum(choices),)
+  env.reset()
+  for number in range(12):
+    index = np.array([number // 2**i % n for i, n in enumerate(choices)])
+    parts = [np.eye(n)[i] for i, n in zip(index, choices, strict=True)]
+    action = np.concatenate(parts).astype(np.float32)
+    np.testing.assert_array_equal(env.action_space.encode(index), action)
+    _, reward, _, _ = env.step(action)
+    assert reward == digits(index + start)
+  with pytest.raises(ValueError, match='not one-hot'):
+    env.step(np.ones(sum(choices), np.float32))
+
+
+def test_one_hot_space_of_several_choices():
+  space = spaces.OneHotBox([3, 2])
+  samples = np.stack([space.sample() for _ in range(400)])
+  assert all(map(space.contains, samples)) and samples.dtype == np.float32
+  np.testing.assert_allclose(
+    samples.mean(0), [1 / 3] * 3 + [1 / 2] * 2, atol=0.1
+  )
+  for wrong in ([1, 0, 0, 0, 0], [1, 1, 0, 1, 0], [0.5, 0.5, 0, 1, 0]):
+    assert not space.contains(np.array(wrong))
+  many = space.encode(np.array([[2, 0], [1, 1]]))
+  assert many.tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
+  assert space.decode(many[1]).tolist() == [1, 1]
+
+
+# --- Images -----------------------------------------------------------------
+
+
+def colors(height=64, width=48):
+  """An image in which each pixel and channel has a number of its own."""
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+IMAGE = colors()
+GRAY = IMAGE[..., :1]
+OTHER = 255 - IMAGE
+UNIT = IMAGE / np.float32(255)
+ALPHA = np.full((64, 48, 1), 7, np.uint8)
+
+
+def stack(*images, axis=-1):
+  return np.concatenate(images, axis)
+
+
+@pytest.mark.parametrize(
+  'array, high, expected, words',
+  [
+    (IMAGE, 255, IMAGE, '64x48x3'),
+    (GRAY, 255, GRAY, 'gray'),
+    (GRAY[..., 0], 255, GRAY, '64x48, gray'),
+    (IMAGE.transpose(2, 0, 1), 255, IMAGE, 'channels first'),
+    (GRAY.transpose(2, 0, 1), 255, GRAY, 'channels first, gray'),
+    (UNIT, 1, IMAGE, 'from 0 to 1'),
+    (UNIT.transpose(2, 0, 1), 1, IMAGE, 'channels first, from 0 to 1'),
+    (IMAGE.astype(np.float64), 255, IMAGE, '64x48x3'),
+    (IMAGE.astype(np.int64), 255, IMAGE, '64x48x3'),
+    (IMAGE > 127, 1, 255 * (IMAGE > 127), 'from 0 to 1'),
+    (stack(IMAGE, ALPHA), 255, IMAGE, 'RGBA without its alpha'),
+    (stack(OTHER, OTHER, IMAGE), 255, IMAGE, 'the newest of 3 frames'),
+    (
+      stack(OTHER, IMAGE).transpose(2, 0, 1),
+      *(255, IMAGE, 'channels first, the newest of 2 frames'),
+    ),
+    (
+      stack(IMAGE, GRAY).transpose(2, 0, 1),
+      *(255, GRAY, 'gray, the newest of 4 frames'),
+    ),
+    (np.stack([OTHER, IMAGE]), 255, IMAGE, 'the newest of 2 frames'),
+  ],
+)
+def test_images_of_all_layouts(array, high, expected, words):
+  layout = spaces.image_layout(array.shape, array.dtype, 0, high)
+  np.testing.assert_array_equal(layout.read(array), expected)
+  assert layout.read(array).dtype == np.uint8
+  assert words in str(layout)
+
+
+@pytest.mark.parametrize(
+  'shape, dtype, low, high',
+  [
+    ((128,), np.uint8, 0, 255),
+    ((7, 7, 3), np.uint8, 0, 255),  # MiniGrid's, which are no pixels
+    ((20, 30), np.float32, -np.inf, np.inf),
+    ((5, 3), np.float32, 0, 1),
+  ],
+)
+def test_what_is_no_image(shape, dtype, low, high):
+  assert spaces.image_layout(shape, dtype, low, high) is None
+
+
+@pytest.mark.parametrize(
+  'space',
+  [
+    S.Box(-np.inf, np.inf, (64, 64, 3), np.float32),
+    S.Box(-1, 1, (3, 64, 64), np.float32),
+    S.Box(0, 255, (64, 64, 40), np.uint8),
+    S.Box(0, 255, (2, 2, 64, 64, 3), np.uint8),
+  ],
+)
+def test_other_images_are_an_error_and_not_rendered(space):
+  with pytest.raises(wrappers.TaskError) as error:
+    make(variant(observation_space=space))
+  text = str(error.value)
+  assert '[height, width, 3]' in text and 'channels first' in text
+  assert str(space.shape) in text or 'float32 from' in text
+
+
+def dictionary(**parts):
+  """An environment with a dictionary of observations."""
+  return variant(
+    observation_space=S.Dict(parts),
+    obs=lambda self: {k: v.sample() for k, v in parts.items()},
+  )
+
+
+def test_which_observation_is_the_image():
+  small = S.Box(0, 255, (32, 32, 3), np.uint8)
+  env = make(dictionary(left=small, image=PIXELS, speed=S.Box(-1, 1, (2,))))
+  assert env.about == [
+    "The agent sees the observation 'image', 64x64x3.",
+    "Not used: the observation 'left' (uint8 [32, 32, 3]), "
+    "the observation 'speed' (float32 [2]).",
+  ]
+  env = make(dictionary(left=small, goal=S.Discrete(4)))
+  assert env.about == [
+    "The agent sees the observation 'left', 32x32x3; resized to 64x64.",
+    "Not used: the observation 'goal' (one of 4).",
+  ]
+
+
+def test_images_within_dictionaries_and_tuples():
+  space = S.Dict(
+    {'camera': S.Dict({'rgb': PIXELS}), 'pair': S.Tuple([S.Discrete(2)])}
+  )
+  env = make(
+    variant(
+      observation_space=space,
+      obs=lambda self: {
+        'camera': {'rgb': np.full((64, 64, 3), self.time, np.uint8)},
+        'pair': (0,),
+      },
+    )
+  )
+  assert env.reset()['image'][0, 0, 0] == 0
+  assert env.step(np.zeros(2))[0]['image'][0, 0, 0] == 1
+  assert "the observation 'camera/rgb'" in env.about[0]
+  assert "'pair/0' (one of 2)" in env.about[1]
+
+
+def test_an_image_of_another_shape_than_announced_is_an_error():
+  kind = variant(obs=lambda self: np.zeros((32, 64, 3), np.uint8))
+  with pytest.raises(ValueError, match=r'\(32, 64, 3\), not \(64, 64, 3\)'):
+    make(kind)
+
+
+def test_the_suite_says_what_is_not_used():
+  env = wrappers.Async(
+    functools.partial(wrappers.make_task, 'dmc_walker_walk', 2, 100)
+  )
+  try:
+    assert env.about[0] == 'The agent sees camera 0, 64x64.'
+    for name in ('orientations [14]', 'height []', 'velocity [9]'):
+      assert name in env.about[1]
+  finally:
+    env.close()
+
+
+# --- Wrappers and rewards ---------------------------------------------------
+
+
+class Endless(Base):
+  length = 10**9
+
+
+class OldEndless(gym.Env):
+  observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+  action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+  def reset(self, seed=None, options=None):
+    super().reset(seed=seed)
+    return np.zeros((64, 64, 3), np.uint8), {}
+
+  def step(self, action):
+    return np.zeros((64, 64, 3), np.uint8), 1.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+  'library, base', [(gymnasium, Endless), (gym, OldEndless)]
+)
+def test_the_users_own_wrappers_stay(library, base):
+  """What the entry point puts around counts, as does the registration."""
+
+  def limited():
+    return library.wrappers.TimeLimit(base(), 7)
+
+  name = f'Limited{base.__name__}-v0'
+  library.register(name, entry_point=limited, max_episode_steps=50)
+  env = wrappers.make_task(f'gym_{name}', 1, 100)
+  env.reset()
+  ends = [env.step(np.zeros(2, np.float32)) for _ in range(7)]
+  assert [end[2] for end in ends] == [False] * 6 + [True]
+  assert ends[-1][3]['discount'] == 1
+  kept = innermost(env)
+  assert type(kept).__name__ == 'TimeLimit' and isinstance(kept.env, base)
+  name = f'Registered{base.__name__}-v0'
+  library.register(name, entry_point=base, max_episode_steps=5)
+  env = wrappers.make_task(f'gym_{name}', 1, 100)
+  env.reset()
+  ends = [env.step(np.zeros(2, np.float32)) for _ in range(5)]
+  assert [end[2] for end in ends] == [False] * 4 + [True]
+  assert type(innermost(env)) is base
+
+
+@pytest.mark.parametrize(
+  'reward', [1, True, np.float32(1), np.array(1.0), np.array([[1]], np.int8)]
+)
+def test_rewards_of_one_element(reward):
+  env = make(variant(reward=lambda self: reward))
+  env.reset()
+  assert env.step(np.zeros(2, np.float32))[1] == 1.0
+
+
+@pytest.mark.parametrize(
+  'reward, words',
+  [
+    (np.zeros(3), r'reward of shape \(3,\)'),
+    (np.zeros(0), r'reward of shape \(0,\)'),
+    (None, 'reward None'),
+    ('much', "reward 'much'"),
+  ],
+)
+def test_other_rewards_name_task_and_shape(reward, words):
+  kind = variant(reward=lambda self: reward)
+  env = make(kind)
+  env.reset()
+  with pytest.raises(wrappers.TaskError, match=f'{kind.__name__}.*{words}'):
+    env.step(np.zeros(2, np.float32))
+
+
+# --- Errors of environments -------------------------------------------------
+
+
+class Flaky(Base):
+  """Raises an error at every step whose number is in a file."""
+
+  length = 5
+  count = 0
+
+  def __init__(self, path, render_mode=None):
+    super().__init__(render_mode)
+    self.path = path
+
+  def step(self, action):
+    with open(self.path, 'a+') as file:
+      file.seek(0)
+      count = len(file.read())
+      file.write('.')
+    if count in range(*bounds(self.path)):
+      raise RuntimeError(f'unstable at {count}')
+    return super().step(action)
+
+
+def bounds(path):
+  return json.loads(open(f'{path}.bounds').read())
+
+
+def collect(tmp_path, bounds, episodes, tolerant=True, number=0):
+  """Runs episodes of `Flaky`; returns them and what was reported."""
+  path = tmp_path / 'steps'
+  (tmp_path / 'steps.bounds').write_text(json.dumps(bounds))
+  register(Flaky)
+  entry = functools.partial(
+    wrappers.make_task,
+    *('gym_test_users:Flaky-v0', 1, 100, 0),
+    args={'path': str(path)},
+  )
+  finished, errors = [], []
+  env = wrappers.Collect(
+    wrappers.Async(entry),
+    [finished.append],
+    lost=errors.append,
+    tolerant=tolerant,
+  )
+  env.number(number)
+  try:
+    while len(finished) < episodes:
+      env.reset()
+      done = False
+      while not done:
+        _, _, done, _ = env.step(np.zeros(2, np.float32))
+  finally:
+    env.close()
+  return finished, errors
+
+
+def test_an_error_after_a_whole_episode_drops_its_episode(tmp_path):
+  finished, errors = collect(tmp_path, [7, 8], 3)
+  assert [len(e['reward']) for e in finished] == [6, 6, 6]
+  (error,) = errors
+  assert 'unstable at 7' in str(error)
+  assert "RuntimeError(f'unstable at {count}')" in error.traceback
+
+
+def test_an_error_before_the_first_whole_episode_is_raised(tmp_path):
+  with pytest.raises(wrappers.WorkerError, match='unstable at 3'):
+    collect(tmp_path, [3, 4], 3)
+
+
+def test_with_env_errors_stop_any_error_is_raised(tmp_path):
+  with pytest.raises(wrappers.WorkerError, match='unstable at 7'):
+    collect(tmp_path, [7, 8], 3, tolerant=False)
+
+
+@pytest.mark.parametrize('last, raised', [(100, True), (9, False)])
+def test_five_errors_in_a_row_are_raised(tmp_path, last, raised):
+  if raised:
+    with pytest.raises(wrappers.WorkerError, match='unstable at 9'):
+      collect(tmp_path, [5, last], 3)
+  else:
+    finished, errors = collect(tmp_path, [5, last], 2)
+    assert len(finished) == 2 and len(errors) == 4
+
+
+def test_episodes_of_earlier_runs_count(tmp_path):
+  """A run that resumes is not at its first whole episode."""
+  finished, errors = collect(tmp_path, [3, 4], 2, number=4)
+  assert len(finished) == 2 and 'unstable at 3' in str(errors[0])
+
+
+# --- What workers print -----------------------------------------------------
+
+
+class Chatty(Base):
+  def step(self, action):
+    print('step', self.time, 'ü' * 3000)
+    sys.stderr.write('no end of line' if self.time == 3 else 'end\n')
+    if self.time == 4:
+      os.write(1, b'last words \xff')
+      os.kill(os.getpid(), signal.SIGKILL)
+    return super().step(action)
+
+
+@pytest.mark.parametrize('strategy', ['process', 'ray'])
+def test_what_workers_print_is_in_a_file_that_the_error_names(
+  tmp_path, strategy
+):
+  path = tmp_path / 'a [1]%s' / 'workers.log'
+  path.parent.mkdir()
+  log = workers.open_log(path)
+  make = functools.partial(
+    wrappers.make_task, 'gym_test_users:Chatty-v0', 1, 100
+  )
+  env = wrappers.Async(make, strategy, log=log, name='train 3')
+  try:
+    env.reset()
+    with pytest.raises(wrappers.WorkerLost) as error:
+      for _ in range(6):
+        env.step(np.zeros(2, np.float32))
+  finally:
+    env.close()
+    log.close()
+  text = path.read_text()
+  for step in range(4):
+    assert f'train 3: step {step} ü' in text
+  assert str(path) in str(error.value)
+  if strategy == 'process':
+    assert 'last words' in text and 'last words' in str(error.value)
+  assert max(map(len, text.splitlines())) < workers._Output.LINE + 100
+
+
+def test_the_file_is_bounded(tmp_path):
+  log = workers.open_log(tmp_path / 'workers.log')
+  output = workers._Output(log, 'x')
+  for number in range(300):
+    output.write(f'{number} '.encode() + 20_000 * b'x')
+  log.close()
+  sizes = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
+  assert set(sizes) == {'workers.log', 'workers.log.1'}
+  assert 10**6 < sum(sizes.values()) <= 2 * 10**6
+  assert '299 ' in (tmp_path / 'workers.log').read_text()
+
+
+def test_without_room_for_it_workers_go_on(tmp_path, capfd):
+  log = workers.open_log(tmp_path / 'no such folder' / 'workers.log')
+  log.baseFilename = '/dev/full'
+  output = workers._Output(log, 'x')
+  output.write(b'words\n' * 10_000)
+  assert 'words' in output.lost('died')[1][1]
+  assert capfd.readouterr().err == ''
+
+
+# --- Modules of the user ----------------------------------------------------
+
+MODULE = """
+import gymnasium
+import numpy as np
+import cli, configs, gym_env, models, spaces, tools, workers, wrappers
+
+for module in (cli, configs, gym_env, models, spaces, tools, workers, wrappers):
+  assert module.MINE, module
+
+class Mine(gymnasium.Env):
+  observation_space = gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+  action_space = gymnasium.spaces.MultiDiscrete([2, 3])
+
+  def reset(self, seed=None, options=None):
+    import wrappers  # only now
+    return np.full((64, 64, 3), wrappers.MINE, np.uint8), {}
+
+  def step(self, action):
+    return np.zeros((64, 64, 3), np.uint8), 1.0, True, False, {}
+
+gymnasium.register('Mine-v7', Mine)
+"""
+
+
+@pytest.mark.parametrize('strategy', ['process', 'ray'])
+def test_the_users_modules_go_before_ours(tmp_path, monkeypatch, strategy):
+  """And the current folder is searched, as with `python -m`."""
+  (tmp_path / 'my_envs.py').write_text(MODULE)
+  names = ('tools', 'models', 'configs', *workers.OWN)
+  for name in names:
+    (tmp_path / f'{name}.py').write_text('MINE = 9')
+  monkeypatch.chdir(tmp_path)
+  make = functools.partial(
+    wrappers.make_task, 'gym_my_envs:Mine-v7', 1, 10, seed=0
+  )
+  env = wrappers.Async(make, strategy)
+  try:
+    assert isinstance(env.action_space, spaces.OneHotBox)
+    for _ in range(2):
+      assert (env.reset()['image'] == 9).all()
+      _, reward, done, _ = env.step(np.array([0, 1, 0, 0, 1], np.float32))
+      assert (reward, done) == (1.0, True)
+  finally:
+    env.close()
+
+
+def own_modules():
+  """Modules of ours that a worker has, but for the test's."""
+  wrappers.make_task('toy_reach').reset()
+  folders = {n: getattr(m, '__file__', None) for n, m in sys.modules.items()}
+  own = {n for n, f in folders.items() if f and os.path.dirname(f) == ROOT}
+  return own, sys.path
+
+
+def test_our_modules_and_their_place_in_a_worker():
+  from test_wrappers import in_worker
+
+  own, path = in_worker(own_modules)
+  assert own == set(workers.OWN)
+  assert path[-1] == ROOT and ROOT not in path[:-1]
+
+
+# --- Starting ---------------------------------------------------------------
+
+
+class SlowStart(Base):
+  def __init__(self, seconds, render_mode=None):
+    super().__init__(render_mode)
+    time.sleep(seconds)
+
+
+@pytest.mark.parametrize('strategy', ['process', 'ray'])
+def test_starting_has_a_limit_of_its_own(strategy):
+  task = 'gym_test_users:SlowStart-v0'
+  make = functools.partial(
+    wrappers.make_task, task, 1, 100, args={'seconds': 3}
+  )
+  env = wrappers.Async(make, strategy, 2, 100)
+  assert env.reset()['image'].shape == (64, 64, 3)
+  env.close()
+  make.keywords['args']['seconds'] = 60
+  env = wrappers.Async(make, strategy, 100, 3)
+  with pytest.raises(wrappers.WorkerLost, match='3 seconds.* --start_timeout'):
+    env.reset()
+  env.close()
+
+
+class Slow(Base):
+  def step(self, action):
+    time.sleep(60)
+
+
+def test_a_slow_step_names_its_flag():
+  make = functools.partial(wrappers.make_task, 'gym_test_users:Slow-v0', 1, 9)
+  env = wrappers.Async(make, 'process', 2, 100)
+  env.reset()
+  with pytest.raises(wrappers.WorkerLost, match='2 seconds.* --worker_timeout'):
+    env.step(np.zeros(2, np.float32))
+  env.close()
+
+
+# --- Arguments and names ----------------------------------------------------
+
+
+class Map(Base):
+  def __init__(self, map_name, render_mode=None):
+    super().__init__(render_mode)
+    self.map_name = map_name
+
+
+def test_arguments_of_the_constructor():
+  env = make(Map, args={'map_name': '4x4'})
+  assert innermost(env).map_name == '4x4'
+  for args, words in (
+    ({}, "no --env_args: .*'map_name'"),
+    ({'map': 1}, """--env_args '{"map": 1}': .*'map'"""),
+    ({'map_name': 1, 'size': 2}, "--env_args .*'size'"),
+  ):
+    with pytest.raises(wrappers.TaskError, match=words):
+      make(Map, args=args)
+
+
+class Broken(Base):
+  def __init__(self, render_mode=None):
+    raise TypeError('unsupported operand')
+
+
+def test_an_error_within_a_constructor_is_its_own():
+  with pytest.raises(TypeError, match='operand'):
+    make(Broken)
+
+
+@pytest.mark.parametrize(
+  'task, form',
+  [
+    ('crafter_reward', 'gym_crafter:CrafterReward-v1'),
+    ('CrafterReward-v1', 'gym_crafter:CrafterReward-v1'),
+    ('metaworld_reach-v3', 'gym_metaworld:'),
+    ('metaworld_door_open', '--env_args'),
+    ('minigrid_empty', 'gym_minigrid:MiniGrid-Empty-8x8-v0'),
+    ('MiniGrid-Empty-5x5-v0', 'gym_minigrid:MiniGrid-Empty-5x5-v0'),
+    ('ALE/Pong-v5', 'gym_ale_py:ALE/Pong-v5'),
+    ('CartPole-v1', 'gym_CartPole-v1'),
+    ('dmc_walker_wlak', 'dmc_walker_walk'),
+  ],
+)
+def test_names_of_other_suites_get_the_right_form(task, form):
+  with pytest.raises(cli.UserError) as error:
+    wrappers.check_task(task)
+  assert form in str(error.value)
+
+
+def test_an_id_without_its_package_gets_the_right_form():
+  with pytest.raises(wrappers.TaskError) as error:
+    wrappers.make_task('gym_MiniGrid-Empty-5x5-v0')
+  assert '--task gym_minigrid:MiniGrid-Empty-5x5-v0' in str(error.value)
+  with pytest.raises(wrappers.TaskError, match='pip install'):
+    gym_env.make('metaworld:Meta-World/MT1', {})
+  with pytest.raises(wrappers.TaskError, match='current folder'):
+    gym_env.make('no_such_module_of_mine:X-v0', {})
+
+
+for _kind in (Chatty, Flaky, Slow, SlowStart):
+  register(_kind)
