@@ -1276,7 +1276,7 @@ class Checkpoints:
     with self._plain() as folder:
       path = f'{folder}/ckpt-{number}'
       try:
-        status = self._checkpoint.restore(path).expect_partial()
+        status = self._checkpoint.read(path).expect_partial()
         status.assert_existing_objects_matched()
         return ''
       except (AssertionError, ValueError, KeyError) as error:

@@ -372,6 +372,11 @@ class Atari:
     self._actions = legal() if all_actions else minimal()
     self._repeat, self._size = action_repeat, tuple(size)
     self._noops, self._life_done = noops, life_done
+    height, width = self._ale.getScreenDims()
+    self.about = [
+      f'The agent sees the screen, {height}x{width}, the larger of the last '
+      f'two frames, resized to {"x".join(map(str, size))}.'
+    ]
     self._goes_on = False  # whether the next episode continues this game
     self._reseeded = False
     self.observation_space = gym.spaces.Dict(
@@ -539,6 +544,7 @@ class ToyReach:
   episode takes 50 steps and then ends by time, with discount 1.
   """
 
+  about = ('The agent sees a drawing, 64x64.',)
   LENGTH = 50
   # Places lie in [-1, 1]^2; the way to the target takes about ten steps.
   SPEED = 0.12
@@ -598,6 +604,7 @@ class ToyCatch:
   ends. All other rewards are 0.
   """
 
+  about = ('The agent sees a drawing, 64x64.',)
   LENGTH = 16
   SPEED = 4  # Pixels per step.
 

@@ -228,7 +228,7 @@ def eager():
   strategies.fixed_dictionaries({k: values(f) for k, f in FLAGS.items()})
 )
 @hypothesis.settings(
-  max_examples=25,
+  max_examples=12,
   deadline=None,
   suppress_health_check=list(hypothesis.HealthCheck),
   phases=[hypothesis.Phase.generate],

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import keras
 import models
 import numpy as np
 import reference
+import spaces
 import tensorflow as tf
 import tools
 import wrappers
@@ -770,6 +772,87 @@ def check_logdir(logdir):
   assert {'test/policy', 'agent/openl'} <= images
 
 
+@pytest.fixture
+def main(tmp_path, capsys):
+  """Calls `dreamer.main` on a small run; returns exit code and output."""
+  handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  tf.config.run_functions_eagerly(True)  # few updates: tracing takes longer
+
+  def call(*flags, task='toy_reach'):
+    words = ['--logdir', str(tmp_path / 'run'), f'--task={task}']
+    words += ['--preset=debug', '--precision=32', *flags]
+    words += ['--eval_every=1000', '--log_images=False']
+    return dreamer.main(words), ''.join(capsys.readouterr())
+
+  yield call
+  tf.config.run_functions_eagerly(False)
+  for number, handler in handlers.items():
+    signal.signal(number, handler)
+
+
+def test_learning_needs_episodes(main, tmp_path):
+  code, text = main('--prefill=0')
+  assert code == 2
+  assert 'learning needs episodes' in text and '--prefill 0' in text
+  assert 'Choose --batch_length' not in text
+
+
+def test_a_replay_that_is_full_at_the_start_and_learning_from_it(
+  main, tmp_path
+):
+  code, text = main('--steps=200', '--prefill=200')
+  assert code == 0
+  assert 'Finished at step 200, 0 updates. Nothing was learned' in text
+  assert '--steps more than 200, and --pretrain' in text
+  # As it says.
+  code, text = main('--steps=250', '--prefill=200', '--pretrain=2')
+  assert code == 0 and 'Finished at step 250, 2 updates.\n' in text
+  assert 'other flags: --steps 250 (was 200), --pretrain 2 (was 5).' in text
+  code, text = main('--steps=250', '--prefill=200', '--pretrain=2')
+  assert code == 0
+  assert 'Nothing was left to do; a larger --steps goes on.' in text
+  assert 'other flags' not in text
+  assert_never_begins_anew(main, tmp_path / 'run')
+
+
+def assert_never_begins_anew(main, logdir):
+  """Whatever is left of checkpoints: nothing is overwritten, exit code 2."""
+  folder = logdir / 'checkpoints'
+  shutil.copytree(folder, logdir.parent / 'good')
+  for path in folder.glob('*.index'):
+    path.write_bytes(path.read_bytes()[:-9])
+  flags = ('--steps=300', '--prefill=200', '--pretrain=2')
+  for _ in range(2):
+    code, text = main(*flags)
+    assert code == 2
+    assert 'has learned, but no checkpoint with its weights' in text
+  aside = {p.name for p in folder.glob('*.broken')}
+  assert len(aside) == 4 and not list(folder.glob('*.index'))
+  # From metrics.jsonl alone it is known, too.
+  shutil.rmtree(folder)
+  code, text = main(*flags)
+  assert code == 2 and 'Put whole files ckpt-*' in text
+  # As it says: files from elsewhere, or anew.
+  shutil.copytree(logdir.parent / 'good', folder, dirs_exist_ok=True)
+  code, text = main(*flags)
+  assert code == 0 and 'Resumed at step 250, 2 updates' in text
+  shutil.rmtree(folder)
+  (logdir / 'metrics.jsonl').rename(logdir.parent / 'old.jsonl')
+  code, text = main(*flags, '--steps=350')
+  assert code == 0 and 'Resumed' not in text
+  assert 'Finished at step 350, 2 updates' in text
+
+
+def test_short_episodes_are_said_once(main, tmp_path):
+  code, text = main(
+    *('--steps=220', '--prefill=120', '--pretrain=1', '--train_steps=1'),
+    task='gym_test_users:Changing-v0',
+  )
+  assert code == 0, text
+  assert text.count('have fewer rows than --batch_length 10') == 1
+  assert re.search(r'Warning: [1-9]\d* of [1-9]\d* episodes have', text)
+
+
 def test_environment_that_cannot_start(tmp_path):
   """No OpenGL at all: one clear message, exit code 2, no traceback."""
   result = subprocess.run(
@@ -818,6 +901,41 @@ def test_epsilon_goes_from_04_to_01_in_200000_updates(tmp_path):
   agent._c.update(expl_decay=100.0)
   agent.step = 100
   assert np.isclose(agent._noise(True), 0.2)
+
+
+def test_several_choices_are_acted_explored_and_learned(tmp_path):
+  """Of 3 and 2: each action has one of each, in all three ways to explore."""
+  config = dreamer.define_config('gym_Some-v0')
+  config.update(SMALL, logdir=tmp_path)
+  space = spaces.OneHotBox([3, 2])
+  rng = np.random.default_rng(0)
+  episode = random_episode(rng, 12, 5)
+  episode['action'] = space.encode(rng.integers([3, 2], size=(12, 2)))
+  tools.save_episodes(tmp_path / 'episodes', [episode])
+  agent = dreamer.Dreamer(config, tmp_path / 'episodes', space)
+  obs = dict(image=np.zeros((600, 64, 64, 3), np.uint8))
+  reset, counts = np.ones(600, bool), {}
+  state = agent._dynamics.initial(600), tf.zeros([600, 5])
+  bias = agent._actor._out.bias
+  bias.assign([9, 0, 0, 0, 9])
+  for expl in ('epsilon_greedy', 'completely_random'):
+    agent._c.expl = expl
+    agent.policy = tf.function(type(agent).policy.__get__(agent))
+    action, _ = agent.policy(obs, reset, state, np.float32(0.5), False)
+    assert all(map(space.contains, action.numpy()))
+    counts[expl] = action.numpy().mean(0)
+  uniform = np.array([1, 1, 1, 1.5, 1.5]) / 3
+  chosen = np.array([1, 0, 0, 0, 1])
+  expected = (uniform + chosen) / 2
+  np.testing.assert_allclose(counts['epsilon_greedy'], expected, atol=0.07)
+  np.testing.assert_allclose(counts['completely_random'], uniform, atol=0.07)
+  act = dreamer.random_agent(space, 0)
+  drawn = [act(None, np.ones(50, bool))[0] for _ in range(20)]
+  assert all(map(space.contains, np.concatenate(drawn)))
+  np.testing.assert_allclose(np.concatenate(drawn).mean(0), uniform, atol=0.07)
+  before = weights(agent._opts['actor'])
+  agent.train(next(dreamer.load_dataset(tmp_path / 'episodes', config)))
+  assert moved(agent._opts['actor'], before)
 
 
 def test_epsilon_is_drawn_for_each_environment(tmp_path):

@@ -500,6 +500,66 @@ def test_once():
   assert [once() for _ in range(3)] == [True, False, False]
 
 
+CHOICES = [3, 2]
+
+
+def factored():
+  logits = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+  parts = np.split(logits, [3], -1)
+  probs = [scipy.special.softmax(x, -1) for x in parts]
+  return tf.constant(logits), probs
+
+
+def test_factored_one_hot_beside_all_pairs():
+  """Probabilities of all six actions, their entropy, samples and the mode."""
+  logits, (first, second) = factored()
+  dist = tools.FactoredOneHotDist(logits, CHOICES)
+  total, entropy = 0.0, 0.0
+  for i in range(3):
+    for j in range(2):
+      action = np.concatenate([np.eye(3)[i], np.eye(2)[j]]).astype(np.float32)
+      expected = first[:, i] * second[:, j]
+      like = dist.log_prob(tf.constant(np.tile(action, (4, 1)))).numpy()
+      np.testing.assert_allclose(np.exp(like), expected, rtol=1e-5)
+      total, entropy = total + expected, entropy - expected * np.log(expected)
+  np.testing.assert_allclose(total, 1, rtol=1e-5)
+  np.testing.assert_allclose(dist.entropy(), entropy, rtol=1e-5)
+  samples = dist.sample(20_000, seed=1).numpy()
+  np.testing.assert_allclose(
+    samples.mean(0), np.concatenate([first, second], -1), atol=0.02
+  )
+  # The choices are drawn independently.
+  pairs = samples[..., :3, None] * samples[..., None, 3:]
+  expected = first[..., None] * second[:, None]
+  np.testing.assert_allclose(pairs.mean(0), expected, atol=0.02)
+  mode = dist.mode().numpy()
+  assert (mode[:, :3].argmax(-1) == first.argmax(-1)).all()
+  assert (mode[:, 3:].argmax(-1) == second.argmax(-1)).all()
+
+
+def probabilities(logits):
+  parts = tf.split(logits, CHOICES, -1)
+  return tf.concat([tf.nn.softmax(part) for part in parts], -1)
+
+
+def test_factored_one_hot_is_straight_through():
+  logits, _ = factored()
+  weights = tf.random.stateless_normal([4, 5], [0, 1])
+  grads = []
+  for function in (
+    lambda x: tools.FactoredOneHotDist(x, CHOICES).sample(seed=3),
+    lambda x: tools.FactoredOneHotDist(x, CHOICES).mode(),
+    probabilities,
+  ):
+    with tf.GradientTape() as tape:
+      tape.watch(logits)
+      value = tf.reduce_sum(weights * function(logits))
+    grads.append(tape.gradient(value, logits).numpy())
+  for grad in grads[:2]:
+    np.testing.assert_allclose(grad, grads[2], rtol=1e-4, atol=1e-6)
+  assert np.abs(grads[2]).max() > 0.1
+
+
 # --- Optimizer --------------------------------------------------------------
 
 
@@ -1450,6 +1510,88 @@ def test_broken_checkpoint_gives_way_to_the_one_before(
   dense_step(fresh, fresh_optimizer, 3)
   again.save(1)
   assert again.restore(repair=True).endswith('ckpt-3' if whole else 'ckpt-2')
+
+
+NAMES = ['a [1]*? ~ü:%s', 'exp[1]', 'back\\slash', 'new\nline', '{a,b}.zip']
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_checkpoints_in_folders_of_any_name(tmp_path, name, capfd):
+  objects, optimizer = make_objects()
+  folder = tmp_path / name / 'saved'
+  folder.parent.mkdir()
+  checkpoints = tools.Checkpoints(folder, **objects)
+  assert checkpoints.restore(repair=True) is None
+  for number in (1, 2, 3):
+    expected = dense_step(objects, optimizer, number)[0]
+    assert checkpoints.save(number) == str(folder / f'ckpt-{number}')
+  fresh, _ = make_objects()
+  again = tools.Checkpoints(folder, **fresh)
+  assert again.restore(repair=True) == str(folder / 'ckpt-3')
+  for a, b in zip(fresh['layer'].get_weights(), expected, strict=True):
+    np.testing.assert_array_equal(a, b)
+  names = {p.name for p in folder.iterdir()}
+  kinds = ('index', 'data-00000-of-00001')
+  expected = {f'ckpt-{n}.{kind}' for n in (2, 3) for kind in kinds}
+  assert names == {'checkpoint', *expected}
+  # Other tools find the newest.
+  state = tf.train.get_checkpoint_state(str(tmp_path / name / 'saved'))
+  assert state.model_checkpoint_path.endswith('ckpt-3')
+  assert capfd.readouterr() == ('', '')
+  # A broken one is told from a path that TensorFlow does not like.
+  path = folder / 'ckpt-3.index'
+  path.write_bytes(path.read_bytes()[:-9])
+  assert again.restore(repair=True) == str(folder / 'ckpt-2')
+  out = capfd.readouterr().out
+  assert f'{folder / "ckpt-3"} is broken' in out and '/proc/' not in out
+  assert again.newest_trace() == 3
+
+
+def test_a_path_that_tensorflow_cannot_take_is_refused(tmp_path, monkeypatch):
+  folder = tmp_path / 'a*'
+  folder.mkdir()
+  assert tools.plain_path(tmp_path) == (str(tmp_path), None)
+  exists = pathlib.Path.exists
+  monkeypatch.setattr(  # as where there is no /proc
+    pathlib.Path, 'exists', lambda p: exists(p) and str(p)[:5] != '/proc'
+  )
+  with pytest.raises(cli.UserError, match=r'without any of \[ \] \* \?'):
+    tools.plain_path(folder)
+
+
+@pytest.mark.parametrize('part', ['index', 'data-00000-of-00001'])
+def test_a_checkpoint_that_cannot_be_read_stays(tmp_path, part):
+  """Only wrong bytes are set aside; here there is a folder in their place."""
+  objects, optimizer = make_objects()
+  checkpoints = tools.Checkpoints(tmp_path, **objects)
+  for number in (1, 2):
+    dense_step(objects, optimizer, number)
+    checkpoints.save(number)
+  path = tmp_path / f'ckpt-2.{part}'
+  path.rename(tmp_path / 'kept')
+  path.mkdir()
+  (path / 'file').write_text('')
+  before = {p.name for p in tmp_path.rglob('*')}
+  with pytest.raises(cli.UserError, match=f'{path} cannot be read'):
+    checkpoints.restore(repair=True)
+  assert {p.name for p in tmp_path.rglob('*')} == before
+  (path / 'file').unlink()
+  path.rmdir()
+  (tmp_path / 'kept').rename(path)
+  assert checkpoints.restore(repair=True).endswith('ckpt-2')
+
+
+def test_traces_of_checkpoints(tmp_path):
+  checkpoints = tools.Checkpoints(tmp_path / 'saved', **make_objects()[0])
+  assert checkpoints.newest_trace() == 0
+  for number in (0, 12, 9):
+    checkpoints.save(number)
+  assert checkpoints.newest_trace() == 13
+  for path in (tmp_path / 'saved').glob('*.index'):
+    path.unlink()
+  # Without any index nothing is whole, and nothing is swept away.
+  assert checkpoints.restore(repair=True) is None
+  assert checkpoints.newest_trace() == 13
 
 
 def test_restore_sweeps_what_a_killed_run_left(tmp_path):

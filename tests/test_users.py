@@ -597,6 +597,17 @@ def test_episodes_of_earlier_runs_count(tmp_path):
   assert len(finished) == 2 and 'unstable at 3' in str(errors[0])
 
 
+class Changing(Base):
+  """Every third episode is too short to be learned from."""
+
+  count = 0
+
+  def reset(self, seed=None, options=None):
+    self.count += 1
+    self.length = 20 if self.count % 3 else 4
+    return super().reset(seed=seed)
+
+
 # --- What workers print -----------------------------------------------------
 
 
@@ -822,5 +833,5 @@ def test_an_id_without_its_package_gets_the_right_form():
     gym_env.make('no_such_module_of_mine:X-v0', {})
 
 
-for _kind in (Chatty, Flaky, Slow, SlowStart):
+for _kind in (Changing, Chatty, Flaky, Slow, SlowStart):
   register(_kind)
