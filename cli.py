@@ -180,15 +180,22 @@ class Arguments:
 
 
 class Parser(argparse.ArgumentParser):
-  """Flags with kinds; what is wrong is a `UserError` of one line."""
+  """Flags with kinds; what is wrong is a `UserError` of one line.
 
-  def __init__(self, description, **kwargs):
+  Args:
+    description: of the program, for --help.
+    hint: what an unknown flag is answered with, if there is none like it.
+    kwargs: of `ArgumentParser`.
+  """
+
+  def __init__(self, description, hint='--help lists all', **kwargs):
     super().__init__(
       description=description.replace('%', '%%'),
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
       **kwargs,
     )
+    self._hint = hint
     self._flags = {}  # {attribute: (name, kind, default)}
 
   def flag(
@@ -228,8 +235,8 @@ class Parser(argparse.ArgumentParser):
     given, unknown = self.parse_known_args(argv)
     for word in unknown:
       names = [name for name, _, _ in self._flags.values()]
-      hint = nearest(word.split('=')[0], names) or '; --help lists all'
-      raise UserError(f'unknown argument {word}{hint}')
+      hint = nearest(word.split('=')[0], names, cutoff=0.7)
+      raise UserError(f'unknown argument {word}{hint or f"; {self._hint}"}')
     return {
       key: self._read(*self._flags[key][:2], text)
       for key, text in vars(given).items()

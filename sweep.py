@@ -669,7 +669,9 @@ def parse_flags(argv):
   """The flags of sweep.py, with those after -- as `extra`."""
   split = argv.index('--') if '--' in argv else len(argv)
   parser = cli.Parser(
-    __doc__, usage='%(prog)s --tasks TASKS --logdir LOGDIR [...] [-- FLAGS]'
+    __doc__,
+    'flags of dreamer.py come last, after --',
+    usage='%(prog)s --tasks TASKS --logdir LOGDIR [...] [-- FLAGS]',
   )
   flag, text = parser.flag, cli.Text()
   flag('--tasks', text, help='sets and names, by commas', required=True)

@@ -307,7 +307,7 @@ def test_folders_without_results(tmp_path, kind, message, capsys):
   [
     (['--indir', '/nowhere'], '/nowhere is not a folder'),
     ([], '--indir'),
-    (['--indir', '.', '--window', '0'], '--window is more than 0'),
+    (['--indir', '.', '--window', '0'], '--window takes a number above 0'),
     (['--indir', '.', '--bins', 'x'], '--bins'),
     (['--indir', '{}', '--tasks', '('], '--tasks'),
     (['--indir', '{}', '--yaxis', 'nothing'], 'no run has nothing by step'),

@@ -531,6 +531,7 @@ def test_exploration_noise(tmp_path):
   assert clipped.max() == 1 and clipped.min() < 0.5
   assert (agent._noise(True), agent._noise(False)) == (np.float32(0.3), 0)
   agent._c.update(expl='epsilon_greedy', action_dist='onehot')
+  agent._choices = (2,)
   greedy = tf.one_hot(tf.zeros(20000, tf.int32), 2)
   mixed = agent._explore(greedy, np.float32(0.4), seed).numpy()
   assert set(np.unique(mixed)) == {0.0, 1.0}
@@ -941,7 +942,7 @@ def test_several_choices_are_acted_explored_and_learned(tmp_path):
 def test_epsilon_is_drawn_for_each_environment(tmp_path):
   agent = make_agent(tmp_path, expl='epsilon_greedy')
   greedy = tf.one_hot(tf.zeros(8, tf.int32), 2)
-  agent._c.action_dist = 'onehot'
+  agent._choices = (2,)
   differs = np.stack(
     [
       (agent._explore(greedy, np.float32(0.5), seed) != greedy).numpy().any(-1)

@@ -183,7 +183,7 @@ def test_beside_a_training_run(copy, tmp_path):
     ('other network', 'was not made by this version of the code'),
     ('broken', 'is not readable as the configuration of a run'),
     ('no task', 'does not say its task and preset'),
-    ('no episodes', '--episodes is at least 1'),
+    ('no episodes', '--episodes takes a whole number from 1'),
     ('unwritable', 'cannot write'),
   ],
 )

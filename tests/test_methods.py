@@ -327,5 +327,5 @@ def test_bad_plans_are_refused(tmp_path):
   flags = [f'--logdir={tmp_path}', '--behavior=planning']
   with pytest.raises(tools.UserError, match='--plan_candidates is at least'):
     configs.parse_flags([*flags, '--plan_candidates=50'])
-  with pytest.raises(tools.UserError, match='--representation is one of'):
+  with pytest.raises(tools.UserError, match='--representation takes one of'):
     configs.parse_flags([*flags, '--representation=contrast'])
