@@ -24,15 +24,23 @@ import sys
 import tempfile
 import time
 
-import numpy as np
-
-import dreamer  # first, as it imports TensorFlow quietly
+import quiet  # noqa: F401  (before TensorFlow)
 
 # isort: split
+import numpy as np
+import tensorflow as tf
+
 import cli
 import configs
+import distribute
+import dreamer
+import replay
 import tools
+import training
+from learner import Learner
+from logger import Logger
 
+ROOT = pathlib.Path(__file__).parent
 PARTS = ('startup', 'train', 'policy', 'replay', 'env', 'memory')
 FLAGS = ('task', 'preset', 'precision', 'representation', 'behavior')
 EPISODES = 5  # of random actions, which all parts learn from
@@ -54,8 +62,6 @@ def median(function, repeats):
 
 def gemm(config, repeats):
   """GFLOP/s of a 2048 x 2048 matrix product, by dtype."""
-  import tensorflow as tf
-
   rates, spread = {}, {}
   for name in ('float32', 'bfloat16'):
     matrix = tf.cast(tf.random.normal([2048, 2048]), name)
@@ -79,7 +85,7 @@ def startup(config, repeats):
 
 
 def _first_update(config, logdir):
-  words = [sys.executable, str(pathlib.Path(dreamer.__file__)), '--prefill=0']
+  words = [sys.executable, str(ROOT / 'dreamer.py'), '--prefill=0']
   words += [f'--{k}={config[k]}' for k in FLAGS]
   start = time.perf_counter()
   process = subprocess.Popen(
@@ -98,7 +104,7 @@ def _first_update(config, logdir):
 def train(config, repeats):
   """Seconds of an update, and of its parts, each compiled on its own."""
   agent = _agent(config)
-  batch = next(dreamer.load_dataset(config.logdir / 'episodes', config))
+  batch = next(replay.load_dataset(config.logdir / 'episodes', config))
   times = median(lambda: agent.train(batch)['model_loss'].numpy(), repeats)
   split, spread = {}, {}
   for name, work in _pieces(agent, batch, config).items():
@@ -111,32 +117,31 @@ def train(config, repeats):
 
 
 def _agent(config):
-  dreamer.setup_precision(config.precision)
-  env = dreamer.make_env(config)
+  training.setup_precision(config.precision)
+  env = training.make_env(config)
   space = env.action_space
   env.close()
-  return dreamer.Dreamer(config, config.logdir / 'episodes', space)
+  return dreamer.Dreamer(config, space)
 
 
 def _wait(tensors):
-  import tensorflow as tf
-
   tf.nest.flatten(tensors)[-1].numpy()
 
 
 def _pieces(agent, batch, config):
   """The parts of an update as functions, on the same batch."""
-  import tensorflow as tf
-
+  world, behavior, networks = agent.world, agent.behavior, agent.networks()
   data = dreamer.preprocess(batch, config)
-  embed = agent._encode(data)
-  action = data['action']
-  _, post, _ = agent._model_loss(data)
-  feat = agent._dynamics.get_feat(post)
+  embed, action = world.encoder(data), data['action']
+  seeds = agent.seeds(action.shape[1], 0)
+  dream_seeds = agent.seeds(2 * config.horizon, 1)
+  _, _, post = world.losses(data, seeds)
+  feat = world.dynamics.get_feat(post)
 
-  def gradient(loss, nets, *inputs):
-    """A function for the gradients by the weights of `nets` and `inputs`."""
-    variables = [v for net in nets for v in net.trainable_variables]
+  def gradient(loss, names, *inputs):
+    """A function for the gradients by the weights of networks and `inputs`."""
+    layers = [networks[name] for name in names if name in networks]
+    variables = [v for layer in layers for v in layer.trainable_variables]
 
     @tf.function
     def run():
@@ -150,45 +155,40 @@ def _pieces(agent, batch, config):
     return run
 
   def encode():
-    return tf.reduce_sum(tf.cast(agent._encode(data), tf.float32))
+    return tf.reduce_sum(tf.cast(world.encoder(data), tf.float32))
 
   def observe(embed):
-    states = agent._dynamics.observe(embed, action)
+    states = world.dynamics.observe(embed, action)
     return sum(tf.reduce_sum(s[k]) for s in states for k in ('mean', 'std'))
 
   def heads(feat):
-    terms = agent._image_term(feat, embed, data)
-    terms['reward'] = agent._reward(feat).log_prob(data['reward'])
+    terms = world.representation.likes(feat, embed, data)
+    terms['reward'] = world.reward(feat).log_prob(data['reward'])
     return -sum(tf.reduce_mean(term) for term in terms.values())
 
-  def nets(*names):  # those that this representation and behavior have
-    return [getattr(agent, n) for n in names if n in agent._networks]
-
-  opts = list(agent._opts.values())
+  opts = list(agent.optimizers.values())
   zeros = [[tf.zeros(v.shape) for v in opt.variables] for opt in opts]
   pieces = {
-    'encoder': gradient(encode, nets('_encode')),
-    'observe': gradient(observe, nets('_dynamics'), embed),
-    'decoder_heads': gradient(
-      heads, nets('_decode', '_state', '_reward'), feat
-    ),
+    'encoder': gradient(encode, ['encode']),
+    'observe': gradient(observe, ['dynamics'], embed),
+    'decoder_heads': gradient(heads, ['decode', 'state', 'reward'], feat),
     'optimizers': tf.function(
       lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)]
     ),
   }
-  if nets('_actor'):
+  if 'actor' in networks:
     pieces['imagination_actor'] = gradient(
-      lambda: agent._actor_loss(post)[0], nets('_actor')
+      lambda: behavior.actor_loss(post, dream_seeds)[0], ['actor']
     )
-  if nets('_value'):
-    imag = agent._actor_loss(post)[1]
-    dream = agent._imagine(post)[0]
+  if 'value' in networks:
+    imag = behavior.actor_loss(post, dream_seeds)[1]
+    dream, _ = behavior.imagine(post, dream_seeds)
 
     def value():  # the forward pass is shared with the actor's loss
-      given = {k: v for k, v in imag.items() if k != 'value'}
-      return agent._value_loss(agent._value(dream)[:-1].mean(), **given)[0]
+      given = dict(imag, value=behavior.value(dream)[:-1].mean())
+      return behavior.value_loss(**given)[0]
 
-    pieces['value'] = gradient(value, nets('_value'))
+    pieces['value'] = gradient(value, ['value'])
   return pieces
 
 
@@ -204,25 +204,27 @@ def update_flops(agent, config):
   starts = config.batch_size * (config.batch_length - int(config.pcont))
   steps = starts * config.horizon
 
+  networks = agent.networks()
+
   def dense(*names):
-    nets = (getattr(agent, name) for name in names)
-    weights = [v for net in nets for v in net.trainable_variables]
+    layers = (networks[name] for name in names)
+    weights = [v for layer in layers for v in layer.trainable_variables]
     return sum(int(np.prod(v.shape)) for v in weights if len(v.shape) == 2)
 
-  def convs(net, sizes):
-    kernels = [v for v in net.trainable_variables if len(v.shape) == 4]
+  def convs(name, sizes):
+    weights = networks[name].trainable_variables
+    kernels = [v for v in weights if len(v.shape) == 4]
     pairs = zip(kernels, sizes, strict=True)
     return [int(np.prod(k.shape)) * size**2 for k, size in pairs]
 
-  encoder = convs(agent._encode, (31, 14, 6, 2))
-  decoder = convs(agent._decode, (1, 5, 13, 30))
+  encoder = convs('encode', (31, 14, 6, 2))
+  decoder = convs('decode', (1, 5, 13, 30))
   model = 3 * (sum(encoder) + sum(decoder)) - encoder[0]
-  model += 3 * dense('_dynamics', '_decode', '_reward')
-  dynamics = [
-    v for v in agent._dynamics.trainable_variables if 'obs' not in v.path
-  ]
+  model += 3 * dense('dynamics', 'decode', 'reward')
+  weights = networks['dynamics'].trainable_variables
+  dynamics = [v for v in weights if 'obs' not in v.path]
   dream = 2 * sum(int(np.prod(v.shape)) for v in dynamics if len(v.shape) == 2)
-  dream += 3 * dense('_actor') + 2 * dense('_reward') + 4 * dense('_value')
+  dream += 3 * dense('actor') + 2 * dense('reward') + 4 * dense('value')
   return 2.0 * (images * model + steps * dream)
 
 
@@ -241,15 +243,15 @@ def policy(config, repeats):
   return dict(policy_ms=figures), dict(policy_ms=spread)
 
 
-def replay(config, repeats):
+def windows(config, repeats):
   """Windows a second: warm, and from disk with the page cache dropped."""
   folder = config.logdir / 'episodes'
   length, count = min(50, config.time_limit // config.action_repeat + 1), 500
 
   def read():
-    windows = tools.load_episodes(folder, config.batch_size, length)
+    drawn = replay.load_episodes(folder, config.batch_size, length)
     for _ in range(count):
-      next(windows)
+      next(drawn)
 
   def drop():
     for path in folder.glob('*.npz'):
@@ -275,7 +277,7 @@ def env(config, repeats):
   rates, spread, repeats = {}, {}, max(2, repeats // 2)
   for count in (1, 2, 4):
     with _environments(config, count) as envs:
-      act = dreamer.random_agent(envs[0].action_space, 0)
+      act = training.random_agent(envs[0].action_space, 0)
       collect = functools.partial(tools.simulate, act, envs, episodes=count)
       times = median(collect, repeats)
     steps = count * config.time_limit
@@ -288,7 +290,7 @@ def env(config, repeats):
 @contextlib.contextmanager
 def _environments(config, count):
   """Yields `count` environments in their workers, and closes them."""
-  envs = [dreamer.make_env(config, i) for i in range(count)]
+  envs = [training.make_env(config, i) for i in range(count)]
   try:
     yield envs
   finally:
@@ -309,7 +311,7 @@ def _run(config, repeats):
   acting, so that short episodes tell.
   """
   block = math.gcd(config.train_every, config.train_steps)
-  config = tools.AttrDict(
+  config = cli.AttrDict(
     config,
     pretrain=0,
     train_every=config.train_every // block,
@@ -317,16 +319,20 @@ def _run(config, repeats):
     time_limit=min(config.time_limit, 200),
   )
   agent = _agent(config)
+  team, stop = distribute.Team(), cli.StopSignal()
+  logger = Logger(config.logdir, config.steps)
+  learner = Learner(agent, training.Run(config, team, stop, logger))
 
   def episode():  # one of each environment, and the updates due by then
-    tools.simulate(agent, envs, episodes=config.envs)
-    agent.catch_up()
+    tools.simulate(learner, envs, episodes=config.envs)
+    learner.catch_up()
 
   with _environments(config, config.envs) as envs:
     try:
       times = median(episode, repeats)
     finally:
-      agent.halt()
+      learner.halt()
+      logger.close()
   return _rates(config.envs * config.time_limit, times)
 
 
@@ -345,9 +351,9 @@ def machine():
 
 def work(part, config, repeats):
   """Runs one part in this process: what `main` gathers from all of them."""
-  functions = (gemm, startup, train, policy, replay, env)
-  function = {f.__name__: f for f in functions}[part]
-  figures, spread = function(config, repeats)
+  functions = dict(gemm=gemm, startup=startup, train=train, policy=policy)
+  functions.update(replay=windows, env=env)
+  figures, spread = functions[part](config, repeats)
   # Of this process, or of the largest that it started.
   users = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
   peak = max(resource.getrusage(user).ru_maxrss for user in users) / 1024
@@ -356,16 +362,18 @@ def work(part, config, repeats):
 
 def collect(config):
   """Episodes of random actions, for all parts to learn from."""
-  env = dreamer.make_env(
+  env = training.make_env(
     config,
     0,
     'train',
     [
-      lambda episode: tools.save_episodes(config.logdir / 'episodes', [episode])
+      lambda episode: replay.save_episodes(
+        config.logdir / 'episodes', [episode]
+      )
     ],
   )
   try:
-    act = dreamer.random_agent(env.action_space, 0)
+    act = training.random_agent(env.action_space, 0)
     tools.simulate(act, [env], episodes=EPISODES)
   finally:
     env.close()
@@ -418,7 +426,8 @@ def parse_flags(argv):
   return args
 
 
-def run(args):
+def run(argv):
+  args = parse_flags(argv)
   with tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
     words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]
@@ -430,18 +439,8 @@ def run(args):
     report = gather(args.what, words, args.repeats, logdir)
   print(table(report))
   if args.json:
-    with tools.atomic_write(args.json) as file:
+    with cli.atomic_write(args.json) as file:
       file.write((json.dumps(report, indent=2) + '\n').encode())
-
-
-def main(argv=None):
-  """Returns the exit code: 0, or 2 for bad input."""
-  try:
-    run(parse_flags(argv))
-    return 0
-  except dreamer.ERRORS as error:
-    print(f'benchmark.py: error: {error}', file=sys.stderr)
-    return 2
 
 
 def gather(parts, words, repeats, logdir):
@@ -465,6 +464,11 @@ def gather(parts, words, repeats, logdir):
   if 'memory' in parts:
     report['peak_mb'] = peaks
   return report
+
+
+def main(argv=None):
+  """Returns the exit code; see `cli.main`."""
+  return cli.main('benchmark.py', run, argv)
 
 
 if __name__ == '__main__':

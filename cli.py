@@ -1,26 +1,199 @@
-"""What all commands share: errors, the values of flags, and their parser.
+"""What all commands share: errors, files, signals, and the flags' values.
 
 A *kind* of value reads the text that a user gives, or says what it takes
 instead. Nothing here imports TensorFlow.
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
+import os
 import pathlib
 import re
+import signal
+import sys
 import warnings
 
+import tqdm
 
-class UserError(Exception):
-  """Bad input: the message says what was wrong and what to do (exit code 2)."""
+# --- Errors -----------------------------------------------------------------
+
+
+class Failure(Exception):
+  """Ends a program with a message of one line and an exit code.
+
+  Attributes:
+    code: exit code.
+    detail: text that is printed before the message, such as a traceback.
+  """
+
+  code = 1
+  detail = ''
+
+  def leave(self):
+    """Called when the message has been printed."""
+
+
+class UserError(Failure):
+  """Bad input: the message says what was wrong and what to do."""
+
+  code = 2
+
+
+class Stopped(Exception):  # noqa: N818 (a request, not an error)
+  """Ctrl-C or SIGTERM asked the run to save and leave."""
+
+
+def main(name, run, argv=None):
+  """Calls `run(argv)` and turns what it raises into an exit code.
+
+  Args:
+    name: of the program, before its messages.
+    run: function of the command line that may return an exit code.
+    argv: list of words; None for those of this process.
+
+  Returns:
+    0 when finished or stopped on request, 1 for a run that cannot go on, 2 for
+    bad input, 130 after Ctrl-C.
+  """
+  for stream in (sys.stdout, sys.stderr):  # whatever the terminal can show
+    with contextlib.suppress(AttributeError):
+      stream.reconfigure(errors='backslashreplace')
+  try:
+    return run(sys.argv[1:] if argv is None else argv) or 0
+  except Stopped:
+    print('Stopped before the first update; the same command resumes.')
+    return 0
+  except Failure as error:
+    if error.detail and error.detail not in str(error):
+      print(error.detail, file=sys.stderr)
+    print(f'{name}: error: {error}', file=sys.stderr, flush=True)
+    error.leave()
+    return error.code
+  except KeyboardInterrupt:
+    return 130
+
+
+def warn(message):
+  """Prints a warning above a progress bar."""
+  tqdm.tqdm.write(f'Warning: {message}', file=sys.stdout)
+  sys.stdout.flush()
 
 
 def nearest(word, choices, count=3, cutoff=0.5):
   """The choices most like `word`, as a phrase for an error message."""
-  found = difflib.get_close_matches(word, list(choices), count, cutoff)
-  return f'; did you mean {" or ".join(found)}?' if found else ''
+  lower = {choice.lower(): choice for choice in choices}
+  found = difflib.get_close_matches(word.lower(), lower, count, cutoff)
+  names = ' or '.join(lower[name] for name in found)
+  return f'; did you mean {names}?' if found else ''
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+  """Drops what libraries write to standard error, from C++ too.
+
+  For imports: gym prints a notice under NumPy 2, TensorFlow several lines
+  before its log level counts. Exceptions pass.
+  """
+  sys.stderr.flush()
+  kept = os.dup(2)
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(nowhere, 2)
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
+
+
+# --- Files ------------------------------------------------------------------
+
+
+class AttrDict(dict):
+  """A dictionary whose keys are attributes too."""
+
+  __setattr__ = dict.__setitem__
+
+  def __getattr__(self, name):
+    try:
+      return self[name]
+    except KeyError:
+      raise AttributeError(name) from None
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+  """Yields a binary file that appears under `path` whole or not at all."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    with temporary.open('wb') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+      os.fsync(folder)
+    finally:
+      os.close(folder)
+  except OSError as error:  # such as a full disk
+    error.filename = error.filename or str(path)
+    raise
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def remove_temporary_files(directory):
+  """Removes temporary files that `atomic_write` left when it was killed."""
+  for path in pathlib.Path(directory).glob('.*.tmp'):
+    path.unlink()
+
+
+# --- Signals ----------------------------------------------------------------
+
+
+class StopSignal:
+  """Lets a run end at a safe place after Ctrl-C or SIGTERM.
+
+  The first signal is noted, and `check` then raises `Stopped`; inside
+  `immediate`, where nothing has changed since the last checkpoint, it is
+  raised at once. A second signal always is.
+  """
+
+  def __init__(self):
+    self._requested = False
+    self._immediate = False
+
+  @property
+  def requested(self):
+    return self._requested
+
+  def install(self):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, self._handle)
+
+  def check(self):
+    if self._requested:
+      raise Stopped
+
+  @contextlib.contextmanager
+  def immediate(self):
+    self._immediate = True
+    try:
+      self.check()
+      yield
+    finally:
+      self._immediate = False
+
+  def _handle(self, number, frame):
+    again, self._requested = self._requested, True
+    if self._immediate or again:
+      raise Stopped
 
 
 # --- Kinds of values --------------------------------------------------------

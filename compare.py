@@ -554,7 +554,8 @@ def parse_flags(argv):
   return parser.parse(argv)
 
 
-def run(args):
+def run(argv):
+  args = parse_flags(argv)
   runs = find_runs(args.indir, args.xaxis, args.yaxis)
   groups = group_runs(select(runs, args.tasks, args.methods))
   if not any(len(r.steps) for group in groups.values() for r in group):
@@ -585,13 +586,8 @@ def run(args):
 
 
 def main(argv=None):
-  """Returns the exit code: 0, or 2 for bad input."""
-  try:
-    run(parse_flags(argv))
-    return 0
-  except UserError as error:
-    print(f'compare.py: error: {error}', file=sys.stderr)
-    return 2
+  """Returns the exit code; see `cli.main`."""
+  return cli.main('compare.py', run, argv)
 
 
 if __name__ == '__main__':

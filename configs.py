@@ -1,7 +1,6 @@
 """What a run is: its flags (Appendix A), and the config.json that keeps them.
 
-A flag's value is that of the command line, else of the preset, else of the
-task, else its default.
+Precedence: flag > preset > task > default. No TensorFlow.
 """
 
 import contextlib
@@ -14,10 +13,9 @@ import sys
 import typing
 
 import cli
-import distribute
-import tools
-import wrappers
-from cli import Choice, Number, Truth, UserError, Whole
+import suites
+import workers
+from cli import AttrDict, Choice, Number, Truth, UserError, Whole
 
 # --- Flags ------------------------------------------------------------------
 
@@ -43,6 +41,31 @@ class Flag(typing.NamedTuple):
   fixed: bool = False
 
 
+class Arm(typing.NamedTuple):
+  """A way to choose actions, or what states are learned from.
+
+  Attributes:
+    network: name of its class, in behaviors.py or representations.py.
+    method: its part of the method's name in tables.
+  """
+
+  network: str
+  method: str
+
+
+BEHAVIORS = dict(
+  actor_critic=Arm('ActorCritic', 'dreamer'),
+  actor=Arm('ActorOnly', 'dreamer-actor'),
+  planning=Arm('Planning', 'planet'),
+)
+REPRESENTATIONS = dict(
+  reconstruction=Arm('Reconstruction', ''),
+  contrastive=Arm('Contrastive', 'contrastive'),
+  reward=Arm('RewardOnly', 'reward'),
+)
+
+DREAMER = AttrDict(behavior='actor_critic', representation='reconstruction')
+
 FIXED = True
 POSITIVE = Whole(1)
 SIZE = Whole(1, 20_000)  # beyond, a layer has more than a billion weights
@@ -57,9 +80,10 @@ ACTIVATION = Choice(
 PRESET = Choice('release', 'paper', 'cpu', 'debug')
 PRECISION = Choice('auto', '16', 'bfloat16', '32')
 JIT = Choice('auto', 'True', 'False')
-PARALLEL = Choice('process', 'thread', 'none', 'ray')
-REPRESENTATION = Choice('reconstruction', 'contrastive', 'reward')
-BEHAVIOR = Choice('actor_critic', 'actor', 'planning')
+STRATEGY = Choice('auto', 'single', 'mirrored', 'multiworker')
+PARALLEL = Choice(*workers.STRATEGIES)
+REPRESENTATION = Choice(*REPRESENTATIONS)
+BEHAVIOR = Choice(*BEHAVIORS)
 ACTION_DIST = Choice('auto', 'tanh_normal', 'onehot')
 EXPL = Choice(
   *('auto', 'additive_gaussian', 'epsilon_greedy', 'completely_random')
@@ -70,7 +94,7 @@ FLAGS = {
   'Run': [
     Flag('logdir', cli.Path(), pathlib.Path(),
          'folder of the run; resumes what is there'),
-    Flag('task', cli.Text(wrappers.check_task), 'dmc_walker_walk',
+    Flag('task', cli.Text(suites.check_task), 'dmc_walker_walk',
          'name of the task', fixed=FIXED),
     Flag('preset', PRESET, 'release', 'a set of defaults'),
     Flag('seed', Whole(0, 2**32 - 1), 0,
@@ -89,7 +113,7 @@ FLAGS = {
          'release: 16'),
     Flag('jit', JIT, 'auto',
          'compile with XLA; auto: on a GPU, as a CPU gets slower by it'),
-    Flag('strategy', Choice(*distribute.STRATEGIES), 'auto',
+    Flag('strategy', STRATEGY, 'auto',
          'devices: one, all GPUs here, or the processes of TF_CONFIG',
          'release: mirrored'),
     Flag('save_every', WEIGHT, 10.0, 'minutes between checkpoints, at most'),
@@ -272,77 +296,30 @@ PRESETS = {
   ),
 }
 
-# A whole run in a few minutes: small networks and batches, and an imagination
-# that does not look further than these tasks need.
-TOY = dict(
-  action_repeat=1,
-  time_limit=50,
-  steps=10_000,
-  eval_every=1000,
-  log_every=500,
-  prefill=2500,
-  deter_size=64,
-  stoch_size=16,
-  num_units=64,
-  cnn_depth=8,
-  free_nats=0.0,
-  batch_size=16,
-  batch_length=8,
-  train_every=100,
-  train_steps=20,
-  model_lr=3e-3,
-  value_lr=3e-4,
-  actor_lr=3e-4,
-  horizon=8,
-  discount=0.9,
-)
-
-# "Discrete control" (Appendix A): Atari and DeepMind Lab.
-DISCRETE = dict(
-  action_repeat=4,
-  time_limit=108_000,
-  clip_rewards='tanh',
-  pcont=True,
-  kl_scale=0.1,
-  horizon=10,
-  expl_amount=0.4,
-  expl_min=0.1,
-  expl_ramp=200_000,
-)
-
-# Defaults by task, or by the beginning of its name.
-TASKS = {
-  'toy_reach': TOY,
-  'toy_catch': dict(
-    TOY,
-    pcont=True,
-    kl_scale=0.1,
-    batch_length=16,
-    train_steps=40,
-    pretrain=1000,
-    actor_delay=1000,
-    horizon=10,
-    discount=0.97,
-  ),
-  'atari': DISCRETE,
-  'dmlab': DISCRETE,
-  'gym': dict(action_repeat=1, pcont=True),
-}
-
 
 def method_name(config):
   """What a run is called: dreamer, dreamer-contrastive, planet, ..."""
-  behavior = dict(actor_critic='dreamer', actor='dreamer-actor')
-  name = behavior.get(config.behavior, 'planet')
-  if config.representation != 'reconstruction':
-    name += f'-{config.representation}'
-  return name
+  arms = BEHAVIORS[config.behavior], REPRESENTATIONS[config.representation]
+  return '-'.join(arm.method for arm in arms if arm.method)
+
+
+def methods():
+  """Methods that differ from Dreamer in one arm: {name: flags}."""
+  found = {method_name(DREAMER): ()}
+  for flag, arms in dict(
+    behavior=BEHAVIORS, representation=REPRESENTATIONS
+  ).items():
+    for name in arms:
+      if name != DREAMER[flag]:
+        method = method_name(AttrDict(DREAMER, **{flag: name}))
+        found[method] = f'--{flag}', name
+  return found
 
 
 def define_config(task='dmc_walker_walk', preset='release'):
   """Defaults of a task and preset: `AttrDict` from flag to value."""
-  config = tools.AttrDict({k: flag.default for k, flag in all_flags().items()})
-  config.update(TASKS.get(task) or TASKS.get(task.partition('_')[0], {}))
+  config = AttrDict({k: flag.default for k, flag in all_flags().items()})
+  config.update(suites.defaults(task))
   config.update(PRESETS.get(preset, {}))
   config.update(task=task, preset=preset)
   return config
@@ -382,7 +359,7 @@ def parse_flags(argv):
 
 def _check_config(config):
   """Refuses values that do not go together, with the flags' names."""
-  wrappers.check_parallel(config.task, config.parallel)
+  suites.check_parallel(config.task, config.parallel)
   if config.env_args and not config.task.startswith('gym_'):
     raise UserError(
       f'--env_args is for gym_ tasks; {config.task} takes no arguments'
@@ -452,7 +429,7 @@ def check_logdir(config):
       return _check_resume(config, _saved_flags(path))
     except UnreadableError:
       path.rename(path.with_suffix('.json.broken'))
-      tools.warn(
+      cli.warn(
         f'{path} is not readable and is now {path.name}.broken; going on with '
         'the flags given'
       )
@@ -500,7 +477,7 @@ def load_config(logdir):
     raise UserError(
       f'--logdir {logdir} is not the logdir of a run: there is no config.json'
     )
-  return tools.AttrDict(_saved_flags(path), logdir=pathlib.Path(logdir))
+  return AttrDict(_saved_flags(path), logdir=pathlib.Path(logdir))
 
 
 def _saved_flags(path):
@@ -519,7 +496,7 @@ def write_config(config):
   record.update(method=method_name(config), format=FORMAT)
   record['config'] = {k: _plain(v) for k, v in config.items()}
   record['versions'] = versions()
-  with tools.atomic_write(path) as file:
+  with cli.atomic_write(path) as file:
     file.write((json.dumps(record, indent=2) + '\n').encode())
 
 

@@ -15,11 +15,12 @@ the losses take means, so that the update is the one of a single device:
     noise [B, ...] --> the same rows                                     v
                        clip, Adam: alike on every replica  <-- gradient of all
 
-What happens within a replica is in `tools` (`replica`, `normal`,
-`mean_over_replicas`, `gather`).
+What replicas exchange goes through the functions below; on one device these
+return what they are given.
 """
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -28,9 +29,90 @@ import zlib
 import numpy as np
 import tensorflow as tf
 
-import tools
+from cli import Failure, UserError
 
-STRATEGIES = ('auto', 'single', 'mirrored', 'multiworker')
+# --- Within a replica -------------------------------------------------------
+
+
+def replica():
+  """(index, count): which part of the whole batch is computed here."""
+  context = tf.distribute.get_replica_context()
+  if context is None or context.num_replicas_in_sync == 1:
+    return 0, 1
+  return context.replica_id_in_sync_group, context.num_replicas_in_sync
+
+
+def mean(tensors):
+  """Means of nested tensors over the replicas, the same in each."""
+  return _reduce('MEAN', tensors)
+
+
+def sum_(tensors):
+  """Sums of nested tensors over the replicas, the same in each."""
+  return _reduce('SUM', tensors)
+
+
+def _reduce(how, tensors):
+  if replica()[1] == 1:
+    return tensors
+  return tf.distribute.get_replica_context().all_reduce(how, tensors)
+
+
+def global_mean(value):
+  """The mean over the replicas, whose gradient is that of the own part.
+
+  The gradients of all replicas, averaged, are then those of the mean.
+  """
+  if replica()[1] == 1:
+    return value
+  return value + tf.stop_gradient(mean(value) - value)
+
+
+def gather(tensor):
+  """Rows of all replicas, [R * N, ...] of [N, ...], with their gradient."""
+  if replica()[1] == 1:
+    return tensor
+  return tf.distribute.get_replica_context().all_gather(tensor, 0)
+
+
+def dims(tensor):
+  """Its shape, a list: integers where they are known, else scalar tensors."""
+  known, shape = tensor.shape, tf.shape(tensor)
+  return [shape[i] if n is None else n for i, n in enumerate(known)]
+
+
+def normal(shape, seed, axis=0):
+  """Standard normal noise, independent for every entry of the whole batch.
+
+  Replicas draw the noise of all and take their own rows, so that the result
+  does not depend on their number.
+
+  Args:
+    shape: of the part of the batch that is here, list of integers or tensors.
+    seed: int32 [2].
+    axis: of the batch.
+  """
+  return _own_rows(tf.random.stateless_normal, shape, seed, axis)
+
+
+def uniform(shape, seed, axis=0):
+  """As `normal`, uniform in (0, 1)."""
+  least = np.finfo(np.float32).tiny
+  draw = functools.partial(tf.random.stateless_uniform, minval=least)
+  return _own_rows(draw, shape, seed, axis)
+
+
+def _own_rows(draw, shape, seed, axis):
+  index, count = replica()
+  if count == 1:
+    return draw(shape, seed)
+  start = [0] * len(shape)
+  start[axis] = index * shape[axis]
+  whole = [n * count if i == axis else n for i, n in enumerate(shape)]
+  return tf.slice(draw(whole, seed), start, shape)
+
+
+# --- Processes and devices ---------------------------------------------------
 
 # Collective operations end with one of these when a process of them is gone.
 LOST = (
@@ -40,8 +122,12 @@ LOST = (
 )
 
 
-class PeerLost(Exception):  # noqa: N818 (as `wrappers.WorkerLost`)
+class PeerLost(Failure):  # noqa: N818 (as `workers.WorkerLost`)
   """Another process of this run is gone, and no update can be made."""
+
+  def leave(self):
+    """Ends this process, as TensorFlow would wait for the others."""
+    os._exit(self.code)
 
 
 class Team:
@@ -172,7 +258,7 @@ class Team:
     differ = np.flatnonzero(self.sum(sums) != self.workers * sums)
     if self.any(len(differ)):
       flags = ', '.join(f'--{names[i]}' for i in differ) or 'some flags'
-      raise tools.UserError(
+      raise UserError(
         f'the processes of this run have different values of {flags}; start '
         'all with the same command, but for --logdir'
       )
@@ -186,7 +272,7 @@ class Team:
     mine = zlib.crc32(text)
     count = int(self.sum(mine == self.from_chief(mine)))
     if 1 < count < self.workers:
-      raise tools.UserError(
+      raise UserError(
         f'{count} of {self.workers} processes share the --logdir of the '
         'chief; let all of them share it, or none'
       )
@@ -238,7 +324,7 @@ def make_team(strategy, batch_size):
   if batch_size % team.replicas:
     below = batch_size // team.replicas * team.replicas
     near = [n for n in (below, below + team.replicas) if n]
-    raise tools.UserError(
+    raise UserError(
       f'--batch_size {batch_size} cannot be split over {team.replicas} '
       f'devices; choose {" or ".join(map(str, near))}'
     )
@@ -254,7 +340,7 @@ def _mirror(gpus):
 
 def _join(cluster):
   if not cluster:
-    raise tools.UserError(
+    raise UserError(
       '--strategy multiworker needs the environment variable TF_CONFIG, such '
       'as {"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": '
       '{"type": "worker", "index": 0}}, with another index in each process'
@@ -280,7 +366,7 @@ def _read_cluster():
     members = [(k, i) for k in ('chief', 'worker') for i in _tasks(cluster, k)]
     return members.index((kind, index)), len(members)
   except (ValueError, KeyError, TypeError, AttributeError):
-    raise tools.UserError(
+    raise UserError(
       f'TF_CONFIG is not a cluster and a task of type chief or worker in it: '
       f'{text[:200]}'
     ) from None

@@ -16,17 +16,22 @@ import functools
 import json
 import sys
 
+import quiet  # noqa: F401  (before TensorFlow)
+
+# isort: split
 import imageio.v3 as imageio
 import numpy as np
 
-import dreamer  # first, as it imports TensorFlow quietly
-
-# isort: split
+import checkpoints
 import cli
 import configs
+import dreamer
+import logger
 import tools
+import training
+from cli import UserError
+from dreamer import CONTEXT
 
-CONTEXT = 5  # images that a prediction sees
 LENGTH = 50  # rows of a prediction, the context included
 SEQUENCES = 6  # predictions, one of an episode
 SHOWN = 4  # episodes in the video of the behavior
@@ -60,7 +65,7 @@ class Recorder:
       flush=True,
     )
     if len(self.videos) < SHOWN:
-      self.videos.append(episode['image'][: dreamer.VIDEO].copy())
+      self.videos.append(episode['image'][: training.VIDEO].copy())
     if len(self.windows) < SEQUENCES:
       start = int(self._rng.integers(max(1, rows - LENGTH + 1)))
       self.windows.append(
@@ -80,14 +85,14 @@ def load_agent(config, actspace):
   Raises:
     UserError: there is no checkpoint, or it is of other code.
   """
-  agent = dreamer.Dreamer(config, config.logdir / 'episodes', actspace)
+  agent = dreamer.Dreamer(config, actspace)
   objects = agent.trackable()
   del objects['random']  # from --seed instead
   folder = config.logdir / 'checkpoints'
   for _ in range(3):  # a run beside us may replace all that we found
-    if tools.Checkpoints(folder, **objects).restore():
+    if checkpoints.Checkpoints(folder, **objects).restore():
       return agent
-  raise tools.UserError(
+  raise UserError(
     f'--logdir {config.logdir} has no checkpoint yet; a run saves its '
     'first one within --save_every minutes of updates'
   )
@@ -102,12 +107,12 @@ def evaluate(config, episodes, outdir=None):
     outdir: folder for videos, or None.
   """
   recorder = Recorder(episodes, config.action_repeat, config.seed)
-  env = dreamer.make_env(config, 0, 'test', [recorder], lost=_report)
+  env = training.make_env(config, 0, 'test', [recorder], lost=_report)
   try:
     agent = load_agent(config, env.action_space)
     print(
       f'{config.logdir}: {config.task}, {configs.method_name(config)}, '
-      f'step {agent.step}, {agent.updates} updates.',
+      f'step {int(agent.step)}, {int(agent.updates)} updates.',
       flush=True,
     )
     policy = functools.partial(agent, training=False)
@@ -120,14 +125,13 @@ def evaluate(config, episodes, outdir=None):
     f'deviation {np.std(returns):.1f}.'
   )
   if outdir:
-    write_videos(agent, config, recorder, outdir)
-  agent.halt()
+    write_videos(agent, recorder, outdir)
   return dict(
     logdir=str(config.logdir),
     task=config.task,
     method=configs.method_name(config),
-    step=agent.step,
-    updates=agent.updates,
+    step=int(agent.step),
+    updates=int(agent.updates),
     seed=config.seed,
     mean=float(np.mean(returns)),
     std=float(np.std(returns)),
@@ -137,26 +141,26 @@ def evaluate(config, episodes, outdir=None):
 
 
 def _report(error):
-  tools.warn(f'{error}; the episode begins anew')
+  cli.warn(f'{error}; the episode begins anew')
 
 
 # --- Videos -----------------------------------------------------------------
 
 
-def write_videos(agent, config, recorder, outdir):
+def write_videos(agent, recorder, outdir):
   """Writes all pictures of an evaluation to a folder."""
   outdir.mkdir(parents=True, exist_ok=True)
   write_video(outdir / 'behavior', side_by_side(recorder.videos))
-  batch = recorder.batch()
-  if config.representation == 'reconstruction':
-    video = np.clip(255 * agent.open_loop(batch).numpy(), 0, 255)
+  batch, world = recorder.batch(), agent.world
+  if world.representation.decoder:
+    video = np.clip(255 * world.open_loop(batch).numpy(), 0, 255)
     video = video.astype(np.uint8)  # [B, T, 3 * 64, 64, 3]
     write_video(outdir / 'prediction', side_by_side(list(video)))
     write_strips(outdir / 'prediction.png', video)
   else:
-    curves = [x.numpy() for x in agent.open_loop_rewards(batch)]
+    curves = [x.numpy() for x in world.open_loop_rewards(batch)]
     picture = imageio.imwrite(
-      '<bytes>', tools.plot_rewards(*curves), extension='.png'
+      '<bytes>', logger.plot_rewards(*curves), extension='.png'
     )
     (outdir / 'prediction.png').write_bytes(picture)
     _wrote(outdir / 'prediction.png')
@@ -179,7 +183,7 @@ def side_by_side(videos):
 def write_video(path, frames):
   """Writes uint8 [T, H, W, 3] as .gif, and as .mp4 where imageio can."""
   gif, mp4 = path.with_suffix('.gif'), path.with_suffix('.mp4')
-  gif.write_bytes(tools.encode_gif(frames, FPS))
+  gif.write_bytes(logger.encode_gif(frames, FPS))
   _wrote(gif)
   try:  # bytes, as imageio finds more than a file's name in some names
     data = imageio.imwrite(
@@ -235,30 +239,24 @@ def parse_flags(argv):
   return parser.parse(argv)
 
 
-def run(args):
+def run(argv):
+  args = parse_flags(argv)
   config = configs.load_config(args.logdir)
   config.update(seed=args.seed, eval_noise=0.0)
-  dreamer.setup_precision(config.precision)
-  for path in filter(None, (args.outdir, args.json and args.json.parent)):
-    path.mkdir(parents=True, exist_ok=True)  # before the work, not after
-  figures = evaluate(config, args.episodes, args.outdir)
-  if args.json:
-    args.json.write_text(json.dumps(figures, indent=2) + '\n')
+  training.setup_precision(config.precision)
+  try:
+    for path in filter(None, (args.outdir, args.json and args.json.parent)):
+      path.mkdir(parents=True, exist_ok=True)  # before the work, not after
+    figures = evaluate(config, args.episodes, args.outdir)
+    if args.json:
+      args.json.write_text(json.dumps(figures, indent=2) + '\n')
+  except OSError as error:
+    raise UserError(f'cannot write: {error}') from None
 
 
 def main(argv=None):
-  """Returns the exit code: 0, or 2 for bad input."""
-  try:
-    run(parse_flags(argv))
-    return 0
-  except dreamer.ERRORS as error:
-    print(f'evaluate.py: error: {error}', file=sys.stderr)
-    return 2
-  except OSError as error:
-    print(f'evaluate.py: error: cannot write: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    return 130
+  """Returns the exit code; see `cli.main`."""
+  return cli.main('evaluate.py', run, argv)
 
 
 if __name__ == '__main__':

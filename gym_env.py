@@ -6,7 +6,6 @@ in words what the agent gets of it.
 """
 
 import copy
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -17,6 +16,7 @@ import re
 import numpy as np
 
 import spaces
+from cli import nearest
 from spaces import gym
 from workers import TaskError
 
@@ -320,15 +320,11 @@ def _import(name, module):
 
 def _unknown(key, names):
   package = _package(key)
-  near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+  hint = nearest(key, names)
   if package:
     hint = f'; perhaps in its package: --task gym_{package}:{key}'
-  elif near:
-    hint = f'; the nearest are {", ".join(near)}'
-  else:
-    hint = ''
   return TaskError(
-    f'There is no environment {key!r} in Gym{hint}. For one of your own: '
+    f'There is no environment {key!r} in Gym{hint or "."} For one of your own, '
     '--task gym_package.module:Id-v0 imports package.module first.'
   )
 

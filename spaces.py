@@ -10,9 +10,9 @@ import dataclasses
 import numpy as np
 import PIL.Image
 
-import workers
+from cli import quiet_stderr
 
-with workers.quiet_stderr():
+with quiet_stderr():
   import gym.spaces
 
 # --- Images -----------------------------------------------------------------

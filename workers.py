@@ -10,7 +10,6 @@ TensorFlow and Mesa's software OpenGL crash in one process, so workers import
 what makes the environment, and never TensorFlow. Nor does this module.
 """
 
-import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -19,15 +18,11 @@ import functools
 import importlib
 import importlib.machinery
 import importlib.util
-import io
 import logging
 import logging.handlers
 import os
 import pickle
-import re
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,51 +32,49 @@ import typing
 import weakref
 from multiprocessing import connection as mp_connection
 
-from cli import UserError
-
-STRATEGIES = ('process', 'thread', 'none', 'ray')
+from cli import Failure, UserError
+from cli import quiet_stderr as quiet_stderr
 
 
 class TaskError(UserError):
   """A task name, or a way to run a task, that does not exist here."""
 
 
-class RenderError(RuntimeError):
+class RenderError(UserError):
   """OpenGL does not work; the message says what to install."""
 
 
-class WorkerError(RuntimeError):
+class WorkerError(Failure):
   """An environment failed or its worker died.
 
   Attributes:
     traceback: text of the worker's traceback, or its last output if it died.
   """
 
+  code = 2
   traceback = ''
+
+  @property
+  def detail(self):
+    return self.traceback
 
 
 class WorkerLost(WorkerError):  # noqa: N818 (says more than WorkerLostError)
   """A worker died or hangs; a fresh one may do better."""
 
 
-@contextlib.contextmanager
-def quiet_stderr():
-  """Drops what libraries write to standard error, from C++ too.
+class Wrapper:
+  """Hands everything that a subclass does not define to the inner `env`."""
 
-  For imports: gym prints a notice under NumPy 2, TensorFlow several lines
-  before its log level counts. Exceptions pass.
-  """
-  sys.stderr.flush()
-  kept = os.dup(2)
-  nowhere = os.open(os.devnull, os.O_WRONLY)
-  try:
-    os.dup2(nowhere, 2)
-    yield
-  finally:
-    sys.stderr.flush()
-    os.dup2(kept, 2)
-    os.close(kept)
-    os.close(nowhere)
+  def __init__(self, env):
+    self._env = env
+
+  def __getattr__(self, name):
+    # Private names are not handed on: while a wrapper is being unpickled it
+    # has no `_env` yet, and looking for it here would never end.
+    if name.startswith('_'):
+      raise AttributeError(name)
+    return getattr(self._env, name)
 
 
 class Async:
@@ -119,34 +112,22 @@ class Async:
     name='worker',
   ):
     if strategy not in STRATEGIES:
-      raise ValueError(f'Strategy {strategy!r} is not one of {STRATEGIES}.')
+      raise ValueError(
+        f'Strategy {strategy!r} is not one of {", ".join(STRATEGIES)}.'
+      )
     self._constructor, self._strategy = constructor, strategy
     self._limits = timeout, start_timeout
     self._log = log, name
-    self._number = None
     self._worker = self._start()
 
   def _start(self):
-    remote = dict(process=_ProcessWorker, ray=_RayWorker)
-    if self._strategy in remote:
-      worker = remote[self._strategy]
-      return worker(self._constructor, *self._limits, _Output(*self._log))
-    if self._strategy == 'thread':
-      executor = concurrent.futures.ThreadPoolExecutor(1, 'environment')
-      return _LocalWorker(self._constructor, executor)
-    return _LocalWorker(self._constructor, _Immediate())
-
-  def number(self, number):
-    """The next episode is this one (see `EpisodeSeeds`)."""
-    self._number = number
-    self._worker.call('number', number)()
+    start = STRATEGIES[self._strategy]
+    return start(self._constructor, *self._limits, Output(*self._log))
 
   def restart(self):
-    """Replaces the worker; episodes go on with the number after the last."""
+    """Replaces the worker."""
     self._worker.close()
     self._worker = self._start()
-    if self._number is not None:
-      self._worker.call('number', self._number)
 
   @property
   def observation_space(self):
@@ -161,11 +142,12 @@ class Async:
     """What the environment says of itself, a list of sentences."""
     return self._worker.about()[2]
 
-  def reset(self, blocking=True):
-    """Returns obs, or without blocking a function without arguments for it."""
-    if self._number is not None:
-      self._number += 1
-    promise = self._worker.call('reset')
+  def reset(self, blocking=True, number=None):
+    """Returns obs, or without blocking a function without arguments for it.
+
+    The `number` of the episode is for environments that take one.
+    """
+    promise = self._worker.call('reset', *([] if number is None else [number]))
     return promise() if blocking else promise
 
   def step(self, action, blocking=True):
@@ -189,7 +171,7 @@ def fail(error):
   raise error
 
 
-def _attempt(function, *args):
+def attempt(function, *args):
   """Returns (True, result), or (False, error as text) if `function` fails."""
   try:
     return True, function(*args)
@@ -201,8 +183,8 @@ def _attempt(function, *args):
     return False, (kind, message, traceback.format_exc())
 
 
-def _resolve(answer):
-  """Returns the result in an answer of `_attempt`, or raises its error."""
+def resolve(answer):
+  """Returns the result in an answer of `attempt`, or raises its error."""
   success, payload = answer
   if success:
     return payload
@@ -214,7 +196,7 @@ def _resolve(answer):
   raise error
 
 
-def _about(env):
+def describe(env):
   return env.observation_space, env.action_space, getattr(env, 'about', [])
 
 
@@ -228,22 +210,22 @@ class _Immediate(concurrent.futures.Executor):
 
 
 class _LocalWorker:
-  """Runs an environment in an executor of this process."""
+  """Runs an environment in an executor of this process, without limits."""
 
-  def __init__(self, constructor, executor):
-    self._executor = executor
-    self._env = executor.submit(_attempt, constructor)
+  def __init__(self, executor, constructor, *limits_and_output):
+    self._executor = executor()
+    self._env = self._executor.submit(attempt, constructor)
     self._closed = False
 
   def about(self):
-    return _about(_resolve(self._env.result()))
+    return describe(resolve(self._env.result()))
 
   def call(self, method, *args):
     if self._closed:
       raise WorkerError('The environment is closed.')
-    env = _resolve(self._env.result())
-    future = self._executor.submit(_attempt, getattr(env, method), *args)
-    return lambda: _resolve(future.result())
+    env = resolve(self._env.result())
+    future = self._executor.submit(attempt, getattr(env, method), *args)
+    return lambda: resolve(future.result())
 
   def close(self):
     if self._closed:
@@ -251,7 +233,7 @@ class _LocalWorker:
     self._closed = True
     success, env = self._env.result()
     if success:
-      self._executor.submit(_attempt, env.close).result()
+      self._executor.submit(attempt, env.close).result()
     self._executor.shutdown()
 
 
@@ -269,7 +251,7 @@ def open_log(path):
   return log
 
 
-class _Output:
+class Output:
   """What one worker prints: the end of it, and all of it in a log.
 
   Args:
@@ -349,7 +331,7 @@ class _ProcessWorker:
       target=output.follow, args=[self._process.stdout], daemon=True
     )
     self._reader.start()
-    self._ready = self._expect(_start_limit(start_timeout))
+    self._ready = self._expect(start_limit(start_timeout))
     self._end = weakref.finalize(
       self,
       _end_worker,
@@ -366,7 +348,9 @@ class _ProcessWorker:
     # A worker that died is noticed when the answer fails to come.
     with contextlib.suppress(OSError):
       self._connection.send((method, args))
-    return functools.partial(self._wait, self._expect(_limit(self._timeout)))
+    return functools.partial(
+      self._wait, self._expect(call_limit(self._timeout))
+    )
 
   def close(self):
     self._end()
@@ -389,7 +373,7 @@ class _ProcessWorker:
         answer = self._obituary()
       self._pending.popleft()
       oldest.set_result(answer)
-    return _resolve(future.result())
+    return resolve(future.result())
 
   def _kill(self, limit):
     """Ends a worker that hangs, and returns its answer."""
@@ -417,7 +401,7 @@ class _ProcessWorker:
     return f'ended with exit code {code}'
 
 
-class _Limit(typing.NamedTuple):
+class Limit(typing.NamedTuple):
   """Seconds that an answer may take (0: any), and what to say after them."""
 
   seconds: float
@@ -427,19 +411,19 @@ class _Limit(typing.NamedTuple):
     return self.text.format(self.seconds)
 
 
-def _limit(seconds):
+def call_limit(seconds):
   text = 'gave no answer for {:g} seconds, the limit of --worker_timeout'
-  return _Limit(seconds, text)
+  return Limit(seconds, text)
 
 
-def _start_limit(seconds):
+def start_limit(seconds):
   text = 'took more than {:g} seconds to start, the limit of --start_timeout'
-  return _Limit(seconds, text)
+  return Limit(seconds, text)
 
 
 # The trainer has the cores; several workers with a pool each would only stand
 # in each other's way.
-_ONE_THREAD = {f'{x}_NUM_THREADS': '1' for x in ('OMP', 'OPENBLAS', 'MKL')}
+ONE_THREAD = {f'{x}_NUM_THREADS': '1' for x in ('OMP', 'OPENBLAS', 'MKL')}
 
 _WORKER_CODE = """
 import pickle, sys
@@ -455,7 +439,7 @@ def _worker_command(handle, fallback):
 
 
 def _start_worker(connection, order):
-  env = {**os.environ, **_ONE_THREAD}
+  env = {**os.environ, **ONE_THREAD}
   fallback = ''
   if not env.get('MUJOCO_GL'):
     env['MUJOCO_GL'], fallback = 'egl', 'osmesa'
@@ -496,7 +480,7 @@ def _work(handle, fallback):
   faulthandler.enable()  # prints a traceback when it crashes or is aborted
   environment = dict(os.environ)
   connection = mp_connection.Connection(int(handle))
-  success, env = _attempt(_construct, sys.stdin.buffer, os.getcwd())
+  success, env = attempt(construct, sys.stdin.buffer, os.getcwd())
   if not success and env[0] == 'RenderError' and fallback:
     environment['MUJOCO_GL'] = fallback
     os.lseek(0, 0, os.SEEK_SET)
@@ -505,7 +489,7 @@ def _work(handle, fallback):
   # The trainer is gone, killed perhaps, when the connection breaks.
   with contextlib.suppress(EOFError, OSError):
     if success:
-      _send(connection, (True, _about(env)))
+      _send(connection, (True, describe(env)))
       _serve(connection, env)
       env.close()
     else:
@@ -514,7 +498,7 @@ def _work(handle, fallback):
   os._exit(0)
 
 
-def _construct(order, folder):
+def construct(order, folder):
   """Makes the environment that a pickled constructor in a file makes."""
   constructor = pickle.load(order)
   _make_way(folder)
@@ -524,21 +508,44 @@ def _construct(order, folder):
 def _serve(connection, env):
   while (request := connection.recv()) is not None:
     method, args = request
-    answer = _attempt(getattr(env, method), *args)
-    sent, failure = _attempt(_send, connection, answer)
+    answer = attempt(getattr(env, method), *args)
+    sent, failure = attempt(_send, connection, answer)
     if not sent:
       _send(connection, (False, failure))
 
 
 def _send(connection, answer):
-  with _own_modules():
+  with own_modules():
     connection.send(answer)
+
+
+def _ray_worker(*args):
+  import ray_workers  # optional
+
+  return ray_workers.RayWorker(*args)
+
+
+_thread = functools.partial(
+  concurrent.futures.ThreadPoolExecutor, 1, 'environment'
+)
+# How workers are started, by --parallel: functions of constructor, timeout,
+# start timeout and `Output`.
+STRATEGIES = dict(
+  process=_ProcessWorker,
+  thread=functools.partial(_LocalWorker, _thread),
+  none=functools.partial(_LocalWorker, _Immediate),
+  ray=_ray_worker,
+)
 
 
 # --- Modules of the user ----------------------------------------------------
 # They may have the names of ours.
 
-OWN = ('cli', 'gym_env', 'spaces', 'workers', 'wrappers')  # that workers load
+# Those that workers load.
+OWN = (
+  *('cli', 'gym_env', 'ray_workers', 'replay', 'spaces', 'suites'),
+  *('workers', 'wrappers'),
+)
 _hidden = {}  # those of them whose names the user has taken
 
 
@@ -559,7 +566,7 @@ def _make_way(folder):
 
 
 @contextlib.contextmanager
-def _own_modules():
+def own_modules():
   """Puts our modules back under their names, for pickles of what they hold."""
   theirs = {name: sys.modules.get(name) for name in _hidden}
   sys.modules.update({k: v for k, v in _hidden.items() if v})
@@ -571,363 +578,3 @@ def _own_modules():
         sys.modules[name] = module
       else:
         sys.modules.pop(name, None)
-
-
-# --- Ray --------------------------------------------------------------------
-
-
-class _RayWorker:
-  """Runs an environment in a Ray actor, which may be on another host.
-
-  The folders of the code and of the packages have the same paths there. What
-  hangs in Python is stopped by the actor itself, which says where (`_Served`);
-  what hangs deeper is killed from here, a little later.
-  """
-
-  PLACING = 60  # seconds, or the timeout if that is longer
-  GRACE = 2  # seconds for an actor to say where it hangs, or to close
-
-  def __init__(self, constructor, timeout, start_timeout, output):
-    self._order = pickle.dumps(constructor)
-    self._limits = _limit(timeout), _start_limit(start_timeout)
-    self._output = output
-    self._pending = collections.deque()
-    self._ray = _connect_ray()
-    chosen = os.environ.get('MUJOCO_GL')
-    self._fallback = None if chosen else 'osmesa'
-    self._launch(chosen or 'egl')
-
-  def _launch(self, renderer):
-    """Starts an actor; nothing waits for it here."""
-    self._cpus = 0 if _is_own_ray(self._ray) else 1
-    actor = self._ray.remote(_actor_class()).options(
-      num_cpus=self._cpus,
-      runtime_env={'env_vars': {**_ONE_THREAD, 'MUJOCO_GL': renderer}},
-    )
-    self._actor = actor.remote()
-    self._log = self._actor.log.remote().future()  # its first answer
-    path = [os.path.abspath(folder) for folder in sys.path]
-    seconds = [limit.seconds for limit in self._limits]
-    starting = self._actor.start.remote(
-      path, __name__, self._order, os.getcwd(), *seconds
-    )
-    self._ready = self._expect(starting, self._limits[1])
-    self._end = weakref.finalize(
-      self, _end_actor, self._ray, self._actor, self._ready
-    )
-
-  def about(self):
-    self._wait_for_place()
-    try:
-      return self._wait(self._ready)
-    except RenderError:
-      if not self._fallback:
-        raise
-    self._end()
-    renderer, self._fallback = self._fallback, None
-    self._launch(renderer)
-    return self.about()
-
-  def call(self, method, *args):
-    if not self._end.alive:
-      raise WorkerError('The environment is closed.')
-    self.about()
-    args = pickle.dumps(args)
-    call = self._actor.call.remote(method, args)
-    answer = self._expect(call, self._limits[0])
-    return functools.partial(self._wait, answer)
-
-  def close(self):
-    self._end()
-
-  def _expect(self, reference, limit):
-    # Signal handlers may raise while a future is waited for, but not in
-    # `ray.get`.
-    future = concurrent.futures.Future()
-    self._pending.append((reference.future(), future, limit))
-    return future
-
-  def _wait(self, future):
-    """Takes answers, which come in the order of the calls, up to this one."""
-    while not future.done():
-      coming, oldest, limit = self._pending[0]
-      answer = self._receive(coming, limit)
-      oldest.set_result(answer)
-      self._pending.popleft()
-    return _resolve(future.result())
-
-  def _receive(self, coming, limit):
-    """Returns an answer of the actor, or one for an actor that gives none."""
-    try:
-      seconds = limit.seconds + self.GRACE if limit.seconds else None
-      answer, printed = pickle.loads(coming.result(seconds))
-      self._output.write(printed)
-      success, payload = answer
-      if not success and payload[0] == 'WorkerLost':
-        kind, message, trace = payload
-        payload = kind, message + self._output.where(), trace
-      return success, payload
-    except TimeoutError:
-      self._ray.kill(self._actor)
-      return self._output.lost(str(limit), self._last_output())
-    except self._ray.exceptions.RayTaskError as error:  # no such code there
-      trace = str(error)
-      return False, ('', trace.splitlines()[-1], trace)
-    except self._ray.exceptions.RayError as error:
-      if not self._end.alive:
-        return False, ('', 'The environment is closed.', '')
-      cause = f'died: {_why_lost(error)}'
-      return self._output.lost(cause, self._last_output())
-
-  def _last_output(self):
-    """What a dead actor wrote to standard error, if that was on this host."""
-    if not self._log.done() or self._log.exception():
-      return b''
-    with contextlib.suppress(OSError), open(self._log.result(), 'rb') as log:
-      log.seek(max(0, os.fstat(log.fileno()).st_size - _Output.TAIL))
-      return log.read()
-    return b''
-
-  def _wait_for_place(self):
-    """Raises WorkerError if the cluster has no room for the actor."""
-    seconds = max(self.PLACING, self._limits[0].seconds)
-    try:
-      self._log.exception(seconds)  # errors come with the other answers, too
-    except TimeoutError:
-      self._end()
-      total, free = (
-        resources().get('CPU', 0)
-        for resources in (
-          self._ray.cluster_resources,
-          self._ray.available_resources,
-        )
-      )
-      raise WorkerError(
-        f'Ray started no worker for an environment within {seconds:g} seconds. '
-        f'Each environment, that of evaluations too, takes {self._cpus} CPU; '
-        f'the cluster has {total:g}, {free:g} of them free. Use fewer --envs '
-        'or a larger cluster.'
-      ) from None
-
-
-def _why_lost(error):
-  """The part of Ray's message that says how an actor ended."""
-  text = str(error).strip()
-  text = text.rpartition('Worker exit detail: ')[2]
-  return text.partition(' Some common causes')[0].splitlines()[-1].strip('. ')
-
-
-def _end_actor(ray, actor, ready):
-  """Ends an actor: kindly, or by force if it has not begun or is stuck."""
-  if not ray.is_initialized():
-    return  # it has ended with the connection
-  if ready.done():
-    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-      closing = actor.call.remote('close', pickle.dumps(()))
-      closing.future().result(_RayWorker.GRACE)
-  ray.kill(actor)
-
-
-def _actor_class():
-  """Returns the class of the actors.
-
-  It is made in a function so that Ray sends its code, not the name of this
-  module, which the actor's process finds only when it knows the path.
-  """
-
-  class Environment:
-    def log(self):
-      import os
-
-      return os.readlink('/proc/self/fd/2')
-
-    def start(self, path, module, *args):
-      import importlib
-      import sys
-
-      sys.path[:] = path + [x for x in sys.path if x not in path]
-      self._served = importlib.import_module(module)._Served(*args)
-      return self._served.about()
-
-    def call(self, *args):
-      return self._served.call(*args)
-
-  return Environment
-
-
-class _Served:
-  """An environment in its actor.
-
-  Answers are pickled pairs: one of `_attempt`, and what was printed since the
-  last.
-
-  Args:
-    order: the pickled constructor.
-    folder: where the user is.
-    timeout, start_timeout: seconds for a call, and for the constructor.
-  """
-
-  def __init__(self, order, folder, timeout, start_timeout):
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, self._give_up)
-    self._limits = _limit(timeout), _start_limit(start_timeout)
-    self._order = io.BytesIO(order), folder
-    self._printed = [_Printed(number) for number in (1, 2)]
-
-  def about(self):
-    return self._answer(self._construct, self._limits[1])
-
-  def _construct(self):
-    self._env = _construct(*self._order)
-    return _about(self._env)
-
-  def call(self, method, args):
-    args = pickle.loads(args)
-    return self._answer(
-      lambda: getattr(self._env, method)(*args), self._limits[0]
-    )
-
-  def _answer(self, function, limit):
-    answer = _attempt(self._limited, function, limit)
-    printed = b''.join(stream.read() for stream in self._printed)
-    with _own_modules():
-      packed, result = _attempt(pickle.dumps, (answer, printed))
-      return result if packed else pickle.dumps(((False, result), printed))
-
-  def _limited(self, function, limit):
-    self._limit = limit
-    signal.setitimer(signal.ITIMER_REAL, limit.seconds)
-    try:
-      return function()
-    finally:
-      signal.setitimer(signal.ITIMER_REAL, 0)
-
-  def _give_up(self, number, frame):
-    raise WorkerLost(f'The environment worker {self._limit}.')
-
-
-class _Printed:
-  """What this process adds to the file behind a file descriptor."""
-
-  MOST = 10_000  # bytes at a time; the last of them are kept
-
-  def __init__(self, number):
-    self._number = number
-    self._place = os.fstat(number).st_size
-
-  def read(self):
-    """What is new there."""
-    sys.stdout.flush()
-    size = os.fstat(self._number).st_size
-    start, self._place = max(self._place, size - self.MOST), size
-    if start == size:
-      return b''
-    try:
-      with open(f'/proc/self/fd/{self._number}', 'rb') as file:
-        file.seek(start)
-        return file.read(size - start)
-    except OSError:
-      return b''
-
-
-def require_ray():
-  if importlib.util.find_spec('ray') is None:
-    raise TaskError("--parallel ray needs Ray: pip install '.[sweep]'.")
-
-
-def _connect_ray():
-  """Returns the module ray, connected to a cluster.
-
-  That is the one that this process uses already, or that of RAY_ADDRESS, or
-  one that this process starts for itself.
-  """
-  require_ray()
-  if 'ray' in sys.modules and sys.modules['ray'].is_initialized():
-    return sys.modules['ray']
-  address = os.environ.get('RAY_ADDRESS', 'local')
-  where = f'Ray at RAY_ADDRESS={address}'
-  if address in ('', 'local'):
-    where, address = 'a Ray of its own', _own_ray()
-  import ray
-
-  logging.getLogger('ray').setLevel(logging.ERROR)
-  # Ray prints what it hears of dead workers, which arrives as errors anyway.
-  ray._private.worker.listen_error_messages = lambda *args: None
-
-  def connect():
-    if re.fullmatch(r'[^/]+:\d+', address):  # Ray itself tries for minutes
-      socket.create_connection(address.rsplit(':', 1), timeout=20).close()
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-
-  # In another thread Ray leaves the handlers of signals as they are.
-  with concurrent.futures.ThreadPoolExecutor(1) as thread, quiet_stderr():
-    error = thread.submit(connect).exception()
-  if error:
-    raise TaskError(f'Cannot connect to {where}: {error}') from error
-  # Its C++ has handlers, too, which would abort this process after 3 seconds.
-  for number in (signal.SIGINT, signal.SIGTERM):
-    with contextlib.suppress(ValueError):  # not in the main thread
-      signal.signal(number, signal.getsignal(number))
-  return ray
-
-
-def _is_own_ray(ray):
-  own = _own_ray.cache_info().currsize and _own_ray()
-  return ray.get_runtime_context().gcs_address == own
-
-
-# Ends with the trainer, however that ends, because its input does.
-_RAY_CODE = """
-import shutil, sys, tempfile
-import ray
-folder = tempfile.mkdtemp(prefix='ray-', dir='/tmp')
-try:
-  ray.init(
-    'local', num_cpus=0, num_gpus=0, include_dashboard=False,
-    object_store_memory=100 * 2**20, log_to_driver=False, _temp_dir=folder,
-  )
-  print('address', ray.get_runtime_context().gcs_address, flush=True)
-  sys.stdin.read()
-finally:
-  ray.shutdown()
-  shutil.rmtree(folder, ignore_errors=True)
-"""
-
-
-@functools.cache
-def _own_ray():
-  """Starts a Ray on this host, for this process alone; returns its address.
-
-  It lives in a session of its own: Ctrl-C in a terminal, or a signal to all
-  processes of a job, is for the trainer, which ends Ray when it has saved.
-  """
-  log = tempfile.TemporaryFile()
-  # Ray reads these when it is imported, here and there. The token keeps other
-  # users of the network out.
-  os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-  os.environ.setdefault('RAY_AUTH_MODE', 'token')
-  if 'RAY_AUTH_TOKEN_PATH' not in os.environ:
-    os.environ.setdefault('RAY_AUTH_TOKEN', secrets.token_hex(32))
-  keeper = subprocess.Popen(
-    [sys.executable, '-c', _RAY_CODE],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=log,
-    start_new_session=True,
-  )
-  for line in keeper.stdout:  # others are notices
-    if line.startswith(b'address '):
-      atexit.register(_end_own_ray, keeper)
-      return line.decode().split()[1]
-  log.seek(0)
-  raise TaskError(f'Ray does not start: {log.read().decode()[-1000:]}')
-
-
-def _end_own_ray(keeper):
-  import ray
-
-  ray.shutdown()
-  keeper.stdin.close()
-  with contextlib.suppress(subprocess.TimeoutExpired):
-    keeper.wait(10)

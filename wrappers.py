@@ -1,4 +1,4 @@
-"""Environments and their wrappers; the workers are in workers.py.
+"""Environments and their wrappers.
 
 An environment here has `observation_space` (a `gym.spaces.Dict`),
 `action_space`, `reset() -> obs`, `step(action) -> (obs, reward, done, info)`
@@ -11,10 +11,9 @@ of the agent; the action repeat lies between the two.
 
 This module never imports TensorFlow, nor anything that does: Mesa's software
 OpenGL and TensorFlow crash in one process, so `Async` keeps environments in
-workers that import this module, workers.py and the simulator.
+workers. suites.py has them by the names of tasks.
 """
 
-import difflib
 import functools
 import importlib.util
 import os
@@ -25,13 +24,15 @@ import traceback
 import numpy as np
 
 import spaces
-import workers
-from gym_env import GymEnv, right_form
+from cli import nearest
+from cli import quiet_stderr as quiet_stderr
+from replay import Collect as Collect
 from spaces import OneHotBox as OneHotBox
 from spaces import gym
 from workers import Async as Async
-from workers import RenderError, TaskError, WorkerError, WorkerLost
-from workers import quiet_stderr as quiet_stderr
+from workers import RenderError, TaskError, Wrapper
+from workers import WorkerError as WorkerError
+from workers import WorkerLost as WorkerLost
 
 # What dm_control.suite.ALL_TASKS holds. It is written out because importing
 # dm_control loads OpenGL, which the training process must not do.
@@ -71,17 +72,6 @@ DMC_TASKS['cup_catch'] = ('ball_in_cup', 'catch')
 _FOR_TWO = {'combat', 'joust', 'maze_craze', 'warlords'}
 
 
-# ---------------------------------------------------------------------------
-# Tasks by name
-# ---------------------------------------------------------------------------
-
-
-def task_names():
-  """Returns the names of all tasks that can be listed (not of Gym, Lab)."""
-  names = [f'dmc_{name}' for name in DMC_TASKS] + ['toy_reach', 'toy_catch']
-  return names + [f'atari_{name}' for name in atari_games()]
-
-
 @functools.cache
 def atari_games():
   """Names of the games whose ROM `ale_py` brings, such as 'space_invaders'."""
@@ -92,104 +82,20 @@ def atari_games():
   return sorted({path.stem for path in folder.glob('*.bin')} - _FOR_TWO)
 
 
-def check_task(task):
-  """Raises TaskError, with the nearest names, unless `task` is a real one.
-
-  Names of Gym and of DeepMind Lab are only known to these, when they load.
-  """
-  family, _, name = task.partition('_')
-  if family == 'dmlab' and name:
-    if importlib.util.find_spec('deepmind_lab') is None:
-      raise TaskError(
-        f'Task {task!r} needs the Python package deepmind_lab, which is not on '
-        'PyPI: build it from https://github.com/google-deepmind/lab.'
-      )
-    return
-  names = task_names()
-  if task in names or (family == 'gym' and name):
-    return
-  lower = {name.lower(): name for name in names}
-  form = right_form(task)
-  near = difflib.get_close_matches(task.lower(), lower, n=3, cutoff=0.5)
-  if form:
-    hint = f'here it is written {form}'
-  elif near:
-    hint = 'the nearest are ' + ', '.join(lower[name] for name in near)
-  else:
-    hint = (
-      'there are dmc_<domain>_<task>, atari_<game>, dmlab_<level>, gym_<id>, '
-      'toy_reach and toy_catch'
-    )
-  raise TaskError(f'There is no task {task!r}; {hint}.')
+def check_name(name, names, prefix=''):
+  """Raises TaskError, with the nearest names, unless it is one of them."""
+  if name not in names:
+    task, names = f'{prefix}{name}', [f'{prefix}{n}' for n in names]
+    raise TaskError(f'There is no task {task!r}{nearest(task, names)}')
 
 
-def check_parallel(task, strategy):
-  """Raises TaskError where `strategy` is unknown or would crash for `task`.
-
-  Tasks that render cannot share a process with TensorFlow, so 'thread' and
-  'none' are refused for them in a process that has imported it. 'ray' is
-  refused where it is not installed.
-  """
-  if strategy not in workers.STRATEGIES:
-    raise TaskError(
-      f'There is no parallel strategy {strategy!r}; choose one of '
-      f'{", ".join(workers.STRATEGIES)}.'
-    )
-  if strategy == 'ray':
-    workers.require_ray()
-  renders = task.startswith(('dmc_', 'dmlab_', 'gym_'))
-  shares = strategy in ('thread', 'none')  # the caller's process
-  if shares and renders and 'tensorflow' in sys.modules:
+def refuse_tensorflow(task):
+  """Raises TaskError where TensorFlow lives in this process."""
+  if 'tensorflow' in sys.modules:
     raise TaskError(
       f'Task {task!r} may render with OpenGL, which crashes in one process '
-      f'with TensorFlow: use --parallel process instead of {strategy}.'
+      'with TensorFlow: use --parallel process.'
     )
-
-
-def make_task(
-  task, action_repeat=2, time_limit=1000, seed=None, test=False, args=None
-):
-  """Makes the environment of a task, with the wrappers that it needs.
-
-  Args:
-    task: a name from `task_names()`, gym_<id> or dmlab_<level>.
-    action_repeat: environment steps per agent step.
-    time_limit: longest episode in environment steps.
-    seed: int; the same seed gives the same trajectory. None: a fresh one.
-    test: for evaluation: whole games of Atari, held-out levels of Lab.
-    args: arguments of the constructor of a gym_<id>, by name.
-
-  Returns:
-    An environment with actions in [-1, 1], or one-hot where they are discrete,
-    and observations 'image', 'reward' and whatever else the task shows. It may
-    have `about`, a list of sentences on what of it the agent sees.
-
-  Raises:
-    TaskError: there is no such task.
-    RenderError: the task renders, and OpenGL does not work.
-  """
-  check_task(task)
-  family, _, name = task.partition('_')
-  if family == 'atari':
-    env = Atari(name, action_repeat, life_done=not test, seed=seed)
-  elif family == 'dmlab':
-    env = DeepMindLab(name, action_repeat, seed=seed, test=test)
-  else:
-    gym_env = functools.partial(GymEnv, args=args)
-    make = dict(dmc=DeepMindControl, gym=gym_env, toy=_toy)[family]
-    env = ActionRepeat(make(name, seed=seed), action_repeat)
-  discrete = gym.spaces.Discrete, gym.spaces.MultiDiscrete
-  if isinstance(env.action_space, discrete):
-    env = OneHotAction(env)
-  else:
-    env = NormalizeActions(env)
-  env = TimeLimit(env, time_limit // action_repeat)
-  env = RewardObs(CheckFinite(env, task))
-  return env if seed is None else EpisodeSeeds(env, seed)
-
-
-def _toy(name, seed):
-  return dict(reach=ToyReach, catch=ToyCatch)[name](seed)
 
 
 # ---------------------------------------------------------------------------
@@ -216,8 +122,8 @@ class DeepMindControl:
   """
 
   def __init__(self, name, size=(64, 64), camera=None, seed=None):
-    check_task(f'dmc_{name}')
-    check_parallel(f'dmc_{name}', 'none')
+    check_name(name, DMC_TASKS, 'dmc_')
+    refuse_tensorflow(f'dmc_{name}')
     domain, task = DMC_TASKS[name]
     if camera is None:
       camera = 2 if domain == 'quadruped' else 0
@@ -358,7 +264,7 @@ class Atari:
     all_actions=False,
     seed=None,
   ):
-    check_task(f'atari_{name}')
+    check_name(name, atari_games(), 'atari_')
     import ale_py
     import ale_py.roms
 
@@ -468,7 +374,7 @@ class DeepMindLab:
   def __init__(
     self, level, action_repeat=4, size=(64, 64), seed=None, test=False
   ):
-    check_task(f'dmlab_{level}')
+    require_lab(level)
     import deepmind_lab
 
     config = {'height': str(size[0]), 'width': str(size[1])}
@@ -503,6 +409,15 @@ class DeepMindLab:
 
   def close(self):
     self._lab.close()
+
+
+def require_lab(level):
+  """Raises TaskError unless the package of DeepMind Lab is there."""
+  if importlib.util.find_spec('deepmind_lab') is None:
+    raise TaskError(
+      f'Task dmlab_{level} needs the Python package deepmind_lab, which is not '
+      'on PyPI: build it from https://github.com/google-deepmind/lab.'
+    )
 
 
 _LAB30 = (
@@ -653,6 +568,9 @@ class ToyCatch:
     return {'image': image}
 
 
+TOYS = dict(reach=ToyReach, catch=ToyCatch)
+
+
 def _draw_disc(image, center, radius, color):
   """Paints a disc; `center` is (column, row) in pixels."""
   rows, columns = np.ogrid[: image.shape[0], : image.shape[1]]
@@ -674,20 +592,6 @@ def _check_action(action, space):
 # ---------------------------------------------------------------------------
 # Wrappers
 # ---------------------------------------------------------------------------
-
-
-class Wrapper:
-  """Hands everything that a subclass does not define to the inner `env`."""
-
-  def __init__(self, env):
-    self._env = env
-
-  def __getattr__(self, name):
-    # Private names are not handed on: while a wrapper is being unpickled it
-    # has no `_env` yet, and looking for it here would never end.
-    if name.startswith('_'):
-      raise AttributeError(name)
-    return getattr(self._env, name)
 
 
 class ActionRepeat(Wrapper):
@@ -870,159 +774,10 @@ class EpisodeSeeds(Wrapper):
     self._seed = seed
     self._number = 0
 
-  def number(self, number):
-    """The next episode is this one; without it they count from 0."""
-    self._number = number
-
-  def reset(self):
+  def reset(self, number=None):
+    """Begins episode `number`, else that after the last; they count from 0."""
+    self._number = self._number if number is None else number
     sequence = np.random.SeedSequence([self._seed, self._number])
     self._env.reseed(int(sequence.generate_state(1)[0] >> 1))
     self._number += 1
     return self._env.reset()
-
-
-class Collect(Wrapper):
-  """Records episodes, in the trainer's process, around an `Async` or plain env.
-
-  Row t of an episode holds the observation *after* action[t], with reward[t]
-  and discount[t]. Row 0 is the reset: zero action, reward 0, discount 1.
-
-      row          0       1       2     ...   T
-      image       o_0     o_1     o_2    ...  o_T
-      action       0      a_0     a_1    ...  a_{T-1}     (o_0, a_0) -> o_1
-      reward       0      r_1     r_2    ...  r_T
-
-  When an episode is done, its rows are stacked to arrays [T + 1, ...], given to
-  every callback as `callback(episode)` and put into `info['episode']`. Without
-  `info['discount']` the discount is 1 - done.
-
-  A worker that died or hangs is restarted. Its episode is dropped: the step
-  then returns done, with `info['lost']`, and no callback is called. So is one
-  in which the environment raised an error, if `tolerant`, unless it has not
-  made a whole episode yet. After `LOSSES` losses without a whole episode
-  between them the last error is raised.
-
-  Args:
-    env: an `Async` or an environment.
-    callbacks: functions of one argument, the episode.
-    precision: bits of the stored floats and signed integers, 16, 32 or 64.
-    lost: function of one argument, called with the error of a lost worker or
-      of an environment.
-    tolerant: replace environments that raise errors, as lost workers.
-  """
-
-  LOSSES = 5
-
-  def __init__(
-    self, env, callbacks=None, precision=32, lost=None, tolerant=False
-  ):
-    super().__init__(env)
-    self._lost = lost or (lambda error: None)
-    self._losses = 0
-    self._tolerant = tolerant
-    self._proven = False  # whether it has made a whole episode
-    self._callbacks = list(callbacks or ())
-    self._float = {16: np.float16, 32: np.float32, 64: np.float64}[precision]
-    self._int = {16: np.int16, 32: np.int32, 64: np.int64}[precision]
-    self._rows = None
-
-  def number(self, number):
-    """The next episode is this one: earlier ones were whole."""
-    self._proven = self._proven or number > 0
-    self._env.number(number)
-
-  def reset(self, blocking=True):
-    """Starts an episode; returns obs, or without blocking a promise of it."""
-    promise = functools.cache(
-      functools.partial(self._record_reset, self._send('reset'))
-    )
-    return promise() if blocking else promise
-
-  def _restart(self, error):
-    """Replaces a worker; raises its error if it may not, or does too often."""
-    while True:
-      own = not isinstance(error, WorkerLost)  # of the environment
-      self._losses += 1
-      if own and not (self._tolerant and self._proven):
-        raise error
-      if self._losses >= self.LOSSES:
-        raise error
-      self._lost(error)
-      try:
-        self._env.restart()
-        return
-      except WorkerError as another:
-        error = another
-
-  def step(self, action, blocking=True):
-    """Returns obs, reward, done, info, or without blocking a promise of them.
-
-    The promise, a function without arguments, records the step when it is
-    called; further calls give the same answer and record nothing.
-    """
-    if self._rows is None:
-      raise RuntimeError('No episode has begun: call reset() first.')
-    # The caller may write over its array before the promise is called.
-    action = np.array(action)
-    promise = functools.cache(
-      functools.partial(self._record_step, action, self._send('step', action))
-    )
-    return promise() if blocking else promise
-
-  def _send(self, method, *args):
-    method = getattr(self._env, method)
-    if isinstance(self._env, Async):
-      try:
-        return method(*args, blocking=False)
-      except WorkerError as error:
-        return functools.partial(workers.fail, error)
-    result = method(*args)
-    return lambda: result
-
-  def _record_reset(self, promise):
-    while True:
-      try:
-        obs = promise()
-        break
-      except WorkerError as error:
-        self._restart(error)
-        promise = self._send('reset')
-    space = self._env.action_space
-    action = np.zeros(space.shape, space.dtype)
-    self._rows = [{**obs, 'action': action, 'reward': 0.0, 'discount': 1.0}]
-    return obs
-
-  def _record_step(self, action, promise):
-    try:
-      obs, reward, done, info = promise()
-    except WorkerError as error:
-      self._restart(error)
-      row, self._rows = self._rows[-1], None
-      obs = {k: v for k, v in row.items() if k not in ('action', 'discount')}
-      return obs, 0.0, True, {'lost': True}
-    discount = info.get('discount', 1.0 - float(done))
-    self._rows.append(
-      {**obs, 'action': action, 'reward': reward, 'discount': discount}
-    )
-    if done:
-      episode = self._stack(self._rows)
-      self._rows, self._losses, self._proven = None, 0, True
-      for callback in self._callbacks:
-        callback(episode)
-      info = {**info, 'episode': episode}
-    return obs, reward, done, info
-
-  def _stack(self, rows):
-    return {
-      key: self._convert(np.array([row[key] for row in rows]))
-      for key in rows[0]
-    }
-
-  def _convert(self, value):
-    if value.dtype in (np.uint8, np.bool_):
-      return value
-    if np.issubdtype(value.dtype, np.floating):
-      return value.astype(self._float)
-    if np.issubdtype(value.dtype, np.integer):
-      return value.astype(self._int)
-    raise TypeError(f'Cannot store observations of type {value.dtype}.')

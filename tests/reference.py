@@ -14,11 +14,10 @@ the action model from 100 samples at each state, for the log.
 import argparse
 import pathlib
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import dreamer  # first, as it imports TensorFlow quietly
+import quiet  # noqa: F401  (before TensorFlow)
 
 # isort: split
 import gym
@@ -29,7 +28,9 @@ from keras import layers as kl
 from tensorflow_probability import distributions as tfd
 
 import configs
+import dreamer
 import tools
+import training
 
 LAYER = dict(dtype='float32')
 
@@ -70,7 +71,7 @@ class Reference:
 
     self._reward = head(c.reward_layers, 1)
     self._value = head(c.value_layers, 1)
-    self._actor = head(c.actor_layers, 2 * agent._actions)
+    self._actor = head(c.actor_layers, 2 * agent.actions)
     self.groups = dict(
       model=[
         *self._encoder,
@@ -98,16 +99,16 @@ class Reference:
   def _build(self):
     """Runs all networks once, and copies the weights."""
     embed = self._encode(tf.zeros([1, 64, 64, 3]))
-    state = self._agent._dynamics.initial(1)
+    state = self._agent.world.dynamics.initial(1)
     state, _ = self._observe(
-      state, tf.zeros([1, self._agent._actions]), embed, tf.zeros(2, tf.int32)
+      state, tf.zeros([1, self._agent.actions]), embed, tf.zeros(2, tf.int32)
     )
     feat = self._feat(state)
     self._decode(feat)
     for layers in (self._reward, self._value, self._actor):
       self._run(layers, feat)
     for name in self.groups:
-      own, given = self.variables(name), self._agent._opts[name].variables
+      own, given = self.variables(name), self._agent.optimizers[name].variables
       for variable, source in zip(own, given, strict=True):
         variable.assign(source)
 
@@ -166,9 +167,9 @@ class Reference:
   def _model_loss(self, data):
     """Eq. 10, a scalar, and posterior states {...: [B, T, ...]}."""
     agent, steps = self._agent, data['action'].shape[1]
-    seeds = agent._seeds(steps, 0)
+    seeds = agent.seeds(steps, 0)
     embed = self._encode(data['image'])
-    state = agent._dynamics.initial(len(embed))
+    state = agent.world.dynamics.initial(len(embed))
     posts, priors = [], []
     for t in range(steps):
       state, prior = self._observe(
@@ -192,7 +193,7 @@ class Reference:
 
   def _dream(self, post):
     """Features of imagined states, a list of [N, F]."""
-    seeds = self._agent._seeds(2 * self._c.horizon, 1)
+    seeds = self._agent.seeds(2 * self._c.horizon, 1)
     state = {
       k: tf.reshape(tf.stop_gradient(v), [-1, v.shape[-1]])
       for k, v in post.items()
@@ -280,10 +281,9 @@ def main():
   parser.add_argument('--repeats', type=int, default=7)
   args = parser.parse_args()
   config = dreamer.define_config('dmc_walker_walk', args.preset)
-  dreamer.setup_precision(args.precision)
+  training.setup_precision(args.precision)
   space = gym.spaces.Box(-1, 1, (args.actions,), np.float32)
-  with tempfile.TemporaryDirectory() as folder:
-    agent = dreamer.Dreamer(config, pathlib.Path(folder), space)
+  agent = dreamer.Dreamer(config, space)
   reference = Reference(agent)
   batch = random_batch(config, args.actions)
   calls = dict(

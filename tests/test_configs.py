@@ -1,25 +1,24 @@
 """Flags, their defaults, and the logdirs that a run refuses."""
 
 import json
-import os
 import pathlib
 import tempfile
 
+import gym
+import hypothesis
+import numpy as np
 import pytest
+import tensorflow as tf
+from hypothesis import strategies
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
 import benchmark
 import cli
 import compare
 import configs
+import dreamer
 import evaluate
-import gym
-import hypothesis
-import numpy as np
-import tensorflow as tf
-from hypothesis import strategies
 import tools
+import training
 import wrappers
 
 
@@ -74,7 +73,7 @@ def test_actions_are_chosen_by_the_action_space():
   ):
     config = dreamer.define_config('gym_Some-v0')
     config.update(flags)
-    with pytest.raises(tools.UserError, match=words):
+    with pytest.raises(cli.UserError, match=words):
       configs.resolve_actions(config, space)
 
 
@@ -254,11 +253,11 @@ def test_whatever_all_flags_take_can_be_learned_with(eager, given):
       metrics = agent.train(batch)
       obs = dict(image=batch['image'][:, 0])
       state = (
-        agent._dynamics.initial(len(batch['image'])),
+        agent.world.dynamics.initial(len(batch['image'])),
         batch['action'][:, 0],
       )
       reset = np.zeros(len(batch['image']), bool)
-      action, _ = agent.policy(obs, reset, state, agent._noise(True), True)
+      action, _ = agent.policy(obs, reset, state, agent.noise(True), True)
       agent.halt()
   except cli.UserError:
     hypothesis.assume(False)
@@ -309,7 +308,7 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
   names = ('lock', 'writable', '.writable.12.tmp', '.config.json.12.tmp')
   for name in names:
     (tmp_path / name).write_text('')
-  dreamer.setup_logdir(
+  training.setup_logdir(
     configs.parse_flags(['--logdir', str(tmp_path)])
   ).release()
   left = {p.name for p in tmp_path.iterdir()}
@@ -319,13 +318,13 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
 def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   config = dreamer.define_config('toy_reach')
   config.logdir = tmp_path / 'run'
-  dreamer.setup_logdir(config)
+  training.setup_logdir(config)
   config.num_units = 7
-  with pytest.raises(tools.UserError, match='--num_units 64, not 7'):
-    dreamer.setup_logdir(config)
+  with pytest.raises(cli.UserError, match='--num_units 64, not 7'):
+    training.setup_logdir(config)
   config.num_units, config.steps = 64, 123
   capsys.readouterr()
-  dreamer.setup_logdir(config)
+  training.setup_logdir(config)
   assert '--steps 123 (was 10000).' in capsys.readouterr().out
   saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert saved['config']['steps'] == 123
@@ -347,28 +346,28 @@ def test_what_changes_the_function_of_the_weights_is_fixed(
 ):
   config = dreamer.define_config('gym_Some-v0')
   config.logdir = tmp_path / 'run'
-  dreamer.setup_logdir(config).release()
+  training.setup_logdir(config).release()
   old = config[name]
   config[name] = value
   with pytest.raises(cli.UserError, match=f'--{name} .*, not ') as error:
-    dreamer.setup_logdir(config)
+    training.setup_logdir(config)
   assert _shown(value) in str(error.value)
   config[name] = old
-  dreamer.setup_logdir(config).release()
+  training.setup_logdir(config).release()
 
 
 def test_all_other_flags_that_change_are_said(tmp_path, capsys):
   config = dreamer.define_config('toy_reach')
   config.logdir = tmp_path / 'run'
-  dreamer.setup_logdir(config).release()
+  training.setup_logdir(config).release()
   capsys.readouterr()
-  dreamer.setup_logdir(config).release()
+  training.setup_logdir(config).release()
   assert capsys.readouterr().out == ''
   config.expl = 'additive_gaussian'  # what auto stands for is no change
-  dreamer.setup_logdir(config).release()
+  training.setup_logdir(config).release()
   assert capsys.readouterr().out == ''
   config.update(precision='32', model_lr=0.5, expl='completely_random')
-  dreamer.setup_logdir(config).release()
+  training.setup_logdir(config).release()
   line = 'Resuming with other flags: --precision 32 (was auto), --model_lr 0.5 '
   line += '(was 0.003), --expl completely_random (was additive_gaussian).\n'
   assert capsys.readouterr().out == line

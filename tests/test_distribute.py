@@ -18,13 +18,23 @@ import sys
 import numpy as np
 import pytest
 
+import cli
+import training
+
 ROOT = pathlib.Path(__file__).parent.parent
 REPLICAS = 2
 UPDATES = 5
 SMALL = dict(
-  *(dict(deter_size=8, stoch_size=3, num_units=8, cnn_depth=2),),
+  deter_size=8,
+  stoch_size=3,
+  num_units=8,
+  cnn_depth=2,
   # Half a batch is enough for the decoder to go the way of a whole one.
-  **dict(batch_size=4, batch_length=12, horizon=4, precision='32', seed=3),
+  batch_size=4,
+  batch_length=12,
+  horizon=4,
+  precision='32',
+  seed=3,
 )
 
 
@@ -45,7 +55,6 @@ def update(folder, strategy, cases):
   import tensorflow as tf
 
   import distribute
-  import dreamer  # noqa: F401 (quiets TensorFlow)
 
   cpu = tf.config.list_physical_devices('CPU')[0]
   if strategy == 'mirrored':
@@ -65,39 +74,40 @@ def _update(folder, team, flags):
   import gym
   import keras
 
+  import checkpoints
   import dreamer
   import wrappers
 
   config = dreamer.define_config()
   config.update(SMALL, **flags)
   keras.utils.set_random_seed(team.index)  # the chief's weights count
-  dreamer.setup_precision(config.precision)
+  training.setup_precision(config.precision)
   space = gym.spaces.Box(-1, 1, (2,), np.float32)
   if config.action_dist == 'onehot':
     space = wrappers.OneHotBox(2)
-  agent = dreamer.Dreamer(config, folder / 'episodes', space, team=team)
+  agent = dreamer.Dreamer(config, space, team)
   if team.chief:  # as if it had restored a checkpoint
-    agent._updates.assign(7)
-    for variable in agent._opts['model'].variables:
+    agent.updates.assign(7)
+    for variable in agent.optimizers['model'].variables:
       variable.assign(1.1 * variable)
-  agent.receive()
-  for opt in agent._opts.values():  # so that float16 does not overflow
+  checkpoints.receive(team, agent.trackable(), config.seed)
+  for opt in agent.optimizers.values():  # so that float16 does not overflow
     opt.optimizer.dynamic_scale.assign(16.0)
   batches = dreamer.load_dataset(folder / 'episodes', config)
   metrics = []
   for _ in range(UPDATES):
-    agent._set_learning_rates()
+    agent.set_learning_rates()
     batch, share = next(batches), config.batch_size // team.workers
     rows = slice(team.index * share, (team.index + 1) * share)
     made = agent.train(team.place({k: v[rows] for k, v in batch.items()}))
     metrics.append({k: float(v) for k, v in made.items()})
-    agent._updates.assign_add(1)
+    agent.updates.assign_add(1)
   weights = {
     f'{name}/{i}': v.numpy()
-    for name in agent._networks
-    for i, v in enumerate(getattr(agent, name).weights)
+    for name, layer in agent.networks().items()
+    for i, v in enumerate(layer.weights)
   }
-  for variable in agent._opts['model'].variables:
+  for variable in agent.optimizers['model'].variables:
     copies = team.strategy.experimental_local_results(variable.value)
     for copy in copies:
       np.testing.assert_array_equal(copy.numpy(), copies[0].numpy())
@@ -234,7 +244,6 @@ def test_batch_goes_to_replicas_by_rows():
 )
 def test_unusable_cluster(monkeypatch, config, message):
   import distribute
-  import tools
 
   monkeypatch.delenv('TF_CONFIG', raising=False)
   if isinstance(config, dict):
@@ -242,7 +251,7 @@ def test_unusable_cluster(monkeypatch, config, message):
     config = json.dumps(dict(cluster=config, task=task))
   if config:
     monkeypatch.setenv('TF_CONFIG', config)
-  with pytest.raises(tools.UserError, match=message):
+  with pytest.raises(cli.UserError, match=message):
     distribute.make_team('multiworker', 4)
 
 

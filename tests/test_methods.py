@@ -1,61 +1,34 @@
 """Representations and behaviors: what the paper compares (Figures 4, 7, 8)."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
-import pytest
-
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-import dreamer  # noqa: I001 (it imports TensorFlow, quietly)
-import configs
-import gym
-import keras
 import numpy as np
+import pytest
 import scipy.special
 import scipy.stats
 import tensorflow as tf
-import tools
-import wrappers
+import test_dreamer
 from tensorflow_probability import distributions as tfd
+from test_dreamer import batch_of
+
+import cli
+import configs
+import dreamer
+import logger
+import tools
+import training
+import wrappers
 
 ROOT = pathlib.Path(dreamer.__file__).parent
-SMALL = {
-  'deter_size': 8,
-  'stoch_size': 3,
-  'num_units': 8,
-  'cnn_depth': 2,
-  'batch_size': 2,
-  'batch_length': 6,
-  'horizon': 4,
-  'plan_horizon': 5,
-  'plan_candidates': 20,
-  'plan_best': 4,
-  'plan_iterations': 3,
-}
+SMALL = dict(batch_length=6, plan_horizon=5, plan_candidates=20, plan_best=4)
+SMALL.update(plan_iterations=3)
 
 
 def make_agent(folder, **changes):
-  keras.utils.set_random_seed(0)
-  config = dreamer.define_config()
-  config.update(SMALL, logdir=pathlib.Path(folder), **changes)
-  datadir = config.logdir / 'episodes'
-  rng = np.random.default_rng(0)
-  episode = {
-    'image': rng.integers(0, 256, (12, 64, 64, 3), dtype=np.uint8),
-    'action': rng.uniform(-1, 1, (12, 2)).astype(np.float32),
-    'reward': rng.uniform(0, 1, 12).astype(np.float32),
-    'discount': np.ones(12, np.float32),
-  }
-  tools.save_episodes(datadir, [episode] * 2)
-  space = gym.spaces.Box(-1, 1, (2,), np.float32)
-  return dreamer.Dreamer(config, datadir, space)
-
-
-def batch_of(agent):
-  return next(dreamer.load_dataset(agent._datadir, agent._c))
+  return test_dreamer.make_agent(folder, **{**SMALL, **changes})
 
 
 # --- Contrastive objective ----------------------------------------------------
@@ -131,13 +104,14 @@ def test_contrast_without_information_and_with_all():
 
 def test_negatives(tmp_path):
   agent = make_agent(tmp_path, representation='contrastive')
-  assert agent._negatives(2, 3) is None
+  negatives = agent.world.representation._negatives
+  assert negatives(2, 3) is None
   agent._c.contrast = 'time'
   block = np.kron(np.eye(2), np.ones((3, 3))).astype(bool)
-  assert (agent._negatives(2, 3) == block).all()
+  assert (negatives(2, 3) == block).all()
   agent._c.update(contrast='window', contrast_window=1)
   near = np.abs(np.subtract.outer(np.arange(3), np.arange(3))) <= 1
-  assert (agent._negatives(2, 3) == np.kron(np.eye(2), near)).all()
+  assert (negatives(2, 3) == np.kron(np.eye(2), near)).all()
 
 
 # --- Representations ----------------------------------------------------------
@@ -155,30 +129,30 @@ def test_representation(tmp_path, name, terms):
   """Each has its terms and networks, trains, and shows its predictions."""
   agent = make_agent(tmp_path, representation=name)
   losses = {'image_loss', 'state_loss', 'reward_loss'}
-  encoder = [v.numpy().copy() for v in agent._encode.variables]
+  encoder = [v.numpy().copy() for v in agent.world.encoder.variables]
   metrics = agent.train(batch_of(agent))
   assert losses & set(metrics) == terms
   total = sum(float(metrics[k]) for k in terms)
   assert np.isclose(metrics['model_loss'], total + max(metrics['div'], 3))
-  after = [v.numpy() for v in agent._encode.variables]
+  after = [v.numpy() for v in agent.world.encoder.variables]
   assert any((a != b).any() for a, b in zip(encoder, after, strict=True))
-  assert hasattr(agent, '_decode') == (name == 'reconstruction')
-  assert hasattr(agent, '_state') == (name == 'contrastive')
+  own = dict(reconstruction={'decode'}, contrastive={'state'}).get(name, set())
+  assert set(agent.networks()) & {'decode', 'state'} == own
+  assert bool(agent.world.representation.decoder) == (name == 'reconstruction')
   if name != 'reconstruction':
-    truth, model = agent.open_loop_rewards(batch_of(agent))
+    truth, model = agent.world.open_loop_rewards(batch_of(agent))
     np.testing.assert_array_equal(truth, batch_of(agent)['reward'])
     assert model.shape == truth.shape
-    picture = tools.plot_rewards(truth.numpy(), model.numpy())
+    picture = logger.plot_rewards(truth.numpy(), model.numpy())
     assert picture.dtype == np.uint8 and picture.shape[2] == 3
     assert picture.std() > 5
 
 
 def test_state_model_learns_to_tell_images_apart(tmp_path):
   agent = make_agent(
-    tmp_path,
-    **dict(representation='contrastive', kl_scale=0.0, model_lr=1e-2),
+    tmp_path, representation='contrastive', kl_scale=0.0, model_lr=1e-2
   )
-  agent._set_learning_rates()
+  agent.set_learning_rates()
   batch = batch_of(agent)
   bounds = [-float(agent.train(batch)['state_loss']) for _ in range(60)]
   assert bounds[0] < 0.5 and bounds[-1] > 1.5  # of ln 12 = 2.48
@@ -190,12 +164,12 @@ def test_state_model_learns_to_tell_images_apart(tmp_path):
 def test_v_r_is_the_sum_of_rewards_to_the_horizon(tmp_path):
   agent = make_agent(tmp_path, behavior='actor')
   reward = tf.constant([[1.0, 2.0], [3.0, 5.0], [7.0, 11.0]])
-  returns, value = agent._returns(None, reward, 0.99 * tf.ones([3, 2]))
+  returns, value = agent.behavior.returns(None, reward, 0.99 * tf.ones([3, 2]))
   np.testing.assert_allclose(returns, [[11, 18], [10, 16], [7, 11]])
   assert value is None
   agent._c.pcont = True  # predicted discounts: the second state is the last
   pcont = 0.99 * tf.constant([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]])
-  returns, _ = agent._returns(None, reward, pcont)
+  returns, _ = agent.behavior.returns(None, reward, pcont)
   np.testing.assert_allclose(returns, [[4, 18], [3, 16], [7, 11]], rtol=1e-6)
 
 
@@ -212,11 +186,11 @@ def test_behavior_trains_what_it_has(tmp_path, behavior, opts):
   assert set(agent.count_parameters()) == opts
   before = {
     name: [v.numpy().copy() for v in opt.variables]
-    for name, opt in agent._opts.items()
+    for name, opt in agent.optimizers.items()
   }
   metrics = agent.train(batch_of(agent))
   assert {k[: -len('_grad_norm')] for k in metrics if 'grad_norm' in k} == opts
-  for name, opt in agent._opts.items():
+  for name, opt in agent.optimizers.items():
     pairs = zip(opt.variables, before[name], strict=True)
     assert any((v.numpy() != old).any() for v, old in pairs), name
   obs = {'image': batch_of(agent)['image'][:, 0]}
@@ -254,10 +228,9 @@ def test_planning_beside_the_optimum_of_a_linear_quadratic_task():
 def test_plans_by_the_world_model(tmp_path):
   """Where the reward is the first action, planning finds its bound."""
   agent = make_agent(
-    tmp_path,
-    **dict(behavior='planning', plan_candidates=200, plan_iterations=8),
+    tmp_path, behavior='planning', plan_candidates=200, plan_iterations=8
   )
-  imagine = agent._dynamics.imagine
+  imagine = agent.world.dynamics.imagine
   seen = []
 
   def imagine_actions(action, state, seed):
@@ -265,9 +238,10 @@ def test_plans_by_the_world_model(tmp_path):
     result = imagine(action, state, seed)
     return dict(result, stoch=tf.repeat(action[..., :1], 3, -1))
 
-  agent._dynamics.imagine = imagine_actions
-  agent._reward = lambda feat: tfd.Normal(feat[..., 0], 1.0)
-  action = agent._plan(agent._dynamics.initial(3), tf.constant([3, 4]))
+  agent.world.dynamics.imagine = imagine_actions
+  agent.world.reward = lambda feat: tfd.Normal(feat[..., 0], 1.0)
+  start, seed = agent.world.dynamics.initial(3), tf.constant([3, 4])
+  action = agent.behavior.act(start, seed, False)
   assert action.shape == (3, 2) and seen[0] == (600, 5, 2)
   assert (action.numpy()[:, 0] > 0.8).all()
 
@@ -275,7 +249,7 @@ def test_plans_by_the_world_model(tmp_path):
 def test_planning_needs_continuous_actions():
   config = dreamer.define_config('toy_catch')
   config.behavior = 'planning'
-  with pytest.raises(tools.UserError, match='planning needs'):
+  with pytest.raises(cli.UserError, match='planning needs'):
     configs.resolve_actions(config, wrappers.OneHotBox(3))
 
 
@@ -293,12 +267,12 @@ def test_planning_needs_continuous_actions():
 def test_runs_name_their_method(tmp_path, flags, name):
   config = dreamer.define_config()
   config.update(flags, logdir=tmp_path / 'run')
-  dreamer.setup_logdir(config)
+  training.setup_logdir(config)
   record = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert record['method'] == name
   config.update(representation='contrastive', behavior='actor')
-  with pytest.raises(tools.UserError, match='--representation|--behavior'):
-    dreamer.setup_logdir(config)
+  with pytest.raises(cli.UserError, match='--representation|--behavior'):
+    training.setup_logdir(config)
 
 
 def test_whole_run_without_decoder_and_value(tmp_path):
@@ -325,7 +299,7 @@ def test_whole_run_without_decoder_and_value(tmp_path):
 
 def test_bad_plans_are_refused(tmp_path):
   flags = [f'--logdir={tmp_path}', '--behavior=planning']
-  with pytest.raises(tools.UserError, match='--plan_candidates is at least'):
+  with pytest.raises(cli.UserError, match='--plan_candidates is at least'):
     configs.parse_flags([*flags, '--plan_candidates=50'])
-  with pytest.raises(tools.UserError, match='--representation takes one of'):
+  with pytest.raises(cli.UserError, match='--representation takes one of'):
     configs.parse_flags([*flags, '--representation=contrast'])

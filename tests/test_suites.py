@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 
 import spaces
+import suites
 import wrappers
 
 gym = wrappers.gym
@@ -162,10 +163,10 @@ def test_a_lost_life_ends_training_episodes_and_the_game_goes_on():
 
 
 def test_evaluation_plays_whole_games():
-  train = wrappers.make_task('atari_breakout', 4, 108_000, 0)
+  train = suites.make_task('atari_breakout', 4, 108_000, 0)
   starts, ends = episodes(OneHot(train), 2)
   assert starts == [5, 4]
-  test = wrappers.make_task('atari_breakout', 4, 108_000, 0, test=True)
+  test = suites.make_task('atari_breakout', 4, 108_000, 0, test=True)
   starts, ends = episodes(OneHot(test), 2)
   assert starts == [5, 5]
   assert [end[1:] for end in ends] == [(0, 0.0), (0, 0.0)]
@@ -191,13 +192,11 @@ class OneHot(wrappers.Wrapper):
   'task', ['atari_breakout', 'gym_CartPole-v1', 'toy_reach', 'toy_catch']
 )
 def test_episodes_can_be_run_again_by_number(task):
-  make = functools.partial(wrappers.make_task, task, 1, 40, 3, True)
+  make = functools.partial(suites.make_task, task, 1, 40, 3, True)
 
   def episode(env, number=None):
     rng, rows = np.random.default_rng(0), []
-    if number is not None:
-      env.number(number)
-    rows, done = [env.reset()], False
+    rows, done = [env.reset(number)], False
     while not done:
       size = env.action_space.shape[0]
       action = np.eye(size, dtype=np.float32)[rng.integers(size)]
@@ -214,7 +213,7 @@ def test_episodes_can_be_run_again_by_number(task):
 
 
 def test_the_time_limit_begins_a_new_game_with_discount_1():
-  env = wrappers.make_task('atari_pong', 4, 400, 0)
+  env = suites.make_task('atari_pong', 4, 400, 0)
   action = np.eye(6, dtype=np.float32)[0]
   for _ in range(2):
     env.reset()
@@ -227,7 +226,7 @@ def test_the_time_limit_begins_a_new_game_with_discount_1():
 
 
 def test_atari_in_a_worker_and_an_unknown_game():
-  make = functools.partial(wrappers.make_task, 'atari_pong', 4, 400, 0)
+  make = functools.partial(suites.make_task, 'atari_pong', 4, 400, 0)
   env = wrappers.Async(make)
   try:
     assert env.action_space.shape == (6,) and env.action_space.discrete
@@ -235,7 +234,7 @@ def test_atari_in_a_worker_and_an_unknown_game():
   finally:
     env.close()
   with pytest.raises(wrappers.TaskError, match='atari_pong'):
-    wrappers.check_task('atari_pnog')
+    suites.check_task('atari_pnog')
   with pytest.raises(wrappers.TaskError, match='atari_space_invaders'):
     wrappers.Atari('space_invader')
 
@@ -363,19 +362,19 @@ def roll(env, action):
   ],
 )
 def test_gym_episodes(name, steps, discount):
-  env = wrappers.make_task(f'gym_{name}', 1, 1000, seed=7)
+  env = suites.make_task(f'gym_{name}', 1, 1000, seed=7)
   action = np.eye(3)[1] if hasattr(env.action_space, 'discrete') else [0.5, -1]
   pixels, rewards, last = roll(env, np.asarray(action, np.float32))
   assert rewards == [0.5] * steps and last == discount
   np.testing.assert_array_equal(np.diff(pixels), 1)
-  again = wrappers.make_task(f'gym_{name}', 1, 1000, seed=7)
+  again = suites.make_task(f'gym_{name}', 1, 1000, seed=7)
   firsts = [again.reset()['image'][0, 0, 0] for _ in range(8)]
   assert firsts[0] == pixels[0] and len(set(firsts)) > 3
   env.close()
 
 
 def test_gym_action_repeat_and_discrete_actions():
-  env = wrappers.make_task('gym_Plain-v0', 2, 1000, seed=0)
+  env = suites.make_task('gym_Plain-v0', 2, 1000, seed=0)
   env.reset()
   assert [env.step(np.eye(3)[2])[1:3] for _ in range(3)] == [
     (1.0, False),
@@ -385,7 +384,7 @@ def test_gym_action_repeat_and_discrete_actions():
 
 
 def test_gym_continuous_actions_are_scaled():
-  env = wrappers.make_task('gym_Old-v0', 1, 1000, seed=0)
+  env = suites.make_task('gym_Old-v0', 1, 1000, seed=0)
   assert env.action_space.shape == (2,)
   env.reset()
   env.step(np.array([1.0, -0.5], np.float32))
@@ -404,14 +403,14 @@ def test_gym_continuous_actions_are_scaled():
 )
 def test_gym_that_cannot_be_used(name, words):
   with pytest.raises(wrappers.TaskError, match=words):
-    wrappers.make_task(f'gym_{name}')
+    suites.make_task(f'gym_{name}')
 
 
 @pytest.mark.parametrize(
   'name, actions', [('CartPole-v1', 2), ('ale_py:ALE/Freeway-v5', 3)]
 )
 def test_real_gym_environments_in_a_worker(name, actions):
-  make = functools.partial(wrappers.make_task, f'gym_{name}', 1, 1000, 0)
+  make = functools.partial(suites.make_task, f'gym_{name}', 1, 1000, 0)
   env = wrappers.Async(make)
   try:
     assert env.action_space.shape == (actions,)
@@ -443,7 +442,7 @@ def test_a_users_own_module_in_a_worker(tmp_path, monkeypatch):
     """)
   )
   monkeypatch.syspath_prepend(str(tmp_path))
-  make = functools.partial(wrappers.make_task, 'gym_my_envs:Mine-v3', 1, 10, 0)
+  make = functools.partial(suites.make_task, 'gym_my_envs:Mine-v3', 1, 10, 0)
   env = wrappers.Async(make)
   try:
     assert (env.reset()['image'] == 9).all()
@@ -506,11 +505,11 @@ def lab(tmp_path, monkeypatch):
 
 def test_lab_without_its_package_names_the_project():
   with pytest.raises(wrappers.TaskError, match='google-deepmind/lab'):
-    wrappers.make_task('dmlab_collect')
+    suites.make_task('dmlab_collect')
 
 
 def test_lab_adapter(lab):
-  env = wrappers.make_task('dmlab_collect', 4, 108_000, seed=1)
+  env = suites.make_task('dmlab_collect', 4, 108_000, seed=1)
   inner = lab.made[0]
   assert inner.level == 'contributed/dmlab30/rooms_collect_good_objects_train'
   assert 'allowHoldOutLevels' not in inner.config
@@ -529,7 +528,7 @@ def test_lab_adapter(lab):
   env.reset()
   seeds = [call[1] for call in inner.calls if call[0] == 'reset']
   assert len(set(seeds)) == 2
-  other = wrappers.make_task('dmlab_collect', 4, 108_000, seed=1)
+  other = suites.make_task('dmlab_collect', 4, 108_000, seed=1)
   other.reset()
   assert lab.made[1].calls[0] == inner.calls[0]
   env.close()
@@ -537,7 +536,7 @@ def test_lab_adapter(lab):
 
 
 def test_lab_levels(lab):
-  wrappers.make_task('dmlab_collect', 4, 1000, 0, test=True)
+  suites.make_task('dmlab_collect', 4, 1000, 0, test=True)
   config = lab.made[-1].config
   assert config['allowHoldOutLevels'] == 'true'
   assert config['mixerSeed'] == str(0x600D5EED)

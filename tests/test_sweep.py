@@ -16,8 +16,8 @@ import uuid
 import pytest
 
 import compare
+import suites
 import sweep
-import wrappers
 
 ROOT = pathlib.Path(sweep.__file__).parent
 # Short runs that save every 100 steps.
@@ -236,7 +236,7 @@ def test_sets(name, tasks, arms):
   assert len(pairs) == len(set(pairs)) == tasks * arms
   assert len({task for task, _ in pairs}) == tasks
   assert len({arm.name for _, arm in pairs}) == arms
-  assert {task for task, _ in pairs} <= set(wrappers.task_names())
+  assert {task for task, _ in pairs} <= set(suites.task_names())
 
 
 def test_sets_and_methods_mix():

@@ -18,6 +18,7 @@ import pytest
 import cli
 import gym_env
 import spaces
+import suites
 import workers
 import wrappers
 
@@ -70,7 +71,7 @@ def register(kind, name=None, library=gymnasium):
 
 
 def make(kind, library=gymnasium, repeat=1, **kwargs):
-  return wrappers.make_task(
+  return suites.make_task(
     register(kind, library=library), repeat, 100, **kwargs
   )
 
@@ -132,7 +133,7 @@ class TakesAll(gymnasium.Wrapper):
 def test_what_cannot_be_seeded_runs_and_says_so(kind, library):
   name = 'Wrapped' if kind.__name__ == '<lambda>' else None
   task = register(kind, name, library)
-  env = wrappers.make_task(task, 1, 100, seed=3)
+  env = suites.make_task(task, 1, 100, seed=3)
   for _ in range(2):
     assert env.reset()['image'][0, 0, 0] == 0
     done = False
@@ -425,7 +426,7 @@ def test_an_image_of_another_shape_than_announced_is_an_error():
 
 def test_the_suite_says_what_is_not_used():
   env = wrappers.Async(
-    functools.partial(wrappers.make_task, 'dmc_walker_walk', 2, 100)
+    functools.partial(suites.make_task, 'dmc_walker_walk', 2, 100)
   )
   try:
     assert env.about[0] == 'The agent sees camera 0, 64x64.'
@@ -465,7 +466,7 @@ def test_the_users_own_wrappers_stay(library, base):
 
   name = f'Limited{base.__name__}-v0'
   library.register(name, entry_point=limited, max_episode_steps=50)
-  env = wrappers.make_task(f'gym_{name}', 1, 100)
+  env = suites.make_task(f'gym_{name}', 1, 100)
   env.reset()
   ends = [env.step(np.zeros(2, np.float32)) for _ in range(7)]
   assert [end[2] for end in ends] == [False] * 6 + [True]
@@ -474,7 +475,7 @@ def test_the_users_own_wrappers_stay(library, base):
   assert type(kept).__name__ == 'TimeLimit' and isinstance(kept.env, base)
   name = f'Registered{base.__name__}-v0'
   library.register(name, entry_point=base, max_episode_steps=5)
-  env = wrappers.make_task(f'gym_{name}', 1, 100)
+  env = suites.make_task(f'gym_{name}', 1, 100)
   env.reset()
   ends = [env.step(np.zeros(2, np.float32)) for _ in range(5)]
   assert [end[2] for end in ends] == [False] * 4 + [True]
@@ -540,7 +541,7 @@ def collect(tmp_path, bounds, episodes, tolerant=True, number=0):
   (tmp_path / 'steps.bounds').write_text(json.dumps(bounds))
   register(Flaky)
   entry = functools.partial(
-    wrappers.make_task,
+    suites.make_task,
     *('gym_test_users:Flaky-v0', 1, 100, 0),
     args={'path': str(path)},
   )
@@ -628,9 +629,7 @@ def test_what_workers_print_is_in_a_file_that_the_error_names(
   path = tmp_path / 'a [1]%s' / 'workers.log'
   path.parent.mkdir()
   log = workers.open_log(path)
-  make = functools.partial(
-    wrappers.make_task, 'gym_test_users:Chatty-v0', 1, 100
-  )
+  make = functools.partial(suites.make_task, 'gym_test_users:Chatty-v0', 1, 100)
   env = wrappers.Async(make, strategy, log=log, name='train 3')
   try:
     env.reset()
@@ -646,12 +645,12 @@ def test_what_workers_print_is_in_a_file_that_the_error_names(
   assert str(path) in str(error.value)
   if strategy == 'process':
     assert 'last words' in text and 'last words' in str(error.value)
-  assert max(map(len, text.splitlines())) < workers._Output.LINE + 100
+  assert max(map(len, text.splitlines())) < workers.Output.LINE + 100
 
 
 def test_the_file_is_bounded(tmp_path):
   log = workers.open_log(tmp_path / 'workers.log')
-  output = workers._Output(log, 'x')
+  output = workers.Output(log, 'x')
   for number in range(300):
     output.write(f'{number} '.encode() + 20_000 * b'x')
   log.close()
@@ -664,7 +663,7 @@ def test_the_file_is_bounded(tmp_path):
 def test_without_room_for_it_workers_go_on(tmp_path, capfd):
   log = workers.open_log(tmp_path / 'no such folder' / 'workers.log')
   log.baseFilename = '/dev/full'
-  output = workers._Output(log, 'x')
+  output = workers.Output(log, 'x')
   output.write(b'words\n' * 10_000)
   assert 'words' in output.lost('died')[1][1]
   assert capfd.readouterr().err == ''
@@ -704,7 +703,7 @@ def test_the_users_modules_go_before_ours(tmp_path, monkeypatch, strategy):
     (tmp_path / f'{name}.py').write_text('MINE = 9')
   monkeypatch.chdir(tmp_path)
   make = functools.partial(
-    wrappers.make_task, 'gym_my_envs:Mine-v7', 1, 10, seed=0
+    suites.make_task, 'gym_my_envs:Mine-v7', 1, 10, seed=0
   )
   env = wrappers.Async(make, strategy)
   try:
@@ -719,7 +718,7 @@ def test_the_users_modules_go_before_ours(tmp_path, monkeypatch, strategy):
 
 def own_modules():
   """Modules of ours that a worker has, but for the test's."""
-  wrappers.make_task('toy_reach').reset()
+  suites.make_task('toy_reach').reset()
   folders = {n: getattr(m, '__file__', None) for n, m in sys.modules.items()}
   own = {n for n, f in folders.items() if f and os.path.dirname(f) == ROOT}
   return own, sys.path
@@ -729,7 +728,7 @@ def test_our_modules_and_their_place_in_a_worker():
   from test_wrappers import in_worker
 
   own, path = in_worker(own_modules)
-  assert own == set(workers.OWN)
+  assert own == set(workers.OWN) - {'ray_workers'}  # that is for actors
   assert path[-1] == ROOT and ROOT not in path[:-1]
 
 
@@ -745,9 +744,7 @@ class SlowStart(Base):
 @pytest.mark.parametrize('strategy', ['process', 'ray'])
 def test_starting_has_a_limit_of_its_own(strategy):
   task = 'gym_test_users:SlowStart-v0'
-  make = functools.partial(
-    wrappers.make_task, task, 1, 100, args={'seconds': 3}
-  )
+  make = functools.partial(suites.make_task, task, 1, 100, args={'seconds': 3})
   env = wrappers.Async(make, strategy, 2, 100)
   assert env.reset()['image'].shape == (64, 64, 3)
   env.close()
@@ -764,7 +761,7 @@ class Slow(Base):
 
 
 def test_a_slow_step_names_its_flag():
-  make = functools.partial(wrappers.make_task, 'gym_test_users:Slow-v0', 1, 9)
+  make = functools.partial(suites.make_task, 'gym_test_users:Slow-v0', 1, 9)
   env = wrappers.Async(make, 'process', 2, 100)
   env.reset()
   with pytest.raises(wrappers.WorkerLost, match='2 seconds.* --worker_timeout'):
@@ -819,13 +816,13 @@ def test_an_error_within_a_constructor_is_its_own():
 )
 def test_names_of_other_suites_get_the_right_form(task, form):
   with pytest.raises(cli.UserError) as error:
-    wrappers.check_task(task)
+    suites.check_task(task)
   assert form in str(error.value)
 
 
 def test_an_id_without_its_package_gets_the_right_form():
   with pytest.raises(wrappers.TaskError) as error:
-    wrappers.make_task('gym_MiniGrid-Empty-5x5-v0')
+    suites.make_task('gym_MiniGrid-Empty-5x5-v0')
   assert '--task gym_minigrid:MiniGrid-Empty-5x5-v0' in str(error.value)
   with pytest.raises(wrappers.TaskError, match='pip install'):
     gym_env.make('metaworld:Meta-World/MT1', {})

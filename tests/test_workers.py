@@ -31,6 +31,7 @@ from test_wrappers import (
   wait_until,
 )
 
+import suites
 import workers
 import wrappers
 
@@ -46,7 +47,7 @@ remote = pytest.mark.parametrize('strategy', KILLED)
 
 
 def async_rollout(strategy, blocking, task='toy_reach'):
-  make = functools.partial(wrappers.make_task, task, 1, 15, 5)
+  make = functools.partial(suites.make_task, task, 1, 15, 5)
   env = wrappers.Async(make, strategy)
   space = env.action_space
   space.seed(1)
@@ -76,9 +77,10 @@ class TestAsync:
       """
       import functools
       import numpy as np
-      import wrappers
+      import suites
+    import wrappers
       make = functools.partial(
-          wrappers.make_task, 'dmc_pendulum_swingup', seed=0)
+          suites.make_task, 'dmc_pendulum_swingup', seed=0)
       frames = []
       for strategy in ('thread', 'process'):
         env = wrappers.Async(make, strategy)
@@ -405,13 +407,13 @@ class TestRemote:
     assert found == []
 
   def test_make_task_pickles(self):
-    make = functools.partial(wrappers.make_task, 'toy_reach', seed=1)
+    make = functools.partial(suites.make_task, 'toy_reach', seed=1)
     copy = pickle.loads(pickle.dumps(make))
     assert same([(copy().reset(), 0, 0)], [(make().reset(), 0, 0)])
 
 
 def modules_after_task(task):
-  wrappers.make_task(task).reset()
+  suites.make_task(task).reset()
   return sorted({'tensorflow', 'keras', 'dreamer'} & set(sys.modules))
 
 
@@ -497,7 +499,7 @@ def test_trainer_without_close_leaves_no_worker(tmp_path, mode, code, strategy):
 def test_without_ray(monkeypatch):
   monkeypatch.setitem(sys.modules, 'ray', None)
   for use in (
-    lambda: wrappers.check_parallel('toy_reach', 'ray'),
+    lambda: suites.check_parallel('toy_reach', 'ray'),
     lambda: wrappers.Async(Counting, 'ray'),
   ):
     with pytest.raises(wrappers.TaskError, match=r"pip install '\.\[sweep\]'"):
@@ -556,8 +558,8 @@ def test_cluster_of_two_hosts():
     import sys
     import ray
     from ray import cluster_utils
+    import ray_workers
     import test_wrappers
-    import workers
     import wrappers
     os.makedirs('/tmp/ray', exist_ok=True)  # where Ray notes the address
     cluster = cluster_utils.Cluster(
@@ -566,7 +568,7 @@ def test_cluster_of_two_hosts():
     os.environ['RAY_ADDRESS'] = cluster.address
     env = wrappers.Async(test_wrappers.Counting, 'ray')
     print(env.reset()['count'])
-    workers._RayWorker.PLACING = 3
+    ray_workers.RayWorker.PLACING = 3
     try:
       wrappers.Async(test_wrappers.Counting, 'ray').reset()
     except wrappers.WorkerError as error:

@@ -18,6 +18,7 @@ import types
 import numpy as np
 import pytest
 
+import suites
 import workers
 import wrappers
 
@@ -145,6 +146,7 @@ class Fragile(Counting):
 
   def __init__(self, path, fates):
     super().__init__(length=3)
+    self._episodes = 0
     with path.open('a+') as file:
       file.write('worker\n')
       file.seek(0)
@@ -153,11 +155,14 @@ class Fragile(Counting):
     if self._fate == 'die at once':
       os.kill(os.getpid(), signal.SIGKILL)
 
-  def number(self, number):
-    self.count = 100 * number
+  def reset(self, number=None):
+    self._episodes += 1
+    if number is not None:
+      self.count = 100 * number
+    return super().reset()
 
   def step(self, action):
-    if self._fate == 'die later' and self.count % 100 == 3:
+    if self._fate == 'die later' and self._episodes == 2:
       os.kill(os.getpid(), signal.SIGKILL)
     if self._step == 1 and self._fate == 'die':
       os.kill(os.getpid(), signal.SIGKILL)
@@ -209,9 +214,10 @@ def in_worker(function, *args, strategy='process'):
     env.close()
 
 
-def rollout(env, actions):
+def rollout(env, actions, number=None):
   """Returns [(obs, reward, done, info)] of the reset and of each action."""
-  rows = [(env.reset(), 0.0, False, {})]
+  first = env.reset() if number is None else env.reset(number)
+  rows = [(first, 0.0, False, {})]
   rows += [env.step(action) for action in actions]
   return rows
 
@@ -259,7 +265,7 @@ def measure_task(task):
   """Plays a task in different ways with the same actions; runs in a worker."""
   # Away from the bounds, which the simulator would enforce on its own.
   actions = np.random.RandomState(0).uniform(-0.9, 0.9, (4, 100))
-  make = functools.partial(wrappers.make_task, task, 2, 8)
+  make = functools.partial(suites.make_task, task, 2, 8)
   env = make(seed=3)
   space = env.action_space
   actions = actions[:, : space.shape[0]].astype(np.float32)
@@ -283,12 +289,10 @@ def measure_task(task):
 
 def third_episode(env, actions, number=False):
   """After two others, or at once by its number."""
-  if number:
-    env.number(2)
   for _ in range(0 if number else 2):
     env.reset()
     env.step(actions[0])
-  return rollout(env, actions)
+  return rollout(env, actions, 2 if number else None)
 
 
 @pytest.fixture(scope='module', params=PAPER_TASKS)
@@ -359,12 +363,12 @@ def suite_names():
 
 
 def load_tasks(names):
-  return {name: wrappers.make_task(name).reset()['image'] for name in names}
+  return {name: suites.make_task(name).reset()['image'] for name in names}
 
 
 def test_task_names_are_those_of_the_suite():
   assert set(wrappers.DMC_TASKS.values()) == in_worker(suite_names)
-  names = wrappers.task_names()
+  names = suites.task_names()
   assert len(names) == len(set(names)) == 51 + 1 + 2 + 104
   assert set(PAPER_TASKS) < set(names)
 
@@ -377,7 +381,7 @@ def test_domains_of_many_words():
 
 
 def unbounded():
-  env = wrappers.make_task('dmc_lqr_lqr_2_1', seed=0)
+  env = suites.make_task('dmc_lqr_lqr_2_1', seed=0)
   return env.action_space, rollout(env, np.full((5, 1), 0.5, np.float32))
 
 
@@ -388,7 +392,7 @@ def test_actions_without_bounds_are_not_scaled():
 
 
 def whole_episode():
-  env = wrappers.make_task('dmc_pendulum_swingup', 20, 1000, seed=0)
+  env = suites.make_task('dmc_pendulum_swingup', 20, 1000, seed=0)
   env.reset()
   rows = [env.step(np.zeros(1, np.float32))]
   while not rows[-1][2]:
@@ -418,7 +422,7 @@ def cameras():
 
 def test_bad_actions():
   env = wrappers.Async(
-    functools.partial(wrappers.make_task, 'dmc_pendulum_swingup')
+    functools.partial(suites.make_task, 'dmc_pendulum_swingup')
   )
   env.reset()
   for action in ([np.nan], [np.inf]):
@@ -437,7 +441,7 @@ def test_bad_actions():
 
 
 def pendulum():
-  return Call(pendulum_report, wrappers.make_task('dmc_pendulum_swingup'))
+  return Call(pendulum_report, suites.make_task('dmc_pendulum_swingup'))
 
 
 def pendulum_report(env):
@@ -527,31 +531,31 @@ class TestOpenGL:
   ],
 )
 def test_wrong_task(wrong, near):
-  for function in (wrappers.check_task, wrappers.make_task):
+  for function in (suites.check_task, suites.make_task):
     with pytest.raises(wrappers.TaskError) as caught:
       function(wrong)
     assert repr(wrong) in str(caught.value) and near in str(caught.value)
 
 
 def test_right_tasks():
-  for name in wrappers.task_names():
-    wrappers.check_task(name)
+  for name in suites.task_names():
+    suites.check_task(name)
 
 
 def test_rendering_is_refused_beside_tensorflow(monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorflow', types.ModuleType('tensorflow'))
-  wrappers.check_parallel('dmc_walker_walk', 'process')
-  wrappers.check_parallel('dmc_walker_walk', 'ray')
-  wrappers.check_parallel('toy_reach', 'none')
+  suites.check_parallel('dmc_walker_walk', 'process')
+  suites.check_parallel('dmc_walker_walk', 'ray')
+  suites.check_parallel('toy_reach', 'none')
   for strategy in ('thread', 'none'):
     with pytest.raises(wrappers.TaskError, match='--parallel process'):
-      wrappers.check_parallel('dmc_walker_walk', strategy)
+      suites.check_parallel('dmc_walker_walk', strategy)
   with pytest.raises(wrappers.TaskError, match='--parallel process'):
-    wrappers.make_task('dmc_walker_walk')
+    suites.make_task('dmc_walker_walk')
   monkeypatch.delitem(sys.modules, 'tensorflow')
-  wrappers.check_parallel('dmc_walker_walk', 'none')
+  suites.check_parallel('dmc_walker_walk', 'none')
   with pytest.raises(wrappers.TaskError, match='process, thread, none, ray'):
-    wrappers.check_parallel('toy_reach', 'fork')
+    suites.check_parallel('toy_reach', 'fork')
 
 
 def test_importing_is_quiet_and_light():
@@ -570,7 +574,7 @@ def test_importing_is_quiet_and_light():
 
 
 def reach_returns(policy, episodes=100):
-  env = wrappers.make_task('toy_reach', 1, 1000, seed=0)
+  env = suites.make_task('toy_reach', 1, 1000, seed=0)
   returns = []
   for _ in range(episodes):
     env.reset()
@@ -658,7 +662,7 @@ def catch_episode(env, policy):
 
 class TestToyCatch:
   def test_episodes(self):
-    env = wrappers.make_task('toy_catch', 1, 1000, seed=0)
+    env = suites.make_task('toy_catch', 1, 1000, seed=0)
     rng = np.random.RandomState(0)
     best, random = [], []
     for _ in range(100):
@@ -675,7 +679,7 @@ class TestToyCatch:
 
   def test_time_limit_is_no_true_end(self):
     rows = catch_episode(
-      wrappers.make_task('toy_catch', 1, 5, seed=0), lambda s: 1
+      suites.make_task('toy_catch', 1, 5, seed=0), lambda s: 1
     )
     assert len(rows) == 5 and rows[-1][3]['discount'] == 1
 
@@ -700,10 +704,10 @@ class TestToyCatch:
 
 @pytest.mark.parametrize('task', ['toy_reach', 'toy_catch'])
 def test_toys_are_seeded(task):
-  space = wrappers.make_task(task).action_space
+  space = suites.make_task(task).action_space
   space.seed(0)
   actions = [space.sample() for _ in range(10)]
-  make = functools.partial(wrappers.make_task, task, 1, 1000)
+  make = functools.partial(suites.make_task, task, 1, 1000)
   first, again, other, fresh, fresh2 = (
     rollout(make(seed), actions) for seed in (3, 3, 4, None, None)
   )
@@ -714,8 +718,8 @@ def test_toys_are_seeded(task):
 
 @pytest.mark.parametrize('task', ['toy_reach', 'toy_catch'])
 def test_toys_with_repeat(task):
-  env = wrappers.make_task(task, 2, 1000, seed=0)
-  plain = wrappers.make_task(task, 1, 1000, seed=0)
+  env = suites.make_task(task, 2, 1000, seed=0)
+  plain = suites.make_task(task, 1, 1000, seed=0)
   length = {'toy_reach': 50, 'toy_catch': 16}[task]
   action = np.eye(3, dtype=np.float32)[0] if task == 'toy_catch' else [0.3, 0.4]
   rows = rollout(env, [action] * (length // 2))
@@ -827,7 +831,7 @@ class TestWrappers:
     assert env.observation_space.contains(env.step(np.zeros(2))[0])
 
   def test_attributes_and_pickling(self):
-    env = wrappers.make_task('toy_catch', seed=3)
+    env = suites.make_task('toy_catch', seed=3)
     assert env.state.shape == (2,)
     assert not hasattr(env, '_missing') and not hasattr(env, 'missing')
     env.reset()
@@ -924,7 +928,7 @@ class TestCollect:
       env.step(np.zeros(2))
 
   def test_one_hot_actions(self):
-    env = wrappers.Async(functools.partial(wrappers.make_task, 'toy_catch', 1))
+    env = wrappers.Async(functools.partial(suites.make_task, 'toy_catch', 1))
     episodes = []
     collected = wrappers.Collect(env, [episodes.append])
     collected.reset()
@@ -966,7 +970,7 @@ def test_numbers_that_are_not_finite_are_refused(bad, what):
 def test_tasks_are_checked_for_finite_numbers(monkeypatch):
   monkeypatch.setattr(wrappers.ToyReach, '_distance', lambda self: np.nan)
   monkeypatch.setattr(wrappers.ToyReach, 'reset', wrappers.ToyReach._observe)
-  env = wrappers.make_task('toy_reach', 1, 50, 0)
+  env = suites.make_task('toy_reach', 1, 50, 0)
   env.reset()
   with pytest.raises(FloatingPointError, match='toy_reach gave the reward'):
     env.step(np.zeros(2, np.float32))

@@ -1,0 +1,253 @@
+"""Ways to choose actions (`--behavior`), each a class.
+
+Each owns its networks, acts on model states, and has the losses of its networks
+on states that the world model imagines. configs.BEHAVIORS names them.
+
+Letters in shapes: B batch, T time, H horizon, N = B * T starts of imagination,
+A action, E environments, F feature.
+"""
+
+import tensorflow as tf
+from tensorflow_probability import distributions as tfd
+
+import models
+import tools
+
+
+class Behavior:
+  """A way to choose actions; without networks of its own.
+
+  Args:
+    config: from `configs.define_config`, actions resolved.
+    world: `dreamer.WorldModel`.
+    actions: A.
+    choices: of discrete actions, how many of the A belong to each; else None.
+
+  Attributes:
+    networks: {name in checkpoints and of its optimizer: Keras layer}.
+  """
+
+  def __init__(self, config, world, actions, choices=None):
+    self._c, self._world, self._actions = config, world, actions
+    self.networks = {}
+
+  def build(self, feat):
+    """Makes the variables, from a feature [1, F]."""
+    for network in self.networks.values():
+      network(feat)
+
+  def act(self, latent, seed, training):
+    """Actions before exploration.
+
+    Args:
+      latent: model states {...: [E, ...]}.
+      seed: int32 [2].
+      training: sample the action (or `--collect_action mode`), else mode.
+
+    Returns:
+      [E, A] in [-1, 1], or one-hot.
+    """
+    raise NotImplementedError
+
+  def losses(self, post, seeds):
+    """Objectives of the networks, negated.
+
+    Args:
+      post: posterior states {...: [B, T, ...]}.
+      seeds: int32 [2 * H, 2], of imagination.
+
+    Returns:
+      {name of a network: scalar}, metrics.
+    """
+    return {}, {}
+
+
+class Planning(Behavior):
+  """The first action of a plan by imagined rewards, as PlaNet (section 6)."""
+
+  def act(self, latent, seed, training):
+    c = self._c
+    count = latent['deter'].shape[0]
+    starts = {k: tf.repeat(v, c.plan_candidates, 0) for k, v in latent.items()}
+    seeds = tf.random.experimental.stateless_split(seed, c.plan_horizon + 1)
+
+    def score(actions):
+      actions = tf.reshape(actions, [-1, c.plan_horizon, self._actions])
+      states = self._world.dynamics.imagine(actions, starts, seeds[1:])
+      feat = self._world.dynamics.get_feat(states)
+      reward = self._world.reward(feat).mean()
+      if c.pcont:
+        pcont = self._world.pcont(feat).mean()
+        reward *= tf.math.cumprod(pcont, 1, exclusive=True)
+      return tf.reshape(tf.reduce_sum(reward, 1), [count, c.plan_candidates])
+
+    plan = tools.cross_entropy_method(
+      score,
+      [count, c.plan_horizon, self._actions],
+      c.plan_candidates,
+      c.plan_best,
+      c.plan_iterations,
+      seeds[0],
+    )
+    return plan[:, 0]
+
+
+class ActorOnly(Behavior):
+  """The action model, by imagined rewards alone (Eq. 4, 7; "no value")."""
+
+  def __init__(self, config, world, actions, choices=None):
+    super().__init__(config, world, actions, choices)
+    self.actor = models.ActionDecoder(
+      actions,
+      config.actor_layers,
+      config.num_units,
+      config.action_dist,
+      config.dense_act,
+      init_std=config.action_init_std,
+      choices=choices,
+      name='actor',
+    )
+    self.networks = dict(actor=self.actor)
+
+  def act(self, latent, seed, training):
+    dist = self.actor(self._world.dynamics.get_feat(latent))
+    if training and self._c.collect_action == 'sample':
+      return dist.sample(seed=seed)
+    if self._c.action_dist == 'onehot':
+      return dist.mode()
+    return dist.mode(seed=seed)
+
+  def losses(self, post, seeds):
+    loss, _, metrics = self.actor_loss(post, seeds)
+    return dict(actor=loss), metrics
+
+  def imagine(self, post, seeds):
+    """Imagined features [H, N, F] from posterior states (section 3).
+
+    Starts at every state of the batch, N = B * T (with `pcont` without the
+    last of each sequence, which may be terminal). The start is not part of
+    the result. Also returns the actions' log-probabilities [H, N].
+    """
+    dynamics = self._world.dynamics
+    if self._c.pcont:
+      post = {k: v[:, :-1] for k, v in post.items()}
+    start = {
+      k: tf.reshape(tf.stop_gradient(v), [-1, v.shape[-1]])
+      for k, v in post.items()
+    }
+
+    def step(carry, seeds):
+      state, _ = carry
+      dist = self.actor(tf.stop_gradient(dynamics.get_feat(state)))
+      action = dist.sample(seed=seeds[0])  # Eq. 3
+      logprob = tf.stop_gradient(dist.log_prob(action))
+      return dynamics.img_step(state, action, seeds[1]), logprob
+
+    states, logprob = tools.static_scan(
+      step,
+      tf.reshape(seeds, [self._c.horizon, 2, 2]),
+      (start, tf.zeros_like(start['stoch'][:, 0])),
+    )
+    return dynamics.get_feat(states), logprob
+
+  def actor_loss(self, post, seeds):
+    """Objective of the action model, negated (Eq. 7).
+
+        start   s_0   a posterior state of the batch, not part of imag_feat
+        index    0      1     ...   H-2    H-1
+        state   s_1    s_2    ...  s_{H-1} s_H      imag_feat [H, N, F]
+        reward  r_1    r_2    ...  r_{H-1}  -       of the state it is at
+        value   v_1    v_2    ...  v_{H-1}  v_H     v_H is the bootstrap
+        pcont   g_1    g_2    ...  g_{H-1}  -
+        return  V_1    V_2    ...  V_{H-1}  -       [H-1, N]
+        weight   1     g_1    ... g_1..g_{H-2}      chance to get there
+
+    Args:
+      post: posterior states {...: [B, T, ...]}.
+      seeds: int32 [2 * H, 2].
+
+    Returns:
+      Loss, what `value_loss` takes, metrics.
+    """
+    imag_feat, logprob = self.imagine(post, seeds)
+    reward = self._world.reward(imag_feat).mean()
+    if self._c.pcont:
+      pcont = self._world.pcont(imag_feat).mean()
+    else:
+      pcont = self._c.discount * tf.ones_like(reward)
+    returns, value = self.returns(imag_feat, reward, pcont)
+    weights = tf.concat([tf.ones_like(pcont[:1]), pcont], 0)[: len(returns)]
+    weights = tf.stop_gradient(tf.math.cumprod(weights, 0))
+    loss = -tf.reduce_mean(weights * returns)  # Eq. 7
+    metrics = dict(
+      actor_loss=loss,
+      action_ent=-tf.reduce_mean(logprob),
+      imag_reward=tf.reduce_mean(reward),
+      imag_return=tf.reduce_mean(returns),
+    )
+    imag = dict(returns=tf.stop_gradient(returns), weights=weights)
+    return loss, dict(imag, value=value), metrics
+
+  def returns(self, feat, reward, pcont):
+    """Value estimates of imagined states.
+
+    Args:
+      feat: imagined features [H, N, F].
+      reward, pcont: of these states, [H, N].
+
+    Returns:
+      V_R [H, N] of Eq. 4, which stops where episodes do, and None for values.
+    """
+    chance = pcont / self._c.discount if self._c.pcont else 1.0
+    chance *= tf.ones_like(reward)
+    zeros = tf.zeros_like(reward)
+    return tools.lambda_return(reward, zeros, chance, None, 1.0, 0), None
+
+
+class ActorCritic(ActorOnly):
+  """The action model and the value model: Dreamer (Eq. 2 to 8)."""
+
+  def __init__(self, config, world, actions, choices=None):
+    super().__init__(config, world, actions, choices)
+    self.value = models.DenseDecoder(
+      (),
+      config.value_layers,
+      config.num_units,
+      act=config.dense_act,
+      name='value',
+    )
+    self.networks['value'] = self.value
+
+  def losses(self, post, seeds):
+    actor_loss, imag, metrics = self.actor_loss(post, seeds)
+    value_loss, value_metrics = self.value_loss(**imag)
+    losses = dict(actor=actor_loss, value=value_loss)
+    return losses, {**metrics, **value_metrics}
+
+  def returns(self, feat, reward, pcont):
+    """V_lambda of Eq. 6 and the value model's v, [H-1, N] each."""
+    value = self.value(feat).mean()
+    returns = tools.lambda_return(  # Eq. 6
+      reward[:-1],
+      value[:-1],
+      pcont[:-1],
+      bootstrap=value[-1],
+      lambda_=self._c.disclam,
+      axis=0,
+    )
+    return returns, value[:-1]
+
+  def value_loss(self, value, returns, weights):
+    """Objective of the value model (Eq. 8), up to a constant.
+
+        value   v_1  v_2 ... v_{H-1}      as computed in `actor_loss`
+        target  V_1  V_2 ... V_{H-1}      `returns`, no gradient
+        weight   1   g_1 ...              as in `actor_loss`
+
+    The log-probability of a Gaussian of unit variance is -1/2 (v - V)^2. The
+    gradient is by the value model's weights; its features are given.
+    """
+    like = tfd.Normal(value, 1.0).log_prob(returns)
+    loss = -tf.reduce_mean(weights * like)  # Eq. 8
+    metrics = dict(value_loss=loss, imag_value=tf.reduce_mean(value))
+    return loss, metrics

@@ -1,0 +1,463 @@
+"""Saving and resuming: checkpoints, what a run has done, and its lock."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import time
+
+import tensorflow as tf
+
+import replay
+import tools
+from cli import UserError, atomic_write, warn
+
+
+class RunState(tf.train.experimental.PythonState):
+  """What a checkpoint holds besides tensors: a dictionary, as JSON.
+
+  Args:
+    collect: function that returns the dictionary when a checkpoint is saved.
+  """
+
+  def __init__(self, collect):
+    self._collect = collect
+    self.restored = {}  # what the restored checkpoint held
+
+  def serialize(self):
+    return json.dumps(self._collect())
+
+  def deserialize(self, text):
+    self.restored = json.loads(text)
+
+
+def plain_path(folder):
+  """A path of a folder in which TensorFlow sees no pattern.
+
+  It takes `[ ] * ? \\` in the paths of checkpoints for patterns.
+
+  Args:
+    folder: a path; where it has such characters it exists.
+
+  Returns:
+    The path, and the file descriptor that it goes through or None.
+
+  Raises:
+    UserError: this system has no such path.
+  """
+  if not re.search(r'[][*?\\]', str(folder)):
+    return str(folder), None
+  links = pathlib.Path('/proc/self/fd')
+  if not links.exists():
+    raise UserError(
+      f'TensorFlow cannot write to {folder}: choose a path without any of '
+      '[ ] * ? and backslashes'
+    )
+  number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  return str(links / str(number)), number
+
+
+class Checkpoints:
+  """Keeps the newest two checkpoints of trackable objects in a folder."""
+
+  KEEP = 2
+
+  def __init__(self, directory, **objects):
+    self._directory = pathlib.Path(directory)
+    self._checkpoint = tf.train.Checkpoint(**objects)
+
+  def save(self, number):
+    """Saves under `number` (updates), or the next that is free."""
+    self._directory.mkdir(exist_ok=True)
+    number = max([number, *(n + 1 for n in self._numbers())])
+    name = f'ckpt-{number}'
+    with self._plain() as folder:
+      try:
+        self._checkpoint.write(f'{folder}/{name}')
+      except tf.errors.OpError as error:
+        reason = self._reason(error, folder)
+        full = 'space' in reason or 'quota' in reason
+        code = errno.ENOSPC if full else errno.EIO
+        raise OSError(code, reason, str(self._directory)) from None
+      for file in self._files(number):
+        with file.open('rb') as opened:
+          os.fsync(opened.fileno())
+    with atomic_write(self._directory / 'checkpoint') as file:
+      # As TensorFlow writes it: which is the newest, for other tools.
+      file.write(f'model_checkpoint_path: "{name}"\n'.encode())
+    for old in self._numbers()[: -self.KEEP]:
+      self._remove(old)
+    return str(self._directory / name)
+
+  def restore(self, repair=False):
+    """Restores the newest that is whole; returns its path, None if none.
+
+    Args:
+      repair: rename those with wrong bytes to *.broken, and remove what a run
+        that was killed left behind.
+
+    Raises:
+      UserError: it cannot be read, or does not fit these objects.
+    """
+    if repair:
+      self._sweep()
+    for number in reversed(self._numbers()):
+      path = str(self._directory / f'ckpt-{number}')
+      reason = self._restore(number)
+      if not reason:
+        return path
+      if number not in self._numbers():
+        continue  # a run beside us has replaced it
+      warn(f'{path} is broken ({reason}); taking the checkpoint before')
+      if repair and self._is_complete(number):
+        for file in self._files(number):
+          file.rename(file.with_name(f'{file.name}.broken'))
+    return None
+
+  def newest_trace(self):
+    """Largest number of a checkpoint of which there is any file, 0 if none."""
+    names = [path.name for path in self._directory.glob('ckpt-*')]
+    matches = [re.match(r'ckpt-(\d+)\.', name) for name in names]
+    return max([int(m[1]) for m in matches if m], default=0)
+
+  def _restore(self, number):
+    """Restores a checkpoint; returns what is wrong with its bytes, or ''."""
+    with self._plain() as folder:
+      path = f'{folder}/ckpt-{number}'
+      try:
+        status = self._checkpoint.read(path).expect_partial()
+        status.assert_existing_objects_matched()
+        return ''
+      except (AssertionError, ValueError, KeyError) as error:
+        tf.get_logger().setLevel('ERROR')  # it would list every value
+        problem = 'was not made by this version of the code'
+        hint = 'use the version that made it, or a new logdir'
+        reason = self._reason(error, folder)
+      except (tf.errors.OpError, IndexError) as error:
+        reason = self._reason(error, folder)
+        if number not in self._numbers() or self._is_wrong(number, path):
+          return reason
+        problem = 'cannot be restored, though its bytes are right'
+        hint = 'make it readable, and start again; nothing was changed'
+    raise UserError(
+      f'{self._directory / f"ckpt-{number}"} {problem} ({reason}); {hint}'
+    )
+
+  def _is_wrong(self, number, path):
+    """Whether all of a checkpoint's bytes could be read, and are not right.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    for file in self._files(number):
+      try:
+        with file.open('rb') as opened:
+          while opened.read(2**20):
+            pass
+      except OSError as error:
+        raise UserError(
+          f'the checkpoint {file} cannot be read ({error.strerror}); make it '
+          'readable, and start again; nothing was changed'
+        ) from None
+    try:
+      reader = tf.train.load_checkpoint(path)
+      for name in reader.get_variable_to_shape_map():
+        reader.get_tensor(name)
+    except (tf.errors.OpError, IndexError, ValueError):
+      return True
+    return False
+
+  @contextlib.contextmanager
+  def _plain(self):
+    """A path of the folder for TensorFlow."""
+    folder, number = plain_path(self._directory)
+    try:
+      yield folder
+    finally:
+      if number is not None:
+        os.close(number)
+
+  def _reason(self, error, folder):
+    """The first line of an error, with the real path."""
+    line = (str(error) or type(error).__name__).partition('\n')[0]
+    return line.replace(folder, str(self._directory))[:200]
+
+  def _numbers(self):
+    """Of the checkpoints in the folder, sorted; the index is written last."""
+    numbers = []
+    for path in self._directory.glob('ckpt-*.index'):
+      match = re.fullmatch(r'ckpt-(\d+)\.index', path.name)
+      with contextlib.suppress(FileNotFoundError):  # a run beside us goes on
+        if match and path.stat().st_size:
+          numbers.append(int(match[1]))
+    return sorted(numbers)
+
+  def _files(self, number):
+    own = rf'ckpt-{number}\.(index|data-\d+-of-\d+)'
+    paths = self._directory.glob(f'ckpt-{number}.*')
+    return [path for path in paths if re.fullmatch(own, path.name)]
+
+  def _is_complete(self, number):
+    """Whether there are as many files as their names say."""
+    data = [p for p in self._files(number) if p.suffix != '.index']
+    return bool(data) and len(data) == int(data[0].name.rpartition('-')[2])
+
+  def _remove(self, number):
+    """Removes a checkpoint, its index first, without which it is none."""
+    for path in sorted(self._files(number), reverse=True):
+      path.unlink()
+
+  def _sweep(self):
+    """Removes unfinished checkpoints, and all but the newest; nothing else.
+
+    What is there stays where there is no checkpoint to go on from.
+    """
+    keep = {f'ckpt-{n}' for n in self._numbers()[-self.KEEP :]}
+    own = r'(ckpt-\d+)(_temp|\.index|\.data-\d+-of-\d+)|checkpoint\.tmp.*'
+    for path in self._directory.glob('*'):
+      match = re.fullmatch(own, path.name)
+      temporary = match and match[2] in ('_temp', None)
+      if not match or not (temporary or (keep and match[1] not in keep)):
+        continue
+      if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+      else:
+        path.unlink()
+
+
+class Progress:
+  """What a run has done: its checkpoints, and the evaluations made.
+
+  Args:
+    run: `Run`.
+    learner: `Learner`.
+  """
+
+  exact = False
+
+  def __init__(self, run, learner):
+    self._run, self._learner = run, learner
+    self._c, self._team = run.config, run.team
+    self._evaluations = 0
+    self._should_eval = tools.Every(self._c.eval_every)
+    self._state = RunState(self._collect)
+    self._checkpoints = Checkpoints(
+      self._c.logdir / 'checkpoints',
+      should_eval=self._should_eval,
+      run=self._state,
+      **learner.trackable(),
+    )
+    self._saved = time.time()
+
+  def _collect(self):
+    return dict(
+      exact=self.exact,
+      evaluations=self._evaluations,
+      episodes=replay.count_episodes(self._run.datadir)[0],
+      metrics_size=self._run.logger.size(),
+      metrics=self._learner.unlogged(),
+    )
+
+  def portion(self):
+    """What is collected until the next look at evaluations and checkpoints."""
+    steps = min(self._c.eval_every, self._c.steps - self._learner.step)
+    share = self._c.action_repeat * self._team.workers
+    return dict(steps=-(-steps // share))
+
+  def save(self):
+    if self._team.chief:
+      self._checkpoints.save(self._learner.updates)
+    self._saved = time.time()
+
+  def save_if_due(self):
+    """Between updates."""
+    if time.time() > self._saved + 60 * self._c.save_every:
+      self.save()
+
+  def save_at_end(self):
+    """When the run has finished or is stopped: logs and saves all."""
+    self._learner.finish()
+    self.save()
+
+  def save_when_stopped(self):
+    """As `save_at_end`; returns what to say of it."""
+    self.save_at_end()
+    return ''
+
+  def evaluate_if_due(self, env):
+    """One episode without learning, exploration noise or stored rows."""
+    if not self._team.chief or not self._should_eval(self._learner.step):
+      return
+    env.number(self._evaluations)
+    tools.simulate(self._learner.evaluate, [env], episodes=1)
+    self._evaluations += 1
+
+  def resume(self):
+    """Restores the newest checkpoint; steps are those of whole episodes."""
+    restored = self._team.chief and self._checkpoints.restore(repair=True)
+    if self._team.chief:
+      self._check_lost(restored)
+    if restored:
+      self._rewind(self._state.restored)
+    before = self._learner.step
+    self._learner.step = self._run.steps()
+    receive(self._team, self._learner.trackable(), self._c.seed)
+    if not restored:
+      # From now on, a run without a checkpoint is one that has lost it.
+      self.save()
+      return
+    self._evaluations = self._state.restored['evaluations']
+    line = (
+      f'Resumed at step {self._learner.step}, {self._learner.updates} updates.'
+    )
+    if self._learner.step < before:
+      dropped = before - self._learner.step
+      line += f' ({dropped} steps of unfinished episodes were dropped.)'
+    self._run.say(line)
+    self._resumed(self._state.restored)
+
+  def _rewind(self, saved):
+    """Undoes what came after the checkpoint, if it is to be made again."""
+
+  def _resumed(self, saved):
+    updates = self._learner.updates
+    self._run.logger.scalars(
+      self._learner.step, dict(resumed=1, updates=updates)
+    )
+    if saved['exact']:
+      self.save()  # or a later exact run would take back what comes now
+
+  def _check_lost(self, restored):
+    """UserError if the run has learned, and would begin anew now.
+
+    Args:
+      restored: path of the checkpoint that was restored, or None.
+    """
+    trace = self._checkpoints.newest_trace()
+    if restored:
+      number = int(restored.rpartition('-')[2])
+      anew = self._learner.updates == 0 and trace > number
+    else:
+      anew = trace or self._run.logger.largest('updates')
+    if anew:
+      folder = self._c.logdir
+      raise UserError(
+        f'--logdir {folder} holds a run that has learned, but no checkpoint '
+        f'with its weights. Put whole files ckpt-* back into '
+        f'{folder / "checkpoints"} (those ending in .broken have wrong bytes). '
+        'To learn anew from its episodes, move checkpoints and metrics.jsonl '
+        'out of the logdir'
+      )
+
+
+class ExactProgress(Progress):
+  """Progress of a run that is the same however often it is interrupted.
+
+  With --deterministic and one environment: checkpoints are made between
+  episodes only, and a resumed run deletes what is newer than its checkpoint,
+  in replay and metrics.jsonl; it will be regenerated.
+  """
+
+  exact = True
+
+  def portion(self):
+    return dict(episodes=1)
+
+  def save_if_due(self):
+    pass
+
+  def save_at_end(self):
+    self.save()  # a longer run goes on as if it had not ended here
+    self._learner.finish()
+
+  def save_when_stopped(self):
+    return ' what came after the last whole episode will be made again;'
+
+  def _rewind(self, saved):
+    if not saved['exact']:
+      return
+    later = sorted(self._run.datadir.glob('*.npz'))[saved['episodes'] :]
+    for path in later:
+      path.unlink()
+    if self._run.logger.size() > saved['metrics_size']:
+      self._run.logger.rewind(saved['metrics_size'])
+    if later:
+      self._run.say(f'{len(later)} episodes will be made again.')
+
+  def _resumed(self, saved):
+    if saved['exact']:
+      self._learner.unlogged(saved['metrics'])
+
+
+def make_progress(run, learner):
+  """`Progress`, or `ExactProgress` where a run can be exact."""
+  alone = run.config.envs == run.team.workers == 1
+  exact = run.config.deterministic and alone
+  return (ExactProgress if exact else Progress)(run, learner)
+
+
+def receive(team, objects, seed):
+  """Gives all processes the chief's weights, optimizers and schedules.
+
+  Args:
+    team: `distribute.Team`.
+    objects: {name: variable, list of them, module, optimizer or generator}.
+    seed: of the noise of acting, which differs between processes.
+  """
+  variables = []
+  for name, item in objects.items():
+    if isinstance(item, tf.Variable):
+      variables.append(item)
+    elif name != 'random':  # a list, a module or an optimizer
+      variables += getattr(item, 'variables', item)
+  team.broadcast(variables)
+  if not team.chief:
+    objects['random'].reset_from_seed(team.seed(seed + int(objects['step'])))
+
+
+class Lock:
+  """Keeps a second process from writing to the same folder.
+
+  The file names the holder; the lock itself is one of the operating
+  system, which ends with its process, however that ends.
+
+  Args:
+    directory: the folder.
+    name: of the file.
+
+  Raises:
+    UserError: another process holds it.
+  """
+
+  def __init__(self, directory, name='lock'):
+    path = pathlib.Path(directory) / name
+    self._file = path.open('a+')
+    self._file.seek(0)
+    holder = self._file.read().strip()
+    try:
+      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      age = datetime.timedelta(seconds=int(time.time() - path.stat().st_mtime))
+      self._file.close()
+      raise UserError(
+        f'--logdir {directory} is in use by {holder or "another process"}, '
+        f'for {age}: stop that, or choose another folder'
+      ) from None
+    except OSError as error:  # some network file systems have no locks
+      warn(f'{path} cannot be locked: {error.strerror}')
+    if holder:
+      warn(f'taking over {path} from {holder}, which did not end properly')
+    self._file.truncate(0)
+    self._file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    self._file.flush()
+
+  def release(self):
+    """Ends it; the file stays, empty."""
+    self._file.truncate(0)
+    self._file.close()

@@ -1,0 +1,269 @@
+"""Acting and learning beside each other: which updates are due, their log."""
+
+import concurrent.futures
+import contextlib
+import json
+import threading
+import time
+
+import numpy as np
+import tensorflow as tf
+
+import cli
+import logger
+import replay
+import tools
+
+
+class NonFiniteError(cli.Failure):
+  """A loss or gradient became NaN or infinite; nothing was saved since."""
+
+
+class Stopwatch:
+  """Seconds of a kind of work, without its first call (which traces)."""
+
+  def __init__(self):
+    self.count = 0
+    self.seconds = 0.0
+
+  @contextlib.contextmanager
+  def __call__(self):
+    start = time.perf_counter()
+    yield
+    self.count += 1
+    if self.count > 1:
+      self.seconds += time.perf_counter() - start
+
+  @property
+  def mean(self):
+    return self.seconds / max(1, self.count - 1)
+
+
+class Learner:
+  """Acts in training, and makes the updates that are due beside it.
+
+  Acting goes on while updates are made, until more are due (section 3:
+  "interleaved or in parallel"), so that their number for each step is the
+  same. The first ones are waited for, and with `--deterministic True` all.
+
+  Args:
+    agent: `dreamer.Dreamer`.
+    run: `Run`.
+
+  Attributes:
+    after_update: called between updates.
+  """
+
+  def __init__(self, agent, run):
+    self._agent, self._run = agent, run
+    self._c, self._team = run.config, run.team
+    self._pending = tf.Variable(0, dtype=tf.int64, trainable=False)
+    self._should_train = tools.Every(self._c.train_every)
+    self._should_pretrain = tools.Once()
+    self._should_log = tools.Every(self._c.log_every)
+    self._metrics = {}
+    self._timer = Stopwatch()
+    self._last_log = None
+    self._batches = None
+    self._lock = threading.RLock()  # held while counters and metrics change
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'learner')
+    self._learning = None  # future of the updates under way
+    self._halted = False
+    self.after_update = lambda: None
+
+  @property
+  def step(self):
+    """Environment steps so far."""
+    return int(self._agent.step)
+
+  @step.setter
+  def step(self, value):
+    self._agent.step.assign(value)
+
+  @property
+  def updates(self):
+    """Updates so far."""
+    return int(self._agent.updates)
+
+  @property
+  def seconds_per_update(self):
+    """Mean seconds of an update, None before the third."""
+    return self._timer.mean if self._timer.count >= 3 else None
+
+  def trackable(self):
+    """What a checkpoint holds, by name: the agent, and what is due."""
+    return dict(
+      pending=self._pending,
+      should_train=self._should_train,
+      should_pretrain=self._should_pretrain,
+      should_log=self._should_log,
+      **self._agent.trackable(),
+    )
+
+  # Acting
+
+  def __call__(self, obs, reset, state=None):
+    """Learns if that is due, then acts; see `Dreamer.__call__`."""
+    self._learn_if_due()
+    action, state = self._agent(obs, reset, state)
+    agents = len(reset) * self._team.workers  # all collect as many
+    self._agent.step.assign_add(agents * self._c.action_repeat)
+    return action, state
+
+  def evaluate(self, obs, reset, state=None):
+    """Acts without exploring, counting or learning."""
+    self._check_stop()
+    return self._agent(obs, reset, state, training=False)
+
+  def _check_stop(self):
+    """Raises if the run is to end; several processes do so in updates only."""
+    if self._team.workers == 1:
+      self._run.stop.check()
+
+  # Learning
+
+  def _learn_if_due(self):
+    """Begins the updates that are due by the number of steps."""
+    self._check_stop()
+    due, step = 0, self.step
+    if self._team.workers > 1:  # which do not end at the same step
+      step = min(step, self._c.steps)
+    with self._lock:  # a checkpoint holds both the schedule and what is due
+      while self._should_train(step):
+        first = self._should_pretrain()
+        due += self._c.pretrain if first else self._c.train_steps
+      self._pending.assign_add(due)
+    if due or not self._learning:
+      self.catch_up()
+      count = int(self._pending)
+      if self._c.deterministic or not self._timer.count:
+        self._make_updates(count)
+      elif count:
+        self._learning = self._thread.submit(self._make_updates, count)
+    if self._should_log(self.step):
+      self._write_summaries()
+
+  def _make_updates(self, count):
+    for _ in range(count):
+      if self._team.any(self._run.stop.requested):
+        raise cli.Stopped
+      if self._halted:
+        return
+      self._update()
+      with self._lock:
+        self._pending.assign_sub(1)
+        self.after_update()
+
+  def catch_up(self):
+    """Waits for the updates under way; raises what they raised."""
+    learning, self._learning = self._learning, None
+    if learning:
+      learning.result()
+
+  def halt(self):
+    """Ends learning, after the update under way."""
+    self._halted = True
+    self._thread.shutdown()
+
+  def _update(self):
+    """Draws a batch and makes one update; checks that it is finite."""
+    self._batches = self._batches or self._draw()
+    first = self._timer.count == 0
+    self._agent.set_learning_rates()
+    source, batch = next(self._batches)
+    with self._timer(), self._team.errors():
+      with self._tracing(first):
+        metrics = self._agent.train(batch)
+      metrics = {k: float(v) for k, v in metrics.items()}
+    self._agent.updates.assign_add(1)
+    self._check_finite(metrics, source)
+    with self._lock:
+      for name, value in metrics.items():
+        if np.isfinite(value):
+          self._metrics.setdefault(name, []).append(value)
+    self._run.logger.progress(self.step, self.updates)
+    if first:
+      self._run.say('First update done.')
+
+  def _draw(self):
+    """Yields (source, batch on its devices), from the next batch on."""
+    batches = replay.load_dataset(
+      self._run.datadir,
+      self._c,
+      self.updates,
+      self._agent.actions,
+      source=True,
+      part=(self._team.index, self._team.workers),
+    )
+    place = self._team.place
+    placed = ((batch.pop('source'), place(batch)) for batch in batches)
+    return placed if self._c.deterministic else replay.prefetch(placed)
+
+  def _tracing(self, first):
+    """Lets a signal end the first update, which can take a minute."""
+    alone = first and self._team.workers == 1
+    return self._run.stop.immediate() if alone else contextlib.nullcontext()
+
+  def _check_finite(self, metrics, source):
+    """NonFiniteError, but for what the loss scale of float16 explains."""
+    skipped = [k.removesuffix('_skipped') for k in metrics if 'skipped' in k]
+    expected = {f'{name}_grad_norm' for name in skipped}
+    for name, value in metrics.items():
+      if not np.isfinite(value) and name not in expected:
+        path = self._write_suspects(metrics, source)
+        raise NonFiniteError(
+          f'{name} became {value} in update {self.updates}; its batch is '
+          f'listed in {path}. The last checkpoint is intact.'
+        )
+
+  def _write_suspects(self, metrics, source):
+    """Writes which windows were in a batch, beside the replay."""
+    part = '' if self._team.chief else f'-worker{self._team.index}'
+    path = self._c.logdir / f'nonfinite-{self.updates}{part}.json'
+    windows = np.asarray(source).tolist()
+    metrics = {k: str(v) for k, v in metrics.items()}
+    with cli.atomic_write(path) as file:
+      record = dict(update=self.updates, metrics=metrics, windows=windows)
+      file.write((json.dumps(record, indent=2) + '\n').encode())
+    return path
+
+  # Logging
+
+  def unlogged(self, metrics=None):
+    """Metrics since the last log entry: {name: [values]}; or sets them."""
+    with self._lock:
+      if metrics is not None:
+        self._metrics = metrics
+      return {k: list(v) for k, v in self._metrics.items()}
+
+  def finish(self):
+    """Logs what came since the last log entry."""
+    if self._metrics:
+      self._write_summaries(images=False)
+
+  def _write_summaries(self, images=True):
+    now, step = time.time(), self.step
+    with self._lock:
+      metrics = {k: np.mean(v) for k, v in self._metrics.items()}
+      self._metrics.clear()
+    metrics = metrics if self._c.log_scalars else {}
+    if self._last_log:
+      metrics['fps'] = (step - self._last_log[1]) / (now - self._last_log[0])
+    self._last_log = (now, step)
+    self._run.logger.scalars(step, dict(metrics, updates=self.updates))
+    if images and self._c.log_images and self._team.chief:
+      self._write_prediction(step)
+    self._run.logger.flush()
+
+  def _write_prediction(self, step):
+    """Logs predictions of six windows: a video, or curves of rewards."""
+    batch = next(replay.load_dataset(self._run.datadir, self._c, self.updates))
+    batch = {k: v[:6] for k, v in batch.items()}
+    world = self._agent.world
+    if world.representation.decoder:
+      video = world.open_loop(batch).numpy()
+      self._run.logger.video(step, 'agent/openl', video)
+    else:
+      curves = [x.numpy() for x in world.open_loop_rewards(batch)]
+      picture = logger.plot_rewards(*curves)
+      self._run.logger.video(step, 'agent/openl_reward', picture[None, None])

@@ -1,0 +1,206 @@
+"""What a run shows: metrics.jsonl, TensorBoard, progress, pictures."""
+
+import contextlib
+import io
+import json
+import pathlib
+import sys
+
+import imageio.v3 as imageio
+import numpy as np
+import tensorflow as tf
+import tqdm
+
+from cli import atomic_write
+
+# --- Pictures ---------------------------------------------------------------
+
+
+def encode_gif(frames, fps):
+  """Encodes uint8 frames [T, H, W, 3] as an animated GIF that loops."""
+  buffer = io.BytesIO()
+  imageio.imwrite(buffer, frames, extension='.gif', loop=0, duration=1000 / fps)
+  return buffer.getvalue()
+
+
+def plot_rewards(truth, model, context=5):
+  """Draws rewards [B, T], true and predicted, as an image uint8 [H, W, 3].
+
+  A line marks where the `context` agent steps with images end.
+  """
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(2.4 * len(truth), 2), layout='constrained')
+  canvas = FigureCanvasAgg(figure)
+  axes = figure.subplots(1, len(truth), sharey=True, squeeze=False)[0]
+  for axis, true, predicted in zip(axes, truth, model, strict=True):
+    axis.plot(true, label='true')
+    axis.plot(predicted, label='model')
+    axis.axvline(context - 0.5, color='gray', linewidth=0.8)  # then imagined
+  axes[0].legend(loc='best', fontsize='small')
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def video_summary(name, video, step=None, fps=20):
+  """Writes videos [B, T, H, W, C], uint8 or in [0, 1], as one GIF summary.
+
+  The B videos stand side by side. TensorBoard shows GIFs under IMAGES.
+  """
+  if np.issubdtype(video.dtype, np.floating):
+    video = np.clip(255 * video, 0, 255).astype(np.uint8)
+  count, length, height, width, channels = video.shape
+  frames = video.transpose((1, 2, 0, 3, 4))
+  frames = frames.reshape((length, height, count * width, channels))
+  summary = tf.compat.v1.Summary()
+  image = tf.compat.v1.Summary.Image(height=height, width=count * width)
+  image.colorspace = channels
+  image.encoded_image_string = encode_gif(frames, fps)
+  metadata = tf.compat.v1.SummaryMetadata(
+    summary_description=METRICS.get(name, '')
+  )
+  summary.value.add(tag=name, image=image, metadata=metadata)
+  tf.summary.experimental.write_raw_pb(summary.SerializeToString(), step)
+
+
+# --- Metrics ----------------------------------------------------------------
+
+# Names on TensorBoard's page, by group, and what it says about them. Lines of
+# metrics.jsonl leave out the group, but for train and test.
+METRICS = {
+  'test/return': 'Sum of rewards of an evaluation episode, without noise',
+  'test/length': 'Environment steps of an evaluation episode',
+  'test/policy': 'An evaluation episode, one image for each agent step',
+  'train/return': 'Sum of rewards of an episode with exploration noise',
+  'train/length': 'Environment steps of an episode',
+  'run/episodes': 'Episodes in the replay',
+  'run/updates': 'Gradient steps of all optimizers, so far',
+  'run/fps': 'Environment steps a second since the last entry',
+  'run/env_restarts': 'Workers that died or hung and were replaced, so far',
+  'run/resumed': 'The run was resumed here; later steps were lost',
+  'world_model/model_loss': 'Nats for a state: Eq. 10 or 12, negated',
+  'world_model/image_loss': 'Nats for an image; 11,291.9 where it is exact',
+  'world_model/state_loss': 'Nats: J_S of Eq. 12 and ln K, negated',
+  'world_model/reward_loss': 'Nats for a reward; 0.919 where it is exact',
+  'world_model/pcont_loss': 'Nats for a discount, times --pcont_scale',
+  'world_model/div': 'Nats: KL divergence of posterior and prior',
+  'world_model/prior_ent': 'Nats: entropy of the transition model',
+  'world_model/post_ent': 'Nats: entropy of the representation model',
+  'agent/openl': 'Truth, model and difference, from 5 images of context',
+  'agent/openl_reward': 'Rewards, true and from 5 images of context',
+  'behavior/actor_loss': 'Imagined return, discounted and negated: Eq. 7',
+  'behavior/action_ent': 'Nats: entropy of the action model, of one sample',
+  'behavior/value_loss': 'Nats for a state: Eq. 8',
+  'behavior/imag_reward': 'Mean reward of imagined states',
+  'behavior/imag_return': 'Mean return of imagined states: Eq. 6, or 4',
+  'behavior/imag_value': 'Mean value of imagined states',
+}
+for _name in ('model', 'actor', 'value'):
+  METRICS[f'optimizers/{_name}_grad_norm'] = 'Gradient norm before clipping'
+  METRICS[f'optimizers/{_name}_loss_scale'] = 'Factor of the loss in float16'
+  METRICS[f'optimizers/{_name}_skipped'] = 'Share of updates that overflowed'
+_GROUPED = {
+  name.split('/')[1]: name
+  for name in METRICS
+  if not name.startswith(('train/', 'test/', 'agent/'))
+}
+
+
+class Logger:
+  """Writes `metrics.jsonl` and TensorBoard events, and talks to the user.
+
+  On a terminal there is one progress bar with lines above it; elsewhere there
+  are plain lines, flushed. All of it goes to standard output.
+
+  Args:
+    logdir: folder of the run.
+    total: environment steps of the whole run, for the progress bar.
+    step: environment steps so far.
+    worker: number of this process among several; only 0 writes files.
+  """
+
+  def __init__(self, logdir, total, step=0, worker=0):
+    logdir = pathlib.Path(logdir)
+    self._worker = worker
+    self._metrics = logdir / 'metrics.jsonl'
+    self._writer = tf.summary.create_noop_writer()
+    if not worker:
+      self._cut_half_line()
+      self._writer = tf.summary.create_file_writer(
+        str(logdir), max_queue=1000, flush_millis=20000
+      )
+    self._bar = tqdm.tqdm(
+      total=total,
+      initial=step,
+      unit=' steps',
+      file=sys.stdout,
+      disable=not sys.stdout.isatty(),
+      dynamic_ncols=True,
+      smoothing=0.05,
+    )
+
+  def _cut_half_line(self):
+    """A run killed while writing leaves half a line; the next cuts it off."""
+    if not self._metrics.exists():
+      return
+    content = self._metrics.read_bytes()
+    whole = content[: content.rfind(b'\n') + 1]
+    if len(whole) < len(content):
+      with atomic_write(self._metrics) as file:
+        file.write(whole)
+
+  def size(self):
+    """Bytes of metrics.jsonl."""
+    return self._metrics.stat().st_size if self._metrics.exists() else 0
+
+  def rewind(self, size):
+    """Cuts off what metrics.jsonl has beyond `size` bytes."""
+    content = self._metrics.read_bytes()
+    with atomic_write(self._metrics) as file:
+      file.write(content[:size])
+
+  def largest(self, name):
+    """The largest value of a name in metrics.jsonl, 0 without any."""
+    values = [0]
+    if self._metrics.exists():
+      for line in self._metrics.read_text(errors='replace').splitlines():
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+          values.append(float(json.loads(line).get(name, 0)))
+    return max(values)
+
+  def say(self, line):
+    line = f'[worker {self._worker}] {line}' if self._worker else line
+    self._bar.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+  def progress(self, step, updates):
+    self._bar.n = min(step, self._bar.total)
+    self._bar.set_postfix_str(f'{updates} updates', refresh=False)
+    self._bar.refresh()
+
+  def scalars(self, step, values):
+    """Writes numbers under `step` (environment steps); names: `METRICS`."""
+    if self._worker:
+      return
+    values = {k: float(v) for k, v in values.items()}
+    with self._metrics.open('a') as file:
+      file.write(json.dumps({'step': step, **values}) + '\n')
+    with self._writer.as_default(step):
+      for key, value in values.items():
+        name = key if key in METRICS else _GROUPED.get(key, key)
+        tf.summary.scalar(name, value, description=METRICS.get(name))
+
+  def video(self, step, name, video):
+    if self._worker:
+      return
+    with self._writer.as_default(step):
+      video_summary(name, video, step)
+    self.flush()
+
+  def flush(self):
+    self._writer.flush()
+
+  def close(self):
+    self._bar.close()
+    self._writer.close()

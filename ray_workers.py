@@ -1,0 +1,398 @@
+"""Workers that are Ray actors, for `--parallel ray` (see workers.py).
+
+Ray is optional: this module is imported only where it is asked for, and by
+the actors themselves.
+"""
+
+import atexit
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import importlib.util
+import io
+import logging
+import os
+import pickle
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import weakref
+
+from cli import quiet_stderr
+from workers import (
+  ONE_THREAD,
+  Output,
+  RenderError,
+  TaskError,
+  WorkerError,
+  WorkerLost,
+  attempt,
+  call_limit,
+  construct,
+  describe,
+  own_modules,
+  resolve,
+  start_limit,
+)
+
+
+class RayWorker:
+  """Runs an environment in a Ray actor, which may be on another host.
+
+  The folders of the code and of the packages have the same paths there. What
+  hangs in Python is stopped by the actor itself, which says where (`_Served`);
+  what hangs deeper is killed from here, a little later.
+  """
+
+  PLACING = 60  # seconds, or the timeout if that is longer
+  GRACE = 2  # seconds for an actor to say where it hangs, or to close
+
+  def __init__(self, constructor, timeout, start_timeout, output):
+    self._order = pickle.dumps(constructor)
+    self._limits = call_limit(timeout), start_limit(start_timeout)
+    self._output = output
+    self._pending = collections.deque()
+    self._ray = _connect_ray()
+    chosen = os.environ.get('MUJOCO_GL')
+    self._fallback = None if chosen else 'osmesa'
+    self._launch(chosen or 'egl')
+
+  def _launch(self, renderer):
+    """Starts an actor; nothing waits for it here."""
+    self._cpus = 0 if _is_own_ray(self._ray) else 1
+    actor = self._ray.remote(_actor_class()).options(
+      num_cpus=self._cpus,
+      runtime_env={'env_vars': {**ONE_THREAD, 'MUJOCO_GL': renderer}},
+    )
+    self._actor = actor.remote()
+    self._log = self._actor.log.remote().future()  # its first answer
+    path = [os.path.abspath(folder) for folder in sys.path]
+    seconds = [limit.seconds for limit in self._limits]
+    starting = self._actor.start.remote(
+      path, __name__, self._order, os.getcwd(), *seconds
+    )
+    self._ready = self._expect(starting, self._limits[1])
+    self._end = weakref.finalize(
+      self, _end_actor, self._ray, self._actor, self._ready
+    )
+
+  def about(self):
+    self._wait_for_place()
+    try:
+      return self._wait(self._ready)
+    except RenderError:
+      if not self._fallback:
+        raise
+    self._end()
+    renderer, self._fallback = self._fallback, None
+    self._launch(renderer)
+    return self.about()
+
+  def call(self, method, *args):
+    if not self._end.alive:
+      raise WorkerError('The environment is closed.')
+    self.about()
+    args = pickle.dumps(args)
+    call = self._actor.call.remote(method, args)
+    answer = self._expect(call, self._limits[0])
+    return functools.partial(self._wait, answer)
+
+  def close(self):
+    self._end()
+
+  def _expect(self, reference, limit):
+    # Signal handlers may raise while a future is waited for, but not in
+    # `ray.get`.
+    future = concurrent.futures.Future()
+    self._pending.append((reference.future(), future, limit))
+    return future
+
+  def _wait(self, future):
+    """Takes answers, which come in the order of the calls, up to this one."""
+    while not future.done():
+      coming, oldest, limit = self._pending[0]
+      answer = self._receive(coming, limit)
+      oldest.set_result(answer)
+      self._pending.popleft()
+    return resolve(future.result())
+
+  def _receive(self, coming, limit):
+    """Returns an answer of the actor, or one for an actor that gives none."""
+    try:
+      seconds = limit.seconds + self.GRACE if limit.seconds else None
+      answer, printed = pickle.loads(coming.result(seconds))
+      self._output.write(printed)
+      success, payload = answer
+      if not success and payload[0] == 'WorkerLost':
+        kind, message, trace = payload
+        payload = kind, message + self._output.where(), trace
+      return success, payload
+    except TimeoutError:
+      self._ray.kill(self._actor)
+      return self._output.lost(str(limit), self._last_output())
+    except self._ray.exceptions.RayTaskError as error:  # no such code there
+      trace = str(error)
+      return False, ('', trace.splitlines()[-1], trace)
+    except self._ray.exceptions.RayError as error:
+      if not self._end.alive:
+        return False, ('', 'The environment is closed.', '')
+      cause = f'died: {_why_lost(error)}'
+      return self._output.lost(cause, self._last_output())
+
+  def _last_output(self):
+    """What a dead actor wrote to standard error, if that was on this host."""
+    if not self._log.done() or self._log.exception():
+      return b''
+    with contextlib.suppress(OSError), open(self._log.result(), 'rb') as log:
+      log.seek(max(0, os.fstat(log.fileno()).st_size - Output.TAIL))
+      return log.read()
+    return b''
+
+  def _wait_for_place(self):
+    """Raises WorkerError if the cluster has no room for the actor."""
+    seconds = max(self.PLACING, self._limits[0].seconds)
+    try:
+      self._log.exception(seconds)  # errors come with the other answers, too
+    except TimeoutError:
+      self._end()
+      total, free = (
+        resources().get('CPU', 0)
+        for resources in (
+          self._ray.cluster_resources,
+          self._ray.available_resources,
+        )
+      )
+      raise WorkerError(
+        f'Ray started no worker for an environment within {seconds:g} seconds. '
+        f'Each environment, that of evaluations too, takes {self._cpus} CPU; '
+        f'the cluster has {total:g}, {free:g} of them free. Use fewer --envs '
+        'or a larger cluster.'
+      ) from None
+
+
+def _why_lost(error):
+  """The part of Ray's message that says how an actor ended."""
+  text = str(error).strip()
+  text = text.rpartition('Worker exit detail: ')[2]
+  return text.partition(' Some common causes')[0].splitlines()[-1].strip('. ')
+
+
+def _end_actor(ray, actor, ready):
+  """Ends an actor: kindly, or by force if it has not begun or is stuck."""
+  if not ray.is_initialized():
+    return  # it has ended with the connection
+  if ready.done():
+    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+      closing = actor.call.remote('close', pickle.dumps(()))
+      closing.future().result(RayWorker.GRACE)
+  ray.kill(actor)
+
+
+def _actor_class():
+  """Returns the class of the actors.
+
+  It is made in a function so that Ray sends its code, not the name of this
+  module, which the actor's process finds only when it knows the path.
+  """
+
+  class Environment:
+    def log(self):
+      import os
+
+      return os.readlink('/proc/self/fd/2')
+
+    def start(self, path, module, *args):
+      import importlib
+      import sys
+
+      sys.path[:] = path + [x for x in sys.path if x not in path]
+      self._served = importlib.import_module(module)._Served(*args)
+      return self._served.about()
+
+    def call(self, *args):
+      return self._served.call(*args)
+
+  return Environment
+
+
+class _Served:
+  """An environment in its actor.
+
+  Answers are pickled pairs: one of `attempt`, and what was printed since the
+  last.
+
+  Args:
+    order: the pickled constructor.
+    folder: where the user is.
+    timeout, start_timeout: seconds for a call, and for the constructor.
+  """
+
+  def __init__(self, order, folder, timeout, start_timeout):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, self._give_up)
+    self._limits = call_limit(timeout), start_limit(start_timeout)
+    self._order = io.BytesIO(order), folder
+    self._printed = [_Printed(number) for number in (1, 2)]
+
+  def about(self):
+    return self._answer(self._construct, self._limits[1])
+
+  def _construct(self):
+    self._env = construct(*self._order)
+    return describe(self._env)
+
+  def call(self, method, args):
+    args = pickle.loads(args)
+    return self._answer(
+      lambda: getattr(self._env, method)(*args), self._limits[0]
+    )
+
+  def _answer(self, function, limit):
+    answer = attempt(self._limited, function, limit)
+    printed = b''.join(stream.read() for stream in self._printed)
+    with own_modules():
+      packed, result = attempt(pickle.dumps, (answer, printed))
+      return result if packed else pickle.dumps(((False, result), printed))
+
+  def _limited(self, function, limit):
+    self._limit = limit
+    signal.setitimer(signal.ITIMER_REAL, limit.seconds)
+    try:
+      return function()
+    finally:
+      signal.setitimer(signal.ITIMER_REAL, 0)
+
+  def _give_up(self, number, frame):
+    raise WorkerLost(f'The environment worker {self._limit}.')
+
+
+class _Printed:
+  """What this process adds to the file behind a file descriptor."""
+
+  MOST = 10_000  # bytes at a time; the last of them are kept
+
+  def __init__(self, number):
+    self._number = number
+    self._place = os.fstat(number).st_size
+
+  def read(self):
+    """What is new there."""
+    sys.stdout.flush()
+    size = os.fstat(self._number).st_size
+    start, self._place = max(self._place, size - self.MOST), size
+    if start == size:
+      return b''
+    try:
+      with open(f'/proc/self/fd/{self._number}', 'rb') as file:
+        file.seek(start)
+        return file.read(size - start)
+    except OSError:
+      return b''
+
+
+def require_ray():
+  if importlib.util.find_spec('ray') is None:
+    raise TaskError("--parallel ray needs Ray: pip install '.[sweep]'.")
+
+
+def _connect_ray():
+  """Returns the module ray, connected to a cluster.
+
+  That is the one that this process uses already, or that of RAY_ADDRESS, or
+  one that this process starts for itself.
+  """
+  require_ray()
+  if 'ray' in sys.modules and sys.modules['ray'].is_initialized():
+    return sys.modules['ray']
+  address = os.environ.get('RAY_ADDRESS', 'local')
+  where = f'Ray at RAY_ADDRESS={address}'
+  if address in ('', 'local'):
+    where, address = 'a Ray of its own', _own_ray()
+  import ray
+
+  logging.getLogger('ray').setLevel(logging.ERROR)
+  # Ray prints what it hears of dead workers, which arrives as errors anyway.
+  ray._private.worker.listen_error_messages = lambda *args: None
+
+  def connect():
+    if re.fullmatch(r'[^/]+:\d+', address):  # Ray itself tries for minutes
+      socket.create_connection(address.rsplit(':', 1), timeout=20).close()
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+
+  # In another thread Ray leaves the handlers of signals as they are.
+  with concurrent.futures.ThreadPoolExecutor(1) as thread, quiet_stderr():
+    error = thread.submit(connect).exception()
+  if error:
+    raise TaskError(f'Cannot connect to {where}: {error}') from error
+  # Its C++ has handlers, too, which would abort this process after 3 seconds.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    with contextlib.suppress(ValueError):  # not in the main thread
+      signal.signal(number, signal.getsignal(number))
+  return ray
+
+
+def _is_own_ray(ray):
+  own = _own_ray.cache_info().currsize and _own_ray()
+  return ray.get_runtime_context().gcs_address == own
+
+
+# Ends with the trainer, however that ends, because its input does.
+_RAY_CODE = """
+import shutil, sys, tempfile
+import ray
+folder = tempfile.mkdtemp(prefix='ray-', dir='/tmp')
+try:
+  ray.init(
+    'local', num_cpus=0, num_gpus=0, include_dashboard=False,
+    object_store_memory=100 * 2**20, log_to_driver=False, _temp_dir=folder,
+  )
+  print('address', ray.get_runtime_context().gcs_address, flush=True)
+  sys.stdin.read()
+finally:
+  ray.shutdown()
+  shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+@functools.cache
+def _own_ray():
+  """Starts a Ray on this host, for this process alone; returns its address.
+
+  It lives in a session of its own: Ctrl-C in a terminal, or a signal to all
+  processes of a job, is for the trainer, which ends Ray when it has saved.
+  """
+  log = tempfile.TemporaryFile()
+  # Ray reads these when it is imported, here and there. The token keeps other
+  # users of the network out.
+  os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+  os.environ.setdefault('RAY_AUTH_MODE', 'token')
+  if 'RAY_AUTH_TOKEN_PATH' not in os.environ:
+    os.environ.setdefault('RAY_AUTH_TOKEN', secrets.token_hex(32))
+  keeper = subprocess.Popen(
+    [sys.executable, '-c', _RAY_CODE],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=log,
+    start_new_session=True,
+  )
+  for line in keeper.stdout:  # others are notices
+    if line.startswith(b'address '):
+      atexit.register(_end_own_ray, keeper)
+      return line.decode().split()[1]
+  log.seek(0)
+  raise TaskError(f'Ray does not start: {log.read().decode()[-1000:]}')
+
+
+def _end_own_ray(keeper):
+  import ray
+
+  ray.shutdown()
+  keeper.stdin.close()
+  with contextlib.suppress(subprocess.TimeoutExpired):
+    keeper.wait(10)

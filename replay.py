@@ -1,0 +1,539 @@
+"""Replay: episodes on disk, windows and batches of them, and their recording.
+
+An episode is a file of plain arrays; row t has the image that came after
+action[t] (see `Collect`). No TensorFlow here.
+"""
+
+import concurrent.futures
+import contextlib
+import datetime
+import functools
+import itertools
+import pathlib
+import struct
+import uuid
+import zipfile
+
+import numpy as np
+
+import workers
+from cli import UserError, atomic_write, warn
+
+# --- Files ------------------------------------------------------------------
+
+
+def save_episodes(directory, episodes):
+  """Writes episodes as `{timestamp}-{uuid}-{length}.npz`; returns the paths.
+
+  `length` counts rows: the reset and one row for each agent step. Files are
+  not compressed, so that windows can be read from their place in the file.
+  """
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  paths = []
+  for episode in episodes:
+    stamp = _next_stamp(directory)
+    name = f'{stamp}-{uuid.uuid4().hex}-{len(episode["reward"])}.npz'
+    with atomic_write(directory / name) as file:
+      np.savez(file, **episode)
+    paths.append(directory / name)
+  return paths
+
+
+def _next_stamp(directory):
+  """The time, but after all names there, so that they sort by their age."""
+  form = '%Y%m%dT%H%M%S%f'
+  now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+  newest = max((p.name for p in directory.glob('*.npz')), default='')
+  with contextlib.suppress(ValueError):
+    last = datetime.datetime.strptime(newest.partition('-')[0], form)
+    now = max(now, last + datetime.timedelta(microseconds=1))
+  return now.strftime(form)
+
+
+def episode_length(path):
+  """Rows of an episode file, the reset included, from its name."""
+  try:
+    return int(pathlib.Path(path).stem.rsplit('-', 1)[-1])
+  except ValueError:
+    return 0
+
+
+def count_episodes(directory):
+  """Number of episodes in a folder, and of agent steps in them."""
+  lengths = [episode_length(p) for p in pathlib.Path(directory).glob('*.npz')]
+  return len(lengths), sum(n - 1 for n in lengths if n)
+
+
+class EpisodeFile:
+  """One episode on disk, read a window at a time.
+
+  The members of an uncompressed `.npz` file lie in it as they are in memory.
+  Where they start is looked up once; a window is then one read for each key
+  and the page cache keeps what is hot. (Reads rather than memory maps: a map
+  holds a file descriptor for each episode and a truncated file would kill the
+  process.) Compressed files, as the 2020 release wrote them, are read whole.
+  Nothing in a file is trusted: its structure is checked before the first read,
+  and its checksums once, at the first read.
+
+  Args:
+    path: of the file.
+    shapes: {key: shape of a row} that the arrays must have.
+  """
+
+  LARGEST = 2**30  # bytes; a whole game of Atari has 0.33e9
+
+  def __init__(self, path, shapes=None):
+    self.path = pathlib.Path(path)
+    self.length = episode_length(path)
+    self._shapes = shapes or {}
+    self._members = None
+
+  def read(self, start, stop):
+    """Rows [start, stop): dictionary of arrays. ValueError if broken."""
+    with self._errors():
+      if self._members is None:
+        members = self._locate()
+        self._check_sums()
+        self._members = members
+      if not self._members:
+        whole = _load_compressed(self.path)
+        rows = {k: v[start:stop] for k, v in whole.items()}
+      else:
+        with self.path.open('rb') as file:
+          rows = {
+            key: self._read(file, start, stop, *member)
+            for key, member in self._members.items()
+          }
+      for key in ('action', 'reward', 'discount'):
+        if not np.isfinite(rows[key]).all():
+          raise ValueError(f'{key} is not finite')
+      return rows
+
+  def check(self):
+    """ValueError if its structure is broken; reads no images."""
+    with self._errors():
+      self._locate()
+
+  @contextlib.contextmanager
+  def _errors(self):
+    try:
+      yield
+    except ValueError:
+      raise
+    except Exception as error:  # anything may be wrong with such a file
+      raise ValueError(f'{type(error).__name__}: {error}') from error
+
+  def _locate(self):
+    """Maps each key to (offset, dtype, row shape); empty if compressed."""
+    members, arrays, stored = {}, {}, True
+    with zipfile.ZipFile(self.path) as archive:
+      infos = archive.infolist()
+      if sum(i.file_size for i in infos) > self.LARGEST:
+        raise ValueError('it unpacks to more than a GiB')
+      if len({i.filename for i in infos}) < len(infos):
+        raise ValueError('it holds a name twice')
+      for info in infos:
+        with archive.open(info) as file:
+          version = np.lib.format.read_magic(file)
+          read_header = getattr(
+            np.lib.format, f'read_array_header_{version[0]}_{version[1]}'
+          )
+          shape, fortran, dtype = read_header(file)
+          header = file.tell()
+        if dtype.kind not in 'biuf' or (fortran and len(shape) > 1):
+          raise ValueError(f'{info.filename} is not a plain array')
+        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+        if info.file_size != header + size:
+          raise ValueError(f'{info.filename} has not the size of its array')
+        key = info.filename.removesuffix('.npy')
+        if '/' in key or '\\' in key:
+          raise ValueError(f'{info.filename} is no name of an array')
+        arrays[key] = shape, dtype
+        stored = stored and info.compress_type == zipfile.ZIP_STORED
+        if stored:
+          offset = self._data_offset(info) + header
+          members[key] = offset, dtype, shape[1:]
+    self._check(arrays)
+    return members if stored else {}
+
+  def _data_offset(self, info):
+    with self.path.open('rb') as file:
+      file.seek(info.header_offset + 26)  # lengths in the local header
+      return sum(struct.unpack('<HH', file.read(4))) + file.tell()
+
+  def _check_sums(self):
+    """Reads all of it once, as bits may have flipped."""
+    with zipfile.ZipFile(self.path) as archive:
+      broken = archive.testzip()
+    if broken:
+      raise ValueError(f'the checksum of {broken} is wrong')
+
+  def _check(self, arrays):
+    missing = {'image', 'action', 'reward', 'discount'} - set(arrays)
+    if missing:
+      raise ValueError(f'it lacks {", ".join(sorted(missing))}')
+    for key, (shape, _) in arrays.items():
+      if not shape or shape[0] != self.length:
+        raise ValueError(f'{key} has shape {shape}, not {self.length} rows')
+    if arrays['image'][1] != np.uint8:
+      raise ValueError(f'image is {arrays["image"][1]}, not uint8')
+    for key, expected in (
+      *self._shapes.items(),
+      ('reward', ()),
+      ('discount', ()),
+    ):
+      if arrays[key][0][1:] != expected:
+        shape = arrays[key][0]
+        raise ValueError(f'{key} has shape {shape}, each row not {expected}')
+
+  @staticmethod
+  def _read(file, start, stop, offset, dtype, shape):
+    row = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    file.seek(offset + start * row)
+    data = file.read((stop - start) * row)
+    if len(data) != (stop - start) * row:
+      raise ValueError('it is cut short')
+    return np.frombuffer(data, dtype).reshape((stop - start, *shape))
+
+
+@functools.lru_cache(maxsize=16)
+def _load_compressed(path):
+  with np.load(path, allow_pickle=False) as episode:
+    return {k: episode[k] for k in episode.files}
+
+
+class Replay:
+  """The episodes of a folder, and windows drawn from them.
+
+  Args:
+    directory: folder of episode files; `rescan` looks for new ones.
+    capacity: agent steps to draw from, the newest; 0 for all.
+    shapes: {key: shape of a row} that all episodes must have.
+  """
+
+  def __init__(self, directory, capacity=0, shapes=None):
+    self._directory = pathlib.Path(directory)
+    self._capacity = capacity
+    self._shapes = shapes
+    self._episodes = {}
+    self._recent = []
+    self._changed = None
+
+  def rescan(self):
+    changed = self._directory.stat().st_mtime_ns
+    if changed == self._changed:
+      return
+    self._changed = changed
+    names = sorted(p.name for p in self._directory.glob('*.npz'))
+    known = self._episodes
+    self._episodes = {
+      n: known.get(n) or EpisodeFile(self._directory / n, self._shapes)
+      for n in names
+    }
+    self._recent, steps = [], 0
+    for name in reversed(names):
+      if self._capacity and steps >= self._capacity:
+        break
+      self._recent.append(self._episodes[name])
+      steps += self._episodes[name].length - 1
+    self._recent.reverse()
+
+  def check(self):
+    """Sets aside files whose structure is broken, all at once."""
+    self.rescan()
+    for episode in list(self._episodes.values()):
+      try:
+        episode.check()
+      except ValueError as error:
+        self._set_aside(episode, error)
+
+  def window(self, rng, length=None, balance=False):
+    """One window: dictionary of arrays [length, ...], and `source`.
+
+    An episode is drawn uniformly, then a window of it: any that fits, the
+    one that ends in the last row included. With `balance`, draws that do not
+    fit count as the last window, so that ends of episodes come more often.
+    Without `length` it is the whole episode.
+    """
+    while True:
+      fit = [e for e in self._recent if e.length >= (length or 1)]
+      if not fit:
+        longest = max([e.length for e in self._recent], default=0)
+        if not longest:
+          raise UserError(
+            f'learning needs episodes, and there are none in {self._directory}'
+          )
+        raise UserError(
+          f'batch_length {length} is longer than any episode in '
+          f'{self._directory}: the longest has {longest} rows. '
+          f'Choose --batch_length {max(longest, 2)} or less.'
+        )
+      episode = fit[rng.integers(len(fit))]
+      total = length or episode.length
+      last = episode.length - total
+      start = int(rng.integers((episode.length if balance else last) + 1))
+      start = min(start, last)
+      try:
+        window = episode.read(start, start + total)
+        return dict(window, source=f'{episode.path.name}, row {start}')
+      except ValueError as error:
+        self._set_aside(episode, error)
+
+  def _set_aside(self, episode, error):
+    target = episode.path.with_suffix('.npz.broken')
+    with contextlib.suppress(FileNotFoundError):
+      episode.path.rename(target)
+    warn(f'set aside the broken episode {target}: {error}')
+    self._changed = None
+    self.rescan()
+
+
+def load_episodes(
+  directory,
+  rescan,
+  length=None,
+  balance=False,
+  seed=0,
+  capacity=0,
+  start=0,
+  shapes=None,
+  stream=0,
+):
+  """Yields windows of episodes for ever.
+
+  Windows come in blocks of `rescan`, for each of which new episodes are
+  looked for and a random stream is begun from (seed, block). So a reader
+  that stopped after n blocks goes on with `start=n`.
+
+  Args:
+    directory: folder of episode files.
+    rescan: windows in a block.
+    length: rows in a window; None for whole episodes.
+    balance: see `Replay.window`.
+    seed, start: of the random stream.
+    capacity: agent steps to draw from, the newest; 0 for all.
+    shapes: see `Replay`.
+    stream: number of the reader, where several draw from one folder.
+
+  Raises:
+    UserError: no episode is long enough.
+  """
+  replay = Replay(directory, capacity, shapes)
+  for block in itertools.count(start):
+    replay.rescan()
+    rng = np.random.default_rng([seed, block, stream])
+    for _ in range(rescan):
+      yield replay.window(rng, length, balance)
+
+
+def count_steps(datadir, config, folders=1):
+  """Environment steps in the episodes of a folder, times as many folders."""
+  return count_episodes(datadir)[1] * config.action_repeat * folders
+
+
+def load_dataset(
+  directory, config, start=0, actions=None, source=False, part=(0, 1)
+):
+  """Yields batches of windows for ever: numpy arrays [B, T, ...].
+
+  Images stay uint8; they become floats on the device, in the compiled step.
+
+  Args:
+    directory: folder of episodes.
+    config: `batch_size` B, `batch_length` T, `dataset_balance`, `seed`,
+      `replay_capacity`.
+    start: index of the first batch; batch number n is the same however often
+      the run was interrupted, as long as the episodes are.
+    actions: A, if episodes with other actions are to be set aside.
+    source: say where the windows are from, as `source`, strings [B].
+    part: (index, number) of processes, each of which draws its share of B.
+  """
+  share = config.batch_size // part[1]
+  capacity = -(-config.replay_capacity // config.action_repeat)
+  windows = load_episodes(
+    directory,
+    rescan=share,
+    length=config.batch_length,
+    balance=config.dataset_balance,
+    seed=config.seed,
+    stream=part[0],
+    capacity=capacity,
+    start=start,
+    shapes=actions and dict(image=(64, 64, 3), action=(actions,)),
+  )
+  while True:
+    batch = [next(windows) for _ in range(share)]
+    data = {'image': np.stack([x['image'] for x in batch])}
+    for key in ('action', 'reward', 'discount'):
+      data[key] = np.stack([x[key] for x in batch]).astype(np.float32)
+    if source:
+      data['source'] = np.array([x['source'] for x in batch])
+    yield data
+
+
+def prefetch(iterator):
+  """Yields what `iterator` does, taking the next in another thread."""
+  with concurrent.futures.ThreadPoolExecutor(1, 'prefetch') as executor:
+    upcoming = executor.submit(next, iterator)
+    while True:
+      current, upcoming = upcoming, executor.submit(next, iterator)
+      yield current.result()
+
+
+# --- Recording --------------------------------------------------------------
+
+
+class Collect(workers.Wrapper):
+  """Records episodes, in the trainer's process, around an `Async` or plain env.
+
+  Row t of an episode holds the observation *after* action[t], with reward[t]
+  and discount[t]. Row 0 is the reset: zero action, reward 0, discount 1.
+
+      row          0       1       2     ...   T
+      image       o_0     o_1     o_2    ...  o_T
+      action       0      a_0     a_1    ...  a_{T-1}     (o_0, a_0) -> o_1
+      reward       0      r_1     r_2    ...  r_T
+
+  When an episode is done, its rows are stacked to arrays [T + 1, ...], given to
+  every callback as `callback(episode)` and put into `info['episode']`. Without
+  `info['discount']` the discount is 1 - done.
+
+  A worker that died or hangs is restarted. Its episode is dropped: the step
+  then returns done, with `info['lost']`, and no callback is called. So is one
+  in which the environment raised an error, if `tolerant`, unless it has not
+  made a whole episode yet. After `LOSSES` losses without a whole episode
+  between them the last error is raised.
+
+  Args:
+    env: an `Async` or an environment.
+    callbacks: functions of one argument, the episode.
+    precision: bits of the stored floats and signed integers, 16, 32 or 64.
+    lost: function of one argument, called with the error of a lost worker or
+      of an environment.
+    tolerant: replace environments that raise errors, as lost workers.
+  """
+
+  LOSSES = 5
+
+  def __init__(
+    self, env, callbacks=None, precision=32, lost=None, tolerant=False
+  ):
+    super().__init__(env)
+    self._lost = lost or (lambda error: None)
+    self._losses = 0
+    self._tolerant = tolerant
+    self._proven = False  # whether it has made a whole episode
+    self._number = None  # of the next episode
+    self._callbacks = list(callbacks or ())
+    self._float = {16: np.float16, 32: np.float32, 64: np.float64}[precision]
+    self._int = {16: np.int16, 32: np.int32, 64: np.int64}[precision]
+    self._rows = None
+
+  def number(self, number):
+    """The next episode is this one: earlier ones were whole."""
+    self._proven = self._proven or number > 0
+    self._number = number
+
+  def reset(self, blocking=True):
+    """Starts an episode; returns obs, or without blocking a promise of it."""
+    promise = functools.cache(
+      functools.partial(self._record_reset, self._begin())
+    )
+    return promise() if blocking else promise
+
+  def _restart(self, error):
+    """Replaces a worker; raises its error if it may not, or does too often."""
+    while True:
+      own = not isinstance(error, workers.WorkerLost)  # of the environment
+      self._losses += 1
+      if own and not (self._tolerant and self._proven):
+        raise error
+      if self._losses >= self.LOSSES:
+        raise error
+      self._lost(error)
+      try:
+        self._env.restart()
+        return
+      except workers.WorkerError as another:
+        error = another
+
+  def step(self, action, blocking=True):
+    """Returns obs, reward, done, info, or without blocking a promise of them.
+
+    The promise, a function without arguments, records the step when it is
+    called; further calls give the same answer and record nothing.
+    """
+    if self._rows is None:
+      raise RuntimeError('No episode has begun: call reset() first.')
+    # The caller may write over its array before the promise is called.
+    action = np.array(action)
+    promise = functools.cache(
+      functools.partial(self._record_step, action, self._send('step', action))
+    )
+    return promise() if blocking else promise
+
+  def _begin(self):
+    """A promise of the first observation of the next episode."""
+    if self._number is None:
+      return self._send('reset')
+    self._number += 1
+    return self._send('reset', number=self._number - 1)
+
+  def _send(self, method, *args, **kwargs):
+    method = getattr(self._env, method)
+    if isinstance(self._env, workers.Async):
+      try:
+        return method(*args, blocking=False, **kwargs)
+      except workers.WorkerError as error:
+        return functools.partial(workers.fail, error)
+    result = method(*args, **kwargs)
+    return lambda: result
+
+  def _record_reset(self, promise):
+    while True:
+      try:
+        obs = promise()
+        break
+      except workers.WorkerError as error:
+        self._restart(error)
+        promise = self._begin()
+    space = self._env.action_space
+    action = np.zeros(space.shape, space.dtype)
+    self._rows = [{**obs, 'action': action, 'reward': 0.0, 'discount': 1.0}]
+    return obs
+
+  def _record_step(self, action, promise):
+    try:
+      obs, reward, done, info = promise()
+    except workers.WorkerError as error:
+      self._restart(error)
+      row, self._rows = self._rows[-1], None
+      obs = {k: v for k, v in row.items() if k not in ('action', 'discount')}
+      return obs, 0.0, True, {'lost': True}
+    discount = info.get('discount', 1.0 - float(done))
+    self._rows.append(
+      {**obs, 'action': action, 'reward': reward, 'discount': discount}
+    )
+    if done:
+      episode = self._stack(self._rows)
+      self._rows, self._losses, self._proven = None, 0, True
+      for callback in self._callbacks:
+        callback(episode)
+      info = {**info, 'episode': episode}
+    return obs, reward, done, info
+
+  def _stack(self, rows):
+    return {
+      key: self._convert(np.array([row[key] for row in rows]))
+      for key in rows[0]
+    }
+
+  def _convert(self, value):
+    if value.dtype in (np.uint8, np.bool_):
+      return value
+    if np.issubdtype(value.dtype, np.floating):
+      return value.astype(self._float)
+    if np.issubdtype(value.dtype, np.integer):
+      return value.astype(self._int)
+    raise TypeError(f'Cannot store observations of type {value.dtype}.')

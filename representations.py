@@ -1,0 +1,98 @@
+"""What states are learned from besides rewards (`--representation`).
+
+Each class owns its networks and its term of the world model's objective:
+J_O of Eq. 10, J_S of Eq. 12, or none. configs.REPRESENTATIONS names them.
+
+Letters in shapes: B batch, T time, F feature, E embedding.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+import distribute
+import models
+import tools
+
+
+class RewardOnly:
+  """Rewards alone are explained: no term for images (Figure 8).
+
+  Args:
+    config: from `configs.define_config`.
+
+  Attributes:
+    networks: {name in checkpoints: Keras layer}.
+    decoder: the network that makes images of features, None without one.
+  """
+
+  def __init__(self, config):
+    self._c = config
+    self.networks = {}
+    self.decoder = None
+
+  def build(self, feat, embed):
+    """Makes the variables, from a feature [1, F] and an embedding [1, E]."""
+
+  def likes(self, feat, embed, data):
+    """What states should say of images, in nats.
+
+    Args:
+      feat: features of the posterior, [B, T, F].
+      embed: embedded images, [B, T, E].
+      data: preprocessed batch.
+
+    Returns:
+      {name: [B, T] or scalar}.
+    """
+    return {}
+
+
+class Reconstruction(RewardOnly):
+  """States tell the images that they came from: J_O of Eq. 10."""
+
+  def __init__(self, config):
+    super().__init__(config)
+    self.decoder = models.ConvDecoder(
+      config.cnn_depth, config.cnn_act, name='decoder'
+    )
+    self.networks = dict(decode=self.decoder)
+
+  def build(self, feat, embed):
+    self.decoder(feat)
+
+  def likes(self, feat, embed, data):
+    return dict(image=self.decoder(feat).log_prob(data['image']))  # J_O
+
+
+class Contrastive(RewardOnly):
+  """Images tell the state that they led to, among others: J_S of Eq. 12."""
+
+  def __init__(self, config):
+    super().__init__(config)
+    size = config.stoch_size + config.deter_size
+    self._state = models.StateModel(
+      size, config.num_units, config.dense_act, name='state'
+    )
+    self.networks = dict(state=self._state)
+
+  def build(self, feat, embed):
+    self._state(embed)
+
+  def likes(self, feat, embed, data):
+    state, image = (tf.reshape(x, [-1, x.shape[-1]]) for x in (feat, embed))
+    gaussian = self._state(image)  # Eq. 11
+    mask, first = self._negatives(*feat.shape[:2]), 0
+    if mask is None:
+      gaussian = [distribute.gather(x) for x in gaussian]
+      first = distribute.replica()[0] * len(state)
+    return dict(state=tools.contrast(state, *gaussian, mask, first))  # J_S
+
+  def _negatives(self, batch, length):
+    """Which images each state is held against: bool [B*T, B*T], or None."""
+    if self._c.contrast == 'batch':
+      return None
+    sequence, time = np.divmod(np.arange(batch * length), length)
+    mask = sequence[:, None] == sequence
+    if self._c.contrast == 'window':
+      mask &= abs(time[:, None] - time) <= self._c.contrast_window
+    return mask

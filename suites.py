@@ -1,0 +1,255 @@
+"""What tasks there are: one registry of suites, and environments by name.
+
+A task is called <suite>_<name>, such as dmc_walker_walk. What follows from its
+suite (defaults, whether it renders, the scale of its returns) is read from here
+and said nowhere else. No TensorFlow.
+"""
+
+import typing
+
+import workers
+import wrappers
+from cli import nearest
+from gym_env import GymEnv, right_form
+from spaces import gym
+from workers import TaskError
+
+# --- Defaults of flags ------------------------------------------------------
+
+# A whole run in a few minutes: small networks and batches, and an imagination
+# that does not look further than these tasks need.
+TOY = dict(
+  action_repeat=1,
+  time_limit=50,
+  steps=10_000,
+  eval_every=1000,
+  log_every=500,
+  prefill=2500,
+  deter_size=64,
+  stoch_size=16,
+  num_units=64,
+  cnn_depth=8,
+  free_nats=0.0,
+  batch_size=16,
+  batch_length=8,
+  train_every=100,
+  train_steps=20,
+  model_lr=3e-3,
+  value_lr=3e-4,
+  actor_lr=3e-4,
+  horizon=8,
+  discount=0.9,
+)
+CATCH = dict(
+  TOY,
+  pcont=True,
+  kl_scale=0.1,
+  batch_length=16,
+  train_steps=40,
+  pretrain=1000,
+  actor_delay=1000,
+  horizon=10,
+  discount=0.97,
+)
+# "Discrete control" (Appendix A): Atari and DeepMind Lab.
+DISCRETE = dict(
+  action_repeat=4,
+  time_limit=108_000,
+  clip_rewards='tanh',
+  pcont=True,
+  kl_scale=0.1,
+  horizon=10,
+  expl_amount=0.4,
+  expl_min=0.1,
+  expl_ramp=200_000,
+)
+
+
+# --- The registry -----------------------------------------------------------
+
+
+class Suite(typing.NamedTuple):
+  """A family of tasks.
+
+  Attributes:
+    make: function (name, action_repeat, seed, test, args) of an environment
+      that repeats actions; see `make_task`.
+    form: how its tasks are written.
+    names: function without arguments that lists the tasks, without the suite's
+      name; None if only the suite itself knows them.
+    defaults: flags that differ from those of the control suite; by the task's
+      name, '' for all.
+    renders: whether it may use OpenGL.
+    scale: largest return of an episode; 0 where tasks differ.
+    require: function of a task's name that raises TaskError where the suite
+      is not installed.
+  """
+
+  make: typing.Callable
+  form: str
+  names: typing.Callable | None = None
+  defaults: dict = {}  # noqa: RUF012 (never changed)
+  renders: bool = False
+  scale: float = 0.0
+  require: typing.Callable = lambda name: None
+
+
+def _dmc(name, repeat, seed, test, args):
+  env = wrappers.DeepMindControl(name, seed=seed)
+  return wrappers.ActionRepeat(env, repeat)
+
+
+def _atari(name, repeat, seed, test, args):
+  return wrappers.Atari(name, repeat, life_done=not test, seed=seed)
+
+
+def _lab(name, repeat, seed, test, args):
+  return wrappers.DeepMindLab(name, repeat, seed=seed, test=test)
+
+
+def _gym(name, repeat, seed, test, args):
+  env = GymEnv(name, seed=seed, args=args)
+  return wrappers.ActionRepeat(env, repeat)
+
+
+def _toy(name, repeat, seed, test, args):
+  return wrappers.ActionRepeat(wrappers.TOYS[name](seed), repeat)
+
+
+SUITES = dict(
+  dmc=Suite(
+    _dmc,
+    'dmc_<domain>_<task>',
+    names=lambda: list(wrappers.DMC_TASKS),
+    renders=True,
+    scale=1000.0,
+  ),
+  atari=Suite(
+    _atari,
+    'atari_<game>',
+    names=wrappers.atari_games,
+    defaults={'': DISCRETE},
+  ),
+  dmlab=Suite(
+    _lab,
+    'dmlab_<level>',
+    defaults={'': DISCRETE},
+    renders=True,
+    require=wrappers.require_lab,
+  ),
+  gym=Suite(
+    _gym,
+    'gym_<id>',
+    defaults={'': dict(action_repeat=1, pcont=True)},
+    renders=True,
+  ),
+  toy=Suite(
+    _toy,
+    'toy_reach, toy_catch',
+    names=lambda: list(wrappers.TOYS),
+    defaults=dict(reach=TOY, catch=CATCH),
+  ),
+)
+
+
+def find(task):
+  """(suite, name of the task in it); (None, '') for no name of a task."""
+  family, _, name = task.partition('_')
+  suite = SUITES.get(family) if name else None
+  return suite, name if suite else ''
+
+
+def defaults(task):
+  """Flags of a task that differ from those of the control suite."""
+  suite, name = find(task)
+  if not suite:
+    return {}
+  return {**suite.defaults.get('', {}), **suite.defaults.get(name, {})}
+
+
+def task_names():
+  """Names of all tasks that can be listed (not of Gym, Lab)."""
+  return [
+    f'{family}_{name}'
+    for family, suite in SUITES.items()
+    for name in (suite.names or list)()
+  ]
+
+
+def check_task(task):
+  """Raises TaskError, with the nearest names, unless `task` is a real one.
+
+  Names of Gym and of DeepMind Lab are only known to these, when they load.
+  """
+  suite, name = find(task)
+  if suite and not suite.names:
+    suite.require(name)
+    return
+  names = task_names()
+  if task in names:
+    return
+  form = right_form(task)
+  hint = f'; here it is written {form}' if form else nearest(task, names)
+  if not hint:
+    forms = ', '.join(suite.form for suite in SUITES.values())
+    hint = f'; there are {forms}'
+  raise TaskError(f'There is no task {task!r}{hint}')
+
+
+def check_parallel(task, strategy):
+  """Raises TaskError where `strategy` is unknown or would crash for `task`.
+
+  Tasks that render cannot share a process with TensorFlow, so 'thread' and
+  'none' are refused for them in a process that has imported it. 'ray' is
+  refused where it is not installed.
+  """
+  if strategy not in workers.STRATEGIES:
+    raise TaskError(
+      f'There is no parallel strategy {strategy!r}; choose one of '
+      f'{", ".join(workers.STRATEGIES)}.'
+    )
+  if strategy == 'ray':
+    import ray_workers  # optional
+
+    ray_workers.require_ray()
+  suite, _ = find(task)
+  if strategy in ('thread', 'none') and suite.renders:
+    wrappers.refuse_tensorflow(task)
+
+
+# --- Environments by name ---------------------------------------------------
+
+
+def make_task(
+  task, action_repeat=2, time_limit=1000, seed=None, test=False, args=None
+):
+  """Makes the environment of a task, with the wrappers that it needs.
+
+  Args:
+    task: a name from `task_names()`, gym_<id> or dmlab_<level>.
+    action_repeat: environment steps per agent step.
+    time_limit: longest episode in environment steps.
+    seed: int; the same seed gives the same trajectory. None: a fresh one.
+    test: for evaluation: whole games of Atari, held-out levels of Lab.
+    args: arguments of the constructor of a gym_<id>, by name.
+
+  Returns:
+    An environment with actions in [-1, 1], or one-hot where they are discrete,
+    and observations 'image', 'reward' and whatever else the task shows. It may
+    have `about`, a list of sentences on what of it the agent sees.
+
+  Raises:
+    TaskError: there is no such task.
+    RenderError: the task renders, and OpenGL does not work.
+  """
+  check_task(task)
+  suite, name = find(task)
+  env = suite.make(name, action_repeat, seed, test, args)
+  discrete = gym.spaces.Discrete, gym.spaces.MultiDiscrete
+  if isinstance(env.action_space, discrete):
+    env = wrappers.OneHotAction(env)
+  else:
+    env = wrappers.NormalizeActions(env)
+  env = wrappers.TimeLimit(env, time_limit // action_repeat)
+  env = wrappers.RewardObs(wrappers.CheckFinite(env, task))
+  return env if seed is None else wrappers.EpisodeSeeds(env, seed)

@@ -1,0 +1,85 @@
+"""What all commands share: signals, names, small things."""
+
+import os
+import signal
+import types
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import pytest
+
+import cli
+import learner
+import tools
+
+
+@pytest.fixture
+def stop():
+  numbers = signal.SIGINT, signal.SIGTERM
+  before = [signal.getsignal(n) for n in numbers]
+  stop = cli.StopSignal()
+  stop.install()
+  yield stop
+  for number, handler in zip(numbers, before, strict=True):
+    signal.signal(number, handler)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signal_is_noted_until_checked(stop, number):
+  stop.check()
+  os.kill(os.getpid(), number)
+  with pytest.raises(cli.Stopped):
+    stop.check()
+
+
+def test_signal_in_an_immediate_part_raises_at_once(stop):
+  with pytest.raises(cli.Stopped), stop.immediate():
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):
+      pass
+    pytest.fail('the signal did not end this part')
+
+
+def test_signal_before_an_immediate_part_raises_at_its_start(stop):
+  os.kill(os.getpid(), signal.SIGTERM)
+  with pytest.raises(cli.Stopped), stop.immediate():
+    pytest.fail('this part should not have begun')
+
+
+def test_second_signal_raises_anywhere(stop):
+  os.kill(os.getpid(), signal.SIGTERM)
+  with pytest.raises(cli.Stopped):
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000):
+      pass
+
+
+# --- Small things -----------------------------------------------------------
+
+
+def test_attr_dict():
+  config = tools.AttrDict(a=1)
+  config.b = 2
+  assert (config.a, config['b']) == (1, 2)
+  with pytest.raises(AttributeError):
+    config.missing  # noqa: B018
+
+
+def test_nearest():
+  choices = ['batch_size', 'batch_length', 'horizon']
+  assert 'horizon' in cli.nearest('horizen', choices)
+  assert cli.nearest('zzz', choices) == ''
+
+
+def test_stopwatch_leaves_the_first_call_out(monkeypatch):
+  # Call 1 is not timed; then one second and three.
+  clock = iter([0.0, 100.0, 101.0, 200.0, 203.0])
+  fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
+  monkeypatch.setattr(tools, 'time', fake)
+  watch = learner.Stopwatch()
+  assert watch.mean == 0
+  for _ in range(3):
+    with watch():
+      pass
+  assert watch.count == 3
+  assert watch.mean == 2

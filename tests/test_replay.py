@@ -1,0 +1,498 @@
+"""Episodes on disk, damaged ones too, and windows drawn from them."""
+
+import os
+import pathlib
+import re
+import tempfile
+import warnings
+import zipfile
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+import cli
+import replay
+import tools
+
+# --- Files and replay -------------------------------------------------------
+
+
+def make_episode(number, length, dtype=np.float32):
+  """Each row says, in every key, whose it is: (episode, row)."""
+  row = np.arange(length)
+  image = np.zeros((length, 4, 4, 3), np.uint8)
+  image[..., 0] = number
+  image[..., 1] = row[:, None, None]
+  return {
+    'image': image,
+    'action': np.stack([row, 0 * row + number], 1).astype(dtype),
+    'reward': (row + 1000 * number).astype(np.float32),
+    'discount': np.ones(length, dtype),
+    'position': np.stack([row, row + number, row], 1).astype(np.float64),
+  }
+
+
+def identify(window):
+  """(episode, rows) of a window; checks that its keys agree."""
+  number = window['image'][0, 0, 0, 0]
+  rows = window['image'][:, 0, 0, 1].astype(int)
+  # One episode and rows in order, none lost and none twice.
+  assert np.all(window['image'][..., 0] == number)
+  np.testing.assert_array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
+  np.testing.assert_array_equal(window['action'][:, 0], rows)
+  assert np.all(window['action'][:, 1] == number)
+  np.testing.assert_array_equal(window['reward'], rows + 1000.0 * number)
+  if 'position' in window:
+    np.testing.assert_array_equal(window['position'][:, 1], rows + number)
+  return int(number), tuple(rows)
+
+
+def draw(directory, count, *args, **kwargs):
+  generator = tools.load_episodes(directory, *args, **kwargs)
+  return [next(generator) for _ in range(count)]
+
+
+def test_save_and_count_episodes(tmp_path):
+  folder = tmp_path / 'a' / 'episodes'
+  episodes = [make_episode(1, 5), make_episode(2, 8)]
+  paths = tools.save_episodes(folder, episodes)
+  assert sorted(folder.iterdir()) == sorted(paths)
+  for path, episode in zip(paths, episodes, strict=True):
+    stamp, unique, length = path.stem.split('-')
+    assert path.suffix == '.npz'
+    assert stamp[8] == 'T' and stamp.replace('T', '').isdigit()
+    assert len(unique) == 32
+    assert int(length) == len(episode['reward'])
+    assert replay.episode_length(path) == int(length)
+    with np.load(path, allow_pickle=False) as loaded:
+      assert set(loaded.files) == set(episode)
+      for key, value in episode.items():
+        assert loaded[key].dtype == value.dtype
+        np.testing.assert_array_equal(loaded[key], value)
+  # The row of the reset is no agent step.
+  assert tools.count_episodes(folder) == (2, 4 + 7)
+  assert tools.count_episodes(tmp_path / 'a') == (0, 0)
+
+
+@pytest.mark.parametrize('compressed', [False, True])
+@pytest.mark.parametrize('balance', [False, True])
+def test_every_row_comes_back_in_order(tmp_path, compressed, balance):
+  lengths = {1: 4, 2: 7, 3: 9}
+  for number, length in lengths.items():
+    episode = make_episode(number, length)
+    if compressed:
+      np.savez_compressed(tmp_path / f'2020-x{number}-{length}.npz', **episode)
+    else:
+      tools.save_episodes(tmp_path, [episode])
+  windows = draw(tmp_path, 400, 100, 4, balance)
+  for window in windows:
+    name, _, row = window.pop('source').partition(', row ')
+    number = identify(window)[0]
+    assert name.endswith(f'-{lengths[number]}.npz')
+    assert int(row) == identify(window)[1][0]
+    assert set(window) == set(make_episode(1, 4))
+    assert all(len(v) == 4 for v in window.values())
+    assert window['image'].dtype == np.uint8
+    assert window['position'].dtype == np.float64
+  seen = {identify(w) for w in windows}
+  # All windows that fit: first rows, last rows, none across episodes.
+  assert seen == {
+    (number, tuple(range(start, start + 4)))
+    for number, length in lengths.items()
+    for start in range(length - 4 + 1)
+  }
+
+
+def test_whole_episodes(tmp_path):
+  tools.save_episodes(tmp_path, [make_episode(1, 3), make_episode(2, 6)])
+  seen = {identify(w) for w in draw(tmp_path, 50, 10)}
+  assert seen == {(1, (0, 1, 2)), (2, (0, 1, 2, 3, 4, 5))}
+
+
+def test_balance_favours_the_ends(tmp_path):
+  tools.save_episodes(tmp_path, [make_episode(1, 10)])
+  shares = {}
+  for balance in (False, True):
+    starts = [identify(w)[1][0] for w in draw(tmp_path, 2000, 100, 5, balance)]
+    shares[balance] = np.bincount(starts, minlength=6) / len(starts)
+  np.testing.assert_allclose(shares[False], [1 / 6] * 6, atol=0.04)
+  # Draws 0..10, of which 5..10 count as the last window.
+  expected = [1 / 11] * 5 + [6 / 11]
+  np.testing.assert_allclose(shares[True], expected, atol=0.04)
+
+
+def test_capacity_drops_the_oldest(tmp_path):
+  # Four agent steps in each.
+  tools.save_episodes(tmp_path, [make_episode(n, 5) for n in range(1, 6)])
+
+  def numbers(capacity):
+    windows = draw(tmp_path, 200, 50, 3, capacity=capacity)
+    return {identify(w)[0] for w in windows}
+
+  assert numbers(0) == {1, 2, 3, 4, 5}
+  assert numbers(8) == {4, 5}
+  assert numbers(9) == {3, 4, 5}
+  assert numbers(1) == {5}
+  assert len(list(tmp_path.glob('*.npz'))) == 5, 'files stay'
+
+
+def test_start_continues_the_stream(tmp_path):
+  tools.save_episodes(tmp_path, [make_episode(n, 30) for n in range(3)])
+  whole = [identify(w) for w in draw(tmp_path, 40, 10, 4, seed=7)]
+  again = [identify(w) for w in draw(tmp_path, 20, 10, 4, seed=7, start=2)]
+  other = [identify(w) for w in draw(tmp_path, 40, 10, 4, seed=8)]
+  assert whole[20:] == again
+  assert whole != other
+  assert whole[:10] != whole[10:20]
+
+
+def test_new_episodes_are_seen_at_the_next_block(tmp_path):
+  tools.save_episodes(tmp_path, [make_episode(1, 5)])
+  generator = tools.load_episodes(tmp_path, 20, 3)
+  first = next(generator)
+  tools.save_episodes(tmp_path, [make_episode(2, 5)])
+  rest = [first, *(next(generator) for _ in range(19))]
+  assert {identify(w)[0] for w in rest} == {1}
+  block = [next(generator) for _ in range(20)]
+  assert {identify(w)[0] for w in block} == {1, 2}
+
+
+def test_episodes_of_the_2020_release(tmp_path):
+  # Compressed, float16, without the keys that came later.
+  episode = make_episode(1, 6, np.float16)
+  del episode['position']
+  name = '20200101T000000-0123456789abcdef0123456789abcdef-6.npz'
+  np.savez_compressed(tmp_path / name, **episode)
+  tools.save_episodes(tmp_path, [make_episode(2, 6)])
+  windows = draw(tmp_path, 60, 20, 4)
+  assert {identify(w)[0] for w in windows} == {1, 2}
+  for window in windows:
+    number = identify(window)[0]
+    expected = np.float16 if number == 1 else np.float32
+    assert window['action'].dtype == expected
+  assert tools.count_episodes(tmp_path) == (2, 10)
+
+
+def broken_truncated(path):
+  np.savez(path, **make_episode(9, 6))
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def broken_empty(path):
+  path.write_bytes(b'')
+
+
+def broken_garbage(path):
+  path.write_bytes(bytes(range(256)) * 8)
+
+
+def broken_pickle(path):
+  objects = np.array([{}] * 6, object)
+  np.savez(path, **make_episode(9, 6), extra=objects)
+
+
+def broken_pickle_compressed(path):
+  objects = np.array([{}] * 6, object)
+  np.savez_compressed(path, **make_episode(9, 6), extra=objects)
+
+
+def broken_key(path):
+  episode = make_episode(9, 6)
+  del episode['reward']
+  np.savez(path, **episode)
+
+
+def broken_key_compressed(path):
+  episode = make_episode(9, 6)
+  del episode['reward']
+  np.savez_compressed(path, **episode)
+
+
+def broken_length(path):
+  np.savez(path, **make_episode(9, 5))
+
+
+def broken_length_of_one_key(path):
+  episode = make_episode(9, 6)
+  episode['discount'] = episode['discount'][:-1]
+  np.savez(path, **episode)
+
+
+def broken_scalar(path):
+  np.savez(path, **make_episode(9, 6), extra=np.float32(1))
+
+
+def broken_order(path):
+  # Rows are not together in the file: a window read from it would be wrong.
+  episode = make_episode(9, 6)
+  episode['position'] = np.asfortranarray(episode['position'])
+  np.savez(path, **episode)
+
+
+def broken_member(path):
+  # A stored member that is not an array.
+  np.savez(path, **make_episode(9, 6))
+  path.write_bytes(path.read_bytes().replace(b'\x93NUMPY', b'\x93NOMPY'))
+
+
+def broken_compressed_bytes(path):
+  np.savez_compressed(path, **make_episode(9, 6))
+  content = bytearray(path.read_bytes())
+  content[60:90] = b'\xff' * 30
+  path.write_bytes(content)
+
+
+def broken_bit(path):
+  large = dict(make_episode(9, 6), image=np.zeros((6, 64, 64, 3), np.uint8))
+  np.savez(path, **large)
+  content = bytearray(path.read_bytes())
+  content[content.index(bytes(5000)) + 4000] ^= 4  # in an image
+  path.write_bytes(content)
+
+
+def broken_dtype(path):
+  episode = make_episode(9, 6)
+  np.savez(path, **dict(episode, image=episode['image'].astype(np.float32)))
+
+
+def broken_reward(path):
+  episode = make_episode(9, 6)
+  episode['reward'][:] = np.nan
+  np.savez(path, **episode)
+
+
+def broken_reward_shape(path):
+  np.savez(path, **dict(make_episode(9, 6), reward=np.zeros((6, 1))))
+
+
+def broken_bomb(path):
+  # 64 MB of zeros in 300 KB, which say that they are 6 GiB.
+  np.savez_compressed(path, **make_episode(9, 6))
+  array = np.lib.format
+  header = dict(descr='|u1', fortran_order=False, shape=(6, 2**30))
+  with (
+    zipfile.ZipFile(path, 'a', zipfile.ZIP_DEFLATED, compresslevel=1) as z,
+    z.open('bomb.npy', 'w', force_zip64=True) as file,
+  ):
+    array.write_array_header_2_0(file, header)
+    file.write(bytes(2**26))
+
+
+def broken_path(path):
+  np.savez(path, **{'../../evil': np.zeros(6)}, **make_episode(9, 6))
+
+
+def broken_name_twice(path):
+  np.savez(path, **make_episode(9, 6))
+  with (
+    warnings.catch_warnings(action='ignore'),
+    zipfile.ZipFile(path, 'a') as archive,
+  ):
+    archive.writestr('reward.npy', archive.read('reward.npy'))
+
+
+def broken_folder(path):
+  path.mkdir()
+
+
+BROKEN = [v for k, v in sorted(globals().items()) if k.startswith('broken_')]
+
+
+@pytest.mark.parametrize('spoil', BROKEN, ids=lambda f: f.__name__[7:])
+def test_broken_files_are_set_aside(tmp_path, capsys, spoil):
+  tools.save_episodes(tmp_path, [make_episode(1, 6)])
+  path = tmp_path / '20260101T000000000000-broken-6.npz'
+  spoil(path)
+  windows = draw(tmp_path, 30, 30, 4)
+  # Sampling goes on, within the same block, and the number is the same.
+  assert {identify(w)[0] for w in windows} == {1}
+  assert not path.exists()
+  aside = path.with_suffix('.npz.broken')
+  assert aside.exists()
+  out, err = capsys.readouterr()
+  assert out.count('Warning') == 1 and aside.name in out
+  assert err == ''
+  assert tools.count_episodes(tmp_path) == (1, 5)
+
+
+def test_file_that_is_cut_short_later(tmp_path, capsys):
+  good, bad = tools.save_episodes(
+    tmp_path, [make_episode(1, 6), make_episode(9, 6)]
+  )
+  generator = tools.load_episodes(tmp_path, 1000, 6)
+  seen = {identify(next(generator))[0] for _ in range(30)}
+  assert seen == {1, 9}
+  bad.write_bytes(bad.read_bytes()[:300])
+  seen = {identify(next(generator))[0] for _ in range(30)}
+  assert seen == {1}
+  assert bad.name in capsys.readouterr().out
+  assert good.exists() and not bad.exists()
+
+
+def test_episode_that_is_deleted_later(tmp_path):
+  _, gone = tools.save_episodes(
+    tmp_path, [make_episode(1, 6), make_episode(9, 6)]
+  )
+  generator = tools.load_episodes(tmp_path, 1000, 6)
+  next(generator)
+  gone.unlink()
+  assert {identify(next(generator))[0] for _ in range(30)} == {1}
+
+
+@pytest.mark.parametrize('key', ['image', 'action'])
+def test_rows_of_another_shape_are_set_aside(tmp_path, key, capsys):
+  tools.save_episodes(tmp_path, [make_episode(1, 6), make_episode(2, 6)])
+  odd = make_episode(9, 6)
+  odd[key] = odd[key][..., :1]
+  (path,) = tools.save_episodes(tmp_path, [odd])
+  shapes = dict(image=(4, 4, 3), action=(2,))
+  windows = tools.load_episodes(tmp_path, 20, 3, shapes=shapes)
+  assert {identify(next(windows))[0] for _ in range(60)} == {1, 2}
+  assert path.with_suffix('.npz.broken').exists()
+  assert f'{key} has shape' in capsys.readouterr().out
+
+
+def test_what_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
+  np.savez_compressed(tmp_path / 'a-x-6.npz', **make_episode(1, 6))
+  episode = replay.EpisodeFile(tmp_path / 'a-x-6.npz')
+  monkeypatch.setattr(replay.EpisodeFile, 'LARGEST', 1000)
+  with pytest.raises(ValueError, match='unpacks to more'):
+    episode.read(0, 3)
+
+
+def test_check_finds_broken_structure_before_anything_is_read(tmp_path, capsys):
+  tools.save_episodes(tmp_path, [make_episode(1, 6)])
+  broken_truncated(tmp_path / 'a-x-6.npz')
+  broken_length(tmp_path / 'b-x-999999999.npz')
+  replay.Replay(tmp_path).check()
+  assert tools.count_episodes(tmp_path) == (1, 5)
+  out = capsys.readouterr().out
+  assert 'a-x-6.npz.broken' in out and 'b-x-999999999.npz.broken' in out
+
+
+@hypothesis.given(data=strategies.data())
+@hypothesis.settings(max_examples=150, deadline=None)
+def test_any_damage_is_noticed_or_harmless(data):
+  """Bytes changed, cut out or put in: a broken file, or the same rows."""
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'a-x-6.npz'
+    save = np.savez_compressed if data.draw(strategies.booleans()) else np.savez
+    episode = make_episode(1, 6)
+    if data.draw(strategies.booleans()):  # more than is read ahead
+      episode['image'] = np.tile(episode['image'], (1, 16, 16, 1))
+    save(path, **episode)
+    content = bytearray(path.read_bytes())
+    place = data.draw(strategies.integers(0, len(content) - 1))
+    kind = data.draw(strategies.sampled_from(['flip', 'cut', 'insert']))
+    if kind == 'flip':
+      content[place] ^= data.draw(strategies.integers(1, 255))
+    elif kind == 'cut':
+      del content[place : place + data.draw(strategies.integers(1, 5000))]
+    else:
+      content[place:place] = data.draw(strategies.binary(min_size=1))
+    path.write_bytes(content)
+    try:
+      rows = replay.EpisodeFile(path).read(1, 4)
+    except ValueError:
+      return
+    for key in set(rows) & set(episode):
+      np.testing.assert_array_equal(rows[key], episode[key][1:4])
+    assert {'image', 'action', 'reward', 'discount'} <= set(rows)
+
+
+def test_names_sort_by_age_even_if_the_clock_goes_back(tmp_path):
+  (late,) = tools.save_episodes(tmp_path, [make_episode(1, 3)])
+  future = tmp_path / '29990101T000000000000-x-3.npz'
+  late.rename(future)
+  paths = [tools.save_episodes(tmp_path, [make_episode(1, 3)])[0]]
+  paths += tools.save_episodes(tmp_path, [make_episode(1, 3)] * 2)
+  assert sorted(tmp_path.glob('*.npz')) == [future, *paths]
+
+
+def test_all_broken_is_a_user_error(tmp_path):
+  broken_empty(tmp_path / 'x-y-6.npz')
+  with pytest.raises(cli.UserError):
+    draw(tmp_path, 1, 1, 4)
+
+
+def test_too_short_episodes(tmp_path):
+  tools.save_episodes(tmp_path, [make_episode(1, 5), make_episode(2, 3)])
+  with pytest.raises(cli.UserError, match='batch_length 6 .* 5 rows'):
+    draw(tmp_path, 1, 1, 6)
+  # A window may be as long as the episode; the shorter one is passed over.
+  windows = draw(tmp_path, 20, 10, 5)
+  assert {identify(w) for w in windows} == {(1, (0, 1, 2, 3, 4))}
+
+
+def test_short_episode_between_long_ones(tmp_path):
+  episodes = [make_episode(1, 6), make_episode(2, 2), make_episode(3, 6)]
+  tools.save_episodes(tmp_path, episodes)
+  assert {identify(w)[0] for w in draw(tmp_path, 50, 10, 4)} == {1, 3}
+  # It is not broken, only short.
+  assert tools.count_episodes(tmp_path)[0] == 3
+
+
+def test_unfinished_writes_are_not_episodes(tmp_path):
+  tools.save_episodes(tmp_path, [make_episode(1, 6)])
+  (tmp_path / '.2026-x-6.npz.123.tmp').write_bytes(b'half')
+  assert tools.count_episodes(tmp_path) == (1, 5)
+  draw(tmp_path, 10, 5, 4)
+
+
+def test_atomic_write(tmp_path):
+  path = tmp_path / 'file'
+  with cli.atomic_write(path) as file:
+    file.write(b'old')
+  assert path.read_bytes() == b'old'
+  with pytest.raises(RuntimeError), cli.atomic_write(path) as file:
+    file.write(b'half of the ne')
+    raise RuntimeError
+  assert path.read_bytes() == b'old'
+  with pytest.raises(RuntimeError), cli.atomic_write(tmp_path / 'b') as file:
+    raise RuntimeError
+  with cli.atomic_write(path) as file:
+    file.write(b'new')
+    file.flush()
+    assert path.read_bytes() == b'old', 'seen before it was whole'
+  assert path.read_bytes() == b'new'
+  assert list(tmp_path.iterdir()) == [path], 'nothing else is left'
+
+
+def private_memory():
+  """Bytes of this process that are no pages of files."""
+  status = pathlib.Path('/proc/self/status').read_text()
+  return 1024 * int(re.search(r'RssAnon:\s+(\d+)', status)[1])
+
+
+def test_replay_stays_out_of_private_memory(tmp_path):
+  """120 episodes of 100 rows are 150 MB; a twentieth of it may stay."""
+  episode = {
+    'image': np.zeros((101, 64, 64, 3), np.uint8),
+    'action': np.zeros((101, 2), np.float32),
+    'reward': np.zeros(101, np.float32),
+    'discount': np.ones(101, np.float32),
+  }
+  tools.save_episodes(tmp_path, [episode] * 120)
+  del episode
+  windows = tools.load_episodes(tmp_path, 50, 50)
+  for _ in range(50):
+    next(windows)
+  before = private_memory()
+  for _ in range(1000):
+    next(windows)
+  assert private_memory() - before < 8e6
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+  def count():
+    yield from range(3)
+    raise cli.UserError('no more')
+
+  numbers = replay.prefetch({'x': np.float32(i)} for i in count())
+  assert [float(next(numbers)['x']) for _ in range(3)] == [0, 1, 2]
+  with pytest.raises(cli.UserError, match='no more'):
+    next(numbers)

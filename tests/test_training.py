@@ -1,0 +1,479 @@
+"""Runs: acting beside learning, then whole ones in real processes."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_dreamer import make_agent, moved, random_episode, weights
+
+import checkpoints
+import cli
+import compare
+import configs
+import distribute
+import dreamer
+import learner
+import logger
+import training
+import wrappers
+
+ROOT = pathlib.Path(dreamer.__file__).parent
+
+# --- Learning beside acting ---------------------------------------------------
+
+
+def make_learner(folder, **changes):
+  """A small agent that learns from three episodes, and its run."""
+  agent = make_agent(folder, **changes)
+  log = logger.Logger(folder, 100)
+  run = training.Run(agent._c, distribute.Team(), cli.StopSignal(), log)
+  return learner.Learner(agent, run)
+
+
+def test_acting_counts_environment_steps_and_learns(tmp_path):
+  agent = make_learner(tmp_path, pretrain=2, action_repeat=3)
+  image = np.zeros((2, 64, 64, 3), np.uint8)
+  agent({'image': image}, np.array([True, True]))
+  assert agent.step == 2 * 3  # environments times repeat
+  assert agent.updates == 2
+  agent.evaluate({'image': image}, np.array([True, True]))
+  assert (agent.step, agent.updates) == (6, 2)
+
+
+def act_once(agent):
+  image = np.zeros((1, 64, 64, 3), np.uint8)
+  agent({'image': image}, np.array([False]))
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_updates_keep_their_ratio_to_steps(tmp_path, deterministic):
+  """Whether they overlap with acting or not."""
+  agent = make_learner(
+    tmp_path,
+    deterministic=deterministic,
+    pretrain=3,
+    train_every=10,
+    train_steps=4,
+    action_repeat=2,
+  )
+  for _ in range(16):  # at steps 0, 2, ..., 30: due at 0, 10, 20, 30
+    act_once(agent)
+  agent.catch_up()
+  assert agent.step == 32
+  assert agent.updates == 3 + 3 * 4
+
+
+def test_acting_goes_on_while_learning(tmp_path):
+  agent = make_learner(tmp_path, pretrain=1, train_every=2, train_steps=50)
+  act_once(agent)  # waits for the first update, which traces
+  assert agent.updates == 1
+  act_once(agent)
+  assert agent.step == 4
+  assert agent.updates < 51  # 50 are due, under way in the background
+  agent.catch_up()
+  assert agent.updates == 51
+  agent = make_learner(
+    tmp_path, pretrain=1, train_every=2, train_steps=20, deterministic=True
+  )
+  act_once(agent)
+  act_once(agent)
+  assert agent.updates == 21
+
+
+def test_failure_of_learning_reaches_the_caller(tmp_path):
+  agent = make_learner(tmp_path, pretrain=1, train_every=2, train_steps=5)
+  act_once(agent)
+  agent._agent.world.reward._out.bias.assign([np.nan])
+  act_once(agent)
+  with pytest.raises(learner.NonFiniteError, match='_loss became nan'):
+    act_once(agent)
+  agent.halt()
+
+
+def test_halt_ends_learning_and_what_is_due_is_remembered(tmp_path):
+  agent = make_learner(tmp_path, pretrain=1, train_every=2, train_steps=50)
+  act_once(agent)
+  act_once(agent)
+  agent.halt()
+  assert agent.updates < 51
+  assert agent.updates + int(agent._pending) == 51
+  other = make_learner(tmp_path)
+  saver = checkpoints.Checkpoints(tmp_path / 'saved', **agent.trackable())
+  saver.save(1)
+  checkpoints.Checkpoints(tmp_path / 'saved', **other.trackable()).restore()
+  other.catch_up()
+  act_once(other)  # as after a resume, all that is due
+  assert other.updates == 51
+
+
+def test_actor_delay_holds_the_actor_alone(tmp_path):
+  agent = make_learner(tmp_path, actor_delay=2)
+  opts = agent._agent.optimizers
+  for delayed in (True, True, False):
+    before = {name: weights(opt) for name, opt in opts.items()}
+    agent._update()
+    after = {name: moved(opt, before[name]) for name, opt in opts.items()}
+    assert after == dict(model=True, actor=not delayed, value=True)
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_non_finite_loss_stops_the_run(tmp_path, deterministic):
+  agent = make_learner(tmp_path, deterministic=deterministic)
+  agent._agent.behavior.value._out.bias.assign([np.nan])
+  with pytest.raises(
+    learner.NonFiniteError, match='update 1.*nonfinite-1.json'
+  ):
+    agent._update()
+  record = json.loads((tmp_path / 'nonfinite-1.json').read_text())
+  assert record['metrics']['value_loss'] == 'nan'
+  # Which windows were in the batch: the same again, by their names.
+  folder, config = tmp_path / 'episodes', agent._c
+  windows = next(dreamer.load_dataset(folder, config, source=True))
+  assert record['windows'] == windows['source'].tolist()
+  assert len(record['windows']) == config.batch_size
+  name = record['windows'][0].partition(', row ')[0]
+  assert (folder / name).exists()
+
+
+def test_devices_are_set_up_before_tensorflow_computes(tmp_path):
+  """Memory growth, like virtual devices, cannot be set afterwards."""
+  code = """
+    import sys
+    import dreamer
+    import training
+    import tensorflow as tf
+    def make_team(*args):
+      cpu = tf.config.list_physical_devices('CPU')[0]
+      halves = [tf.config.LogicalDeviceConfiguration()] * 2
+      tf.config.set_logical_device_configuration(cpu, halves)
+      raise training.UserError('early enough')
+    training.distribute.make_team = make_team
+    sys.exit(dreamer.main(['--logdir', sys.argv[1], '--task', 'toy_reach']))
+  """
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(code), str(tmp_path / 'run')],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+  )
+  assert (done.returncode, done.stderr) == (
+    2,
+    'dreamer.py: error: early enough\n',
+  )
+
+
+def test_true_score_is_logged_though_the_model_sees_tanh(tmp_path):
+  rng = np.random.default_rng(0)
+  episode = dict(random_episode(rng), reward=np.full(12, 5, np.float32))
+  config = dreamer.define_config('atari_pong')
+  config.update(log_images=False)
+  log = logger.Logger(tmp_path, 100, 0)
+  dreamer.summarize_episode(episode, config, tmp_path, log, 'test')
+  log.close()
+  assert read_metrics(tmp_path)[-1]['test/return'] == 60
+  seen = dreamer.preprocess(episode, config)['reward']
+  np.testing.assert_allclose(seen, np.tanh(5), rtol=1e-6)
+
+
+# --- Whole runs -------------------------------------------------------------
+
+
+def command(logdir, *flags):
+  return [
+    *(sys.executable, str(ROOT / 'dreamer.py'), '--logdir', str(logdir)),
+    *flags,
+  ]
+
+
+def read_metrics(logdir):
+  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_debug_run_is_stopped_killed_and_resumed(tmp_path):
+  """On a real control suite task, in a folder with all that names may have."""
+  logdir = tmp_path / 'a [1]*? ~ü:%s.zip'
+  flags = ('--preset', 'debug', '--task', 'dmc_cartpole_balance')
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  # Killed without warning once it has saved.
+  process = subprocess.Popen(command(logdir, *flags, '--steps', '1e5'), **pipes)
+  saved = 'checkpoints/ckpt-[1-9]*.index'
+  wait_for(lambda: list(logdir.glob(saved)), process)
+  process.kill()
+  process.communicate()
+  # Resumed, and stopped by SIGTERM.
+  process = subprocess.Popen(command(logdir, *flags, '--steps', '1e5'), **pipes)
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if line.startswith('Episode'):
+      break
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=60)
+  lines = ''.join(lines) + out
+  assert process.returncode == 0
+  assert re.search(r'Resumed at step [1-9]\d*, [1-9]\d* updates', lines)
+  assert 'The same command resumes' in lines
+  assert err == ''
+  stopped = int(re.search(r'Stopped at step \d+, (\d+) updates', lines)[1])
+  # Resumed again, to its end.
+  before = dreamer.count_steps(
+    logdir / 'episodes', dreamer.define_config(preset='debug')
+  )
+  process = subprocess.run(
+    command(logdir, *flags, '--steps', str(before + 300)),
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stderr
+  assert process.stderr == ''
+  assert f'Resumed at step {before}, {stopped} updates' in process.stdout
+  assert 'Found' in process.stdout
+  assert 'Finished' in process.stdout
+  assert f'other flags: --steps {before + 300} (was 100000).' in process.stdout
+  check_logdir(logdir)
+  # Evaluated, with pictures there too, and compared.
+  words = ['--logdir', logdir, '--episodes=1', '--outdir', logdir / 'videos']
+  process = subprocess.run(
+    [sys.executable, ROOT / 'evaluate.py', *words],
+    capture_output=True,
+    text=True,
+  )
+  assert (process.returncode, process.stderr) == (0, '')
+  assert f'step {before + 300}, ' in process.stdout
+  names = {path.name for path in (logdir / 'videos').iterdir()}
+  assert {'behavior.gif', 'behavior.mp4', 'prediction.png'} <= names
+  (run,) = compare.find_runs([logdir])
+  assert run.steps[-1] >= before and len(run.scores) >= 2
+
+
+def wait_for(condition, process, seconds=120):
+  start = time.time()
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    assert time.time() < start + seconds
+    time.sleep(0.1)
+
+
+def check_logdir(logdir):
+  assert not list(logdir.rglob('*.tmp'))
+  config = json.loads((logdir / 'config.json').read_text())['config']
+  assert config['task'] == 'dmc_cartpole_balance'
+  for path in logdir.glob('episodes/*.npz'):
+    with np.load(path, allow_pickle=False) as episode:
+      assert set(episode.files) == {
+        *('image', 'action', 'reward', 'discount', 'position', 'velocity')
+      }
+      assert episode['image'].dtype == np.uint8
+      assert episode['image'].shape == (51, 64, 64, 3)
+      assert (episode['action'][0] == 0).all()
+      assert path.stem.endswith('-51')
+  keys = {k for line in read_metrics(logdir) for k in line}
+  assert {
+    *('step', 'train/return', 'train/length', 'test/return', 'test/length'),
+    *('episodes', 'model_loss', 'image_loss', 'reward_loss', 'div', 'fps'),
+    *('actor_loss', 'value_loss', 'model_grad_norm', 'action_ent'),
+  } <= keys
+  images = set()
+  for path in logdir.glob('events.*'):
+    for event in tf.compat.v1.train.summary_iterator(str(path)):
+      for value in event.summary.value:
+        text = logger.METRICS[value.tag]  # all are in a group, and described
+        assert value.metadata.summary_description == text
+        if value.HasField('image'):
+          images.add(value.tag)
+          assert value.image.encoded_image_string[:6] == b'GIF89a'
+  assert {'test/policy', 'agent/openl'} <= images
+
+
+@pytest.fixture
+def main(tmp_path, capsys):
+  """Calls `dreamer.main` on a small run; returns exit code and output."""
+  handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  tf.config.run_functions_eagerly(True)  # few updates: tracing takes longer
+
+  def call(*flags, task='toy_reach'):
+    words = ['--logdir', str(tmp_path / 'run'), f'--task={task}']
+    words += ['--preset=debug', '--precision=32', *flags]
+    words += ['--eval_every=1000', '--log_images=False']
+    return dreamer.main(words), ''.join(capsys.readouterr())
+
+  yield call
+  tf.config.run_functions_eagerly(False)
+  for number, handler in handlers.items():
+    signal.signal(number, handler)
+
+
+def test_learning_needs_episodes(main, tmp_path):
+  code, text = main('--prefill=0')
+  assert code == 2
+  assert 'learning needs episodes' in text and '--prefill 0' in text
+  assert 'Choose --batch_length' not in text
+
+
+def test_a_replay_that_is_full_at_the_start_and_learning_from_it(
+  main, tmp_path
+):
+  code, text = main('--steps=200', '--prefill=200')
+  assert code == 0
+  assert 'Finished at step 200, 0 updates. Nothing was learned' in text
+  assert '--steps more than 200, and --pretrain' in text
+  # As it says.
+  code, text = main('--steps=250', '--prefill=200', '--pretrain=2')
+  assert code == 0 and 'Finished at step 250, 2 updates.\n' in text
+  assert 'other flags: --steps 250 (was 200), --pretrain 2 (was 5).' in text
+  code, text = main('--steps=250', '--prefill=200', '--pretrain=2')
+  assert code == 0
+  assert 'Nothing was left to do; a larger --steps goes on.' in text
+  assert 'other flags' not in text
+  assert_never_begins_anew(main, tmp_path / 'run')
+
+
+def assert_never_begins_anew(main, logdir):
+  """Whatever is left of checkpoints: nothing is overwritten, exit code 2."""
+  folder = logdir / 'checkpoints'
+  shutil.copytree(folder, logdir.parent / 'good')
+  for path in folder.glob('*.index'):
+    path.write_bytes(path.read_bytes()[:-9])
+  flags = ('--steps=300', '--prefill=200', '--pretrain=2')
+  for _ in range(2):
+    code, text = main(*flags)
+    assert code == 2
+    assert 'has learned, but no checkpoint with its weights' in text
+  aside = {p.name for p in folder.glob('*.broken')}
+  assert len(aside) == 4 and not list(folder.glob('*.index'))
+  # From metrics.jsonl alone it is known, too.
+  shutil.rmtree(folder)
+  code, text = main(*flags)
+  assert code == 2 and 'Put whole files ckpt-*' in text
+  # As it says: files from elsewhere, or anew.
+  shutil.copytree(logdir.parent / 'good', folder, dirs_exist_ok=True)
+  code, text = main(*flags)
+  assert code == 0 and 'Resumed at step 250, 2 updates' in text
+  shutil.rmtree(folder)
+  (logdir / 'metrics.jsonl').rename(logdir.parent / 'old.jsonl')
+  code, text = main(*flags, '--steps=350')
+  assert code == 0 and 'Resumed' not in text
+  assert 'Finished at step 350, 2 updates' in text
+
+
+def test_short_episodes_are_said_once(main, tmp_path):
+  code, text = main(
+    *('--steps=220', '--prefill=120', '--pretrain=1', '--train_steps=1'),
+    task='gym_test_users:Changing-v0',
+  )
+  assert code == 0, text
+  assert text.count('have fewer rows than --batch_length 10') == 1
+  assert re.search(r'Warning: [1-9]\d* of [1-9]\d* episodes have', text)
+
+
+def test_environment_that_cannot_start(tmp_path):
+  """No OpenGL at all: one clear message, exit code 2, no traceback."""
+  result = subprocess.run(
+    command(tmp_path / 'run', '--preset', 'debug'),
+    capture_output=True,
+    text=True,
+    env={**os.environ, 'MUJOCO_GL': 'nonsense'},
+  )
+  assert result.returncode == 2
+  assert 'MUJOCO_GL' in result.stderr
+  assert 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize(
+  'flags, words',
+  [
+    (['--task', 'gym_CartPol-v1'], 'the nearest are CartPole-v1'),
+    (['--task', 'gym_no_such_module:X-v0'], "'no_such_module'"),
+    (['--task', 'atari_pong', '--action_dist', 'tanh_normal'], 'is onehot'),
+  ],
+)
+def test_what_only_the_environment_knows_is_a_clear_error(
+  tmp_path, flags, words
+):
+  result = subprocess.run(
+    command(tmp_path / 'run', '--preset', 'debug', *flags),
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 2, result.stderr
+  assert words in result.stderr and 'Traceback' not in result.stderr
+
+
+def train_toy(logdir, task, steps):
+  """A whole run of a toy task in a process of its own."""
+  process = subprocess.run(
+    command(
+      *(logdir, '--task', task, '--seed', '0', '--steps', str(steps)),
+      *('--precision', '32', '--log_images', 'False'),
+    ),
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
+  assert process.returncode == 0, process.stderr
+
+
+def test_learns_toy_catch(tmp_path):
+  """One-hot actions, early ends and predicted discounts, all at once.
+
+  A random policy catches a third of the balls (return -0.33); the best all.
+  """
+  logdir = tmp_path / 'run'
+  train_toy(logdir, 'toy_catch', 5500)
+  train = [
+    x['train/return'] for x in read_metrics(logdir) if 'train/return' in x
+  ]
+  random, learned = np.mean(train[:150]), np.mean(train[-50:])
+  print(f'random {random:.2f}, learned {learned:.2f}')
+  assert -0.5 < random < -0.15
+  assert learned > 0.3
+  # Predicted discounts after training: low where an episode ends only.
+  flags = ['--logdir', str(logdir), '--task', 'toy_catch', '--precision', '32']
+  config = configs.parse_flags(flags)
+  datadir = logdir / 'episodes'
+  agent = dreamer.Dreamer(config, wrappers.OneHotBox(3))
+  assert checkpoints.Checkpoints(
+    logdir / 'checkpoints', **agent.trackable()
+  ).restore()
+  paths = sorted(datadir.glob('*.npz'))[-50:]
+  episodes = [dict(np.load(path)) for path in paths]
+  data = {k: np.stack([x[k] for x in episodes]) for k in episodes[0]}
+  data = dreamer.preprocess(data, config)
+  post, _ = agent.world.dynamics.observe(
+    agent.world.encoder(data), data['action']
+  )
+  pcont = agent.world.pcont(agent.world.dynamics.get_feat(post)).mean().numpy()
+  assert pcont.shape == (50, 17)
+  print(f'discounts {pcont[:, -1].max():.2f} and {pcont[:, :-1].min():.2f}')
+  assert pcont[:, -1].mean() < 0.3 and pcont[:, :-1].mean() > 0.9
+  assert (pcont[:, -1] < 0.3).mean() > 0.9
+  assert (pcont[:, :-1] > 0.9).mean() > 0.9
+
+
+def test_learns_toy_reach(tmp_path):
+  """Some 1,100 updates, a minute on an idle core, earn 4 times the random.
+
+  Of 50 at most, a random policy gets 9, the best constant action 7, and the
+  best policy 47. This run ended at 40 to 42 with seeds 0 to 3 (scores/).
+  """
+  logdir = tmp_path / 'run'
+  train_toy(logdir, 'toy_reach', 8000)
+  metrics = read_metrics(logdir)
+  train = [x['train/return'] for x in metrics if 'train/return' in x]
+  test = [x['test/return'] for x in metrics if 'test/return' in x]
+  random, learned = np.mean(train[:50]), np.mean(train[-20:])
+  print(f'random {random:.1f}, learned {learned:.1f} of 50')
+  assert 5 < random < 12  # the prefill
+  assert learned > 1.5 * random
+  assert np.mean(test[-3:]) > 1.5 * random

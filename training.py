@@ -1,0 +1,480 @@
+"""A run: collecting, learning, evaluating, saving (Algorithm 1), and resuming.
+
+    run                  one call a run: what it needs, then
+      _train             the loop of Algorithm 1
+        prefill          episodes of random actions
+        Learner          acts, and makes the updates that are due beside it
+        Progress         checkpoints, evaluations, resuming
+
+Steps are environment steps; gradient steps are called updates. E environments.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import checkpoints
+import cli
+import configs
+import distribute
+import replay
+import suites
+import tools
+import workers
+from cli import UserError
+from learner import Learner
+from logger import Logger
+
+VIDEO = 1000  # images of an evaluation that are logged, at most
+
+
+@dataclasses.dataclass
+class Run:
+  """What the parts of a run share."""
+
+  config: cli.AttrDict
+  team: distribute.Team
+  stop: cli.StopSignal
+  logger: Logger
+
+  @property
+  def datadir(self):
+    """Folder of the training episodes."""
+    return self.config.logdir / 'episodes'
+
+  def steps(self):
+    """Environment steps in the replay, of all processes."""
+    return replay.count_steps(self.datadir, self.config, self.team.folders)
+
+  def say(self, line):
+    self.logger.say(line)
+
+
+# --- Environments -----------------------------------------------------------
+
+
+def make_env(
+  config, index=0, prefix='train', callbacks=(), lost=None, log=None
+):
+  """Environment number `index` in its worker, recording episodes.
+
+  Each has random streams of its own, from (seed, index) and the number of the
+  episode; those of evaluations (`prefix` test) differ from those of training.
+  `lost` is called with the error of a worker that had to be replaced; what
+  workers print goes to `log`, from `workers.open_log`.
+  """
+  stream = [config.seed, index, int(prefix == 'test')]
+  seed = int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
+  make = functools.partial(
+    suites.make_task,
+    config.task,
+    config.action_repeat,
+    config.time_limit,
+    seed,
+    prefix == 'test',
+    config.env_args,
+  )
+  env = workers.Async(
+    make,
+    config.parallel,
+    config.worker_timeout,
+    config.start_timeout,
+    log,
+    f'{prefix} {index}',
+  )
+  tolerant = config.env_errors == 'drop'
+  return replay.Collect(env, list(callbacks), lost=lost, tolerant=tolerant)
+
+
+@contextlib.contextmanager
+def environments(run):
+  """Yields training environments, and one for evaluations (the chief's).
+
+  Their episodes are stored and logged.
+  """
+  config, team, envs = run.config, run.team, []
+  log = workers.open_log(config.logdir / f'workers{team.suffix}.log')
+  make = functools.partial(make_env, config, lost=Replacements(run), log=log)
+  summarize = functools.partial(
+    summarize_episode,
+    config=config,
+    datadir=run.datadir,
+    logger=run.logger,
+    folders=team.folders,
+  )
+  store = [
+    lambda episode: replay.save_episodes(run.datadir, [episode]),
+    functools.partial(summarize, prefix='train'),
+    ShortEpisodes(run),
+  ]
+  test = None
+  try:
+    for index in range(config.envs):
+      envs.append(make(team.index * config.envs + index, 'train', store))
+    if team.chief:
+      test = make(0, 'test', [functools.partial(summarize, prefix='test')])
+    yield envs, test
+  finally:
+    for env in [*envs, test] if test else envs:
+      env.close()
+    log.close()
+
+
+def summarize_episode(episode, config, datadir, logger, prefix, folders=1):
+  """Logs a finished episode; `prefix` is train or test."""
+  episodes = replay.count_episodes(datadir)[0] * folders
+  steps = replay.count_steps(datadir, config, folders)
+  length = (len(episode['reward']) - 1) * config.action_repeat
+  score = float(episode['reward'].astype(np.float64).sum())
+  name = dict(train='Episode', test='Evaluation')[prefix]
+  logger.say(f'{name}: return {score:.1f} in {length} steps, at step {steps}.')
+  metrics = {f'{prefix}/return': score, f'{prefix}/length': length}
+  logger.scalars(steps, dict(metrics, episodes=episodes))
+  if prefix == 'test' and config.log_images:
+    logger.video(steps, 'test/policy', episode['image'][None, :VIDEO])
+
+
+class Replacements:
+  """Reports environments that were replaced, and counts them.
+
+  Their workers died or hung, or they raised an error.
+  """
+
+  def __init__(self, run):
+    self._run = run
+    self._count = 0
+
+  def __call__(self, error):
+    self._count += 1
+    text = str(error)
+    if not isinstance(error, workers.WorkerLost):
+      text = f'The environment failed: {error}\n{error.traceback.rstrip()}'
+    self._run.say(
+      f'Warning: {text}\nIts episode is dropped; a fresh worker takes over.'
+    )
+    self._run.logger.scalars(self._run.steps(), {'env_restarts': self._count})
+
+
+class ShortEpisodes:
+  """Says once, after the prefill, that episodes are too short to learn from."""
+
+  def __init__(self, run):
+    self._run = run
+    self._said = False
+
+  def __call__(self, episode):
+    """To be called after an episode was stored."""
+    config = self._run.config
+    if self._said or self._run.steps() < config.prefill:
+      return
+    paths = self._run.datadir.glob('*.npz')
+    rows = [replay.episode_length(path) for path in paths]
+    short = sum(n < config.batch_length for n in rows)
+    if 0 < short < len(rows):
+      self._said = True
+      self._run.say(
+        f'Warning: {short} of {len(rows)} episodes have fewer rows than '
+        f'--batch_length {config.batch_length}. These, and others so short, '
+        'are not learned from; a smaller --batch_length may be given when the '
+        'run resumes.'
+      )
+
+
+def random_agent(actspace, seed, number=0):
+  """A policy that draws actions uniformly, as `simulate` takes it.
+
+  Args:
+    actspace: action space of the environments.
+    seed: int; with the number of an episode it seeds that episode's actions.
+    number: of the first episode.
+  """
+  rng = None
+
+  def act(obs, reset, state=None):
+    nonlocal number, rng
+    if np.any(reset):
+      rng = np.random.default_rng([seed, number])
+      number += int(np.sum(reset))
+    if getattr(actspace, 'discrete', False):
+      size = (len(reset), len(actspace.choices))
+      return actspace.encode(rng.integers(actspace.choices, size=size)), None
+    size = (len(reset), *actspace.shape)
+    return rng.uniform(-1, 1, size).astype(np.float32), None
+
+  return act
+
+
+def prefill(run, envs):
+  """Fills the replay with episodes of random actions, to `--prefill` steps."""
+  config, team = run.config, run.team
+  episodes, _ = replay.count_episodes(run.datadir)
+  missing = -(-(config.prefill - team.from_chief(run.steps())) // team.workers)
+  if missing <= 0:
+    if not episodes:
+      raise UserError(
+        f'--prefill {config.prefill} with no episodes in {run.datadir}: '
+        f'learning needs episodes, of --batch_length {config.batch_length} '
+        'rows at least; choose --prefill 1 or more'
+      )
+    return
+  run.say(f'Prefill: {missing} environment steps of random actions.')
+  seed = team.seed(config.seed)
+  act = random_agent(envs[0].action_space, seed, episodes)
+
+  def checked(*args):
+    run.stop.check()
+    return act(*args)
+
+  tools.simulate(checked, envs, steps=-(-missing // config.action_repeat))
+
+
+def number_episodes(run, envs):
+  """Episode n starts alike, however often a run was interrupted before it."""
+  for env in envs:
+    env.number(replay.count_episodes(run.datadir)[0])
+
+
+# --- The run ----------------------------------------------------------------
+
+
+def setup_precision(precision):
+  """Sets the Keras dtype policy; returns its name."""
+  if precision == 'auto':
+    if tf.config.list_physical_devices('GPU'):
+      precision = '16'
+    else:
+      precision = 'bfloat16' if _has_bfloat16() else '32'
+  policies = {'16': 'mixed_float16', 'bfloat16': 'mixed_bfloat16'}
+  policy = policies.get(precision, 'float32')
+  keras.config.set_dtype_policy(policy)
+  return policy
+
+
+def _has_bfloat16():
+  """Whether this CPU multiplies bfloat16 in hardware."""
+  try:
+    flags = pathlib.Path('/proc/cpuinfo').read_text().split()
+  except OSError:
+    return False
+  return 'avx512_bf16' in flags or 'amx_bf16' in flags
+
+
+def setup_devices(config):
+  """What TensorFlow must know before it computes anything; returns the team."""
+  if config.deterministic:
+    tf.config.experimental.enable_op_determinism()
+  if config.gpu_growth:
+    for gpu in tf.config.list_physical_devices('GPU'):
+      tf.config.experimental.set_memory_growth(gpu, True)
+  team = distribute.make_team(config.strategy, config.batch_size)
+  team.check_flags(config)
+  return team
+
+
+def setup_logdir(config, team=None):
+  """Makes the logdir or checks that this run may resume there.
+
+  Of several processes the chief does this, and the others only make the folder
+  of their episodes, which may be the same.
+
+  Returns:
+    A `checkpoints.Lock` on it.
+
+  Raises:
+    UserError: it cannot be written, another run is using it, it holds
+      something else, or a run whose weights or replay have another shape.
+  """
+  logdir, team = config.logdir, team or distribute.Team()
+  try:
+    logdir.mkdir(parents=True, exist_ok=True)
+    probe = logdir / f'writable{team.suffix}'
+    with cli.atomic_write(probe) as file:
+      file.write(b'')
+    probe.unlink()
+  except OSError as error:
+    raise UserError(
+      f'cannot write to --logdir {logdir}: {error.strerror}'
+    ) from None
+  if team.chief:
+    changes = configs.check_logdir(config)
+    lock = checkpoints.Lock(logdir)
+    configs.write_config(config)
+    if changes:
+      print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
+  else:
+    lock = checkpoints.Lock(logdir, f'lock{team.suffix}')
+  for folder in (logdir, logdir / 'episodes'):
+    folder.mkdir(exist_ok=True)
+    if team.chief:
+      cli.remove_temporary_files(folder)
+  return lock
+
+
+class Estimate:
+  """Says once, without a GPU and at release sizes, what a run takes here."""
+
+  def __init__(self, run, learner):
+    self._run, self._learner = run, learner
+    large = run.config.batch_size * run.config.batch_length >= 1000
+    self._wanted = large and not tf.config.list_physical_devices('GPU')
+
+  def __call__(self):
+    seconds = self._learner.seconds_per_update
+    if not self._wanted or seconds is None:
+      return
+    self._wanted = False
+    c = self._run.config
+    hours = seconds * c.train_steps * 1e5 / c.train_every / 3600
+    self._run.say(
+      f'An update takes {seconds:.1f} s here, so 1e5 environment steps take '
+      f'about {hours:.0f} hours of updates. --preset cpu (in a new logdir) has '
+      'smaller networks and batches, for machines without a GPU.'
+    )
+
+
+def run(config, make_agent):
+  """Trains, from an empty logdir or from where the last run stopped.
+
+  Args:
+    config: from `configs.parse_flags`.
+    make_agent: class of the agent: `dreamer.Dreamer`.
+
+  Raises:
+    cli.Failure: with a message for the user and an exit code.
+  """
+  with _failures():
+    team = setup_devices(config)
+    with team.chief_first():
+      lock = setup_logdir(config, team)
+    team.compare_folders(config.logdir)
+    if team.folders > 1:
+      cli.remove_temporary_files(config.logdir / 'episodes')
+    stop = cli.StopSignal()
+    stop.install()
+    datadir = config.logdir / 'episodes'
+    step = replay.count_steps(datadir, config, team.folders)
+    logger = Logger(config.logdir, config.steps, step, team.index)
+    this = Run(config, team, stop, logger)
+    try:
+      with environments(this) as (envs, test_env):
+        _train(this, make_agent, envs, test_env)
+    finally:
+      logger.close()
+      lock.release()
+
+
+@contextlib.contextmanager
+def _failures():
+  """Turns what a machine lacks into a message for the user."""
+  try:
+    yield
+  except OSError as error:
+    raise cli.Failure(
+      f'{error.filename or "logdir"}: {error.strerror}. What was saved before '
+      'is intact; the same command resumes.'
+    ) from error
+  except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+    reason = (str(error) or 'no more can be had').partition('\n')[0][:200]
+    raise cli.Failure(
+      f'out of memory ({reason}). Smaller --batch_size, --batch_length or '
+      'networks need less; the last checkpoint is intact.'
+    ) from error
+
+
+def _train(run, make_agent, envs, test_env):
+  """The loop of Algorithm 1: collect, learn, evaluate, save.
+
+  Of several processes only the chief evaluates and saves; the updates are made
+  together, in which the others wait for it.
+  """
+  config = run.config
+  _prepare(run, envs)
+  prefill(run, envs)
+  with run.stop.immediate():
+    agent = make_agent(config, envs[0].action_space, run.team)
+    for name, count in agent.count_parameters().items():
+      run.say(f'Found {count} {name} parameters.')
+    learner = Learner(agent, run)
+    progress = checkpoints.make_progress(run, learner)
+    progress.resume()
+    number_episodes(run, envs)
+  before, estimate = learner.updates, Estimate(run, learner)
+  learner.after_update = lambda: (estimate(), progress.save_if_due())
+  try:
+    state = None
+    while learner.step < config.steps:
+      progress.evaluate_if_due(test_env)
+      state = tools.simulate(learner, envs, state=state, **progress.portion())
+      learner.catch_up()
+      progress.save()
+    progress.evaluate_if_due(test_env)
+    progress.save_at_end()
+    run.say(_ending(learner, before))
+    run.team.wait()  # to leave together
+  except cli.Stopped:
+    learner.halt()
+    line = f'Stopped at step {learner.step}, {learner.updates} updates;'
+    line += progress.save_when_stopped()
+    run.say(f'{line} saved to {config.logdir}. The same command resumes.')
+  except distribute.PeerLost:
+    progress.save()
+    raise
+  finally:
+    learner.halt()
+
+
+def _prepare(run, envs):
+  """What must be known before anything is collected."""
+  config, space = run.config, envs[0].action_space
+  keras.utils.set_random_seed(config.seed)
+  policy = setup_precision(config.precision)
+  configs.resolve_actions(config, space)
+  if run.team.chief:
+    configs.write_config(config)
+    _announce(run, policy)
+    for line in envs[0].about:
+      run.say(line)
+  run.say(f'Training on {run.team}.')
+  shapes = dict(image=(64, 64, 3), action=space.shape)
+  replay.Replay(run.datadir, shapes=shapes).check()
+  number_episodes(run, envs)
+
+
+def _announce(run, policy):
+  config = run.config
+  run.say(
+    f'Logdir {config.logdir}, task {config.task}, method '
+    f'{configs.method_name(config)}, dtypes {policy}.'
+  )
+  defaults = configs.define_config()
+  changed = [
+    f'{k}={v}'
+    for k, v in config.items()
+    if v != defaults[k] and k not in ('logdir', 'task')
+  ]
+  if changed:
+    run.say('Other than the defaults: ' + ', '.join(changed) + '.')
+
+
+def _ending(learner, before):
+  """What a run says when it has finished.
+
+  Args:
+    learner: as it is at the end.
+    before: updates that it had at the start.
+  """
+  line = f'Finished at step {learner.step}, {learner.updates} updates.'
+  if not learner.updates:
+    return (
+      f'{line} Nothing was learned, as the replay already holds --steps. To '
+      f'learn from it, give --steps more than {learner.step}, and --pretrain '
+      'the number of updates to begin with.'
+    )
+  if learner.updates == before:
+    line += ' Nothing was left to do; a larger --steps goes on.'
+  return line
