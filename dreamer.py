@@ -69,9 +69,9 @@ class WorldModel:
     actions: A.
 
   Attributes:
-    encoder, dynamics, reward: Keras layers, as `pcont`, which is None if
-      discounts are not predicted.
+    encoder, dynamics: Keras layers.
     representation: one of representations.py.
+    heads: {name: Keras layer}, what is predicted from features.
     networks: {name in checkpoints: Keras layer}, all of them.
   """
 
@@ -86,19 +86,26 @@ class WorldModel:
     head = functools.partial(
       models.DenseDecoder, (), units=c.num_units, act=c.dense_act
     )
-    self.reward = head(c.reward_layers, name='reward')
-    self.pcont = None
+    self.heads = dict(reward=head(c.reward_layers, name='reward'))
     if c.pcont:
-      self.pcont = head(c.pcont_layers, dist='binary', name='pcont')
+      self.heads['pcont'] = head(c.pcont_layers, dist='binary', name='pcont')
     self.networks = dict(
       encode=self.encoder,
       dynamics=self.dynamics,
       **self.representation.networks,
-      reward=self.reward,
+      **self.heads,
     )
-    if self.pcont:
-      self.networks['pcont'] = self.pcont
     self._build(actions)
+
+  @property
+  def reward(self):
+    """Head of rewards, q_theta(r_t|s_t)."""
+    return self.heads['reward']
+
+  @property
+  def pcont(self):
+    """Head of discounts, None if they are not predicted."""
+    return self.heads.get('pcont')
 
   def _build(self, actions):
     """Makes the variables: runs every network once, on zeros."""
@@ -107,9 +114,8 @@ class WorldModel:
     post, _ = self.dynamics.obs_step(start, action, embed)
     self.example = self.dynamics.get_feat(post)
     self.representation.build(self.example, embed)
-    self.reward(self.example)
-    if self.pcont:
-      self.pcont(self.example)
+    for head in self.heads.values():
+      head(self.example)
 
   def losses(self, data, seeds):
     """Objective J_REC of Eq. 10, or J_NCE of Eq. 12, negated.

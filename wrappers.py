@@ -415,8 +415,8 @@ def require_lab(level):
   """Raises TaskError unless the package of DeepMind Lab is there."""
   if importlib.util.find_spec('deepmind_lab') is None:
     raise TaskError(
-      f'Task dmlab_{level} needs the Python package deepmind_lab, which is not '
-      'on PyPI: build it from https://github.com/google-deepmind/lab.'
+      f'Task {"dmlab_" + level!r} needs the Python package deepmind_lab, which '
+      'is not on PyPI: build it from https://github.com/google-deepmind/lab.'
     )
 
 

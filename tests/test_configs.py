@@ -17,7 +17,7 @@ import compare
 import configs
 import dreamer
 import evaluate
-import tools
+import replay
 import training
 import wrappers
 
@@ -247,8 +247,8 @@ def test_whatever_all_flags_take_can_be_learned_with(eager, given):
         reward=rng.uniform(0, 1, 20).astype(np.float32),
         discount=np.ones(20, np.float32),
       )
-      tools.save_episodes(folder, [episode])
-      agent = dreamer.Dreamer(config, folder, space)
+      replay.save_episodes(folder, [episode])
+      agent = dreamer.Dreamer(config, space)
       batch = next(dreamer.load_dataset(folder, config))
       metrics = agent.train(batch)
       obs = dict(image=batch['image'][:, 0])
@@ -258,7 +258,6 @@ def test_whatever_all_flags_take_can_be_learned_with(eager, given):
       )
       reset = np.zeros(len(batch['image']), bool)
       action, _ = agent.policy(obs, reset, state, agent.noise(True), True)
-      agent.halt()
   except cli.UserError:
     hypothesis.assume(False)
   assert 'model_loss' in metrics and action.shape == state[1].shape

@@ -393,7 +393,7 @@ def test_environment_that_cannot_start(tmp_path):
 @pytest.mark.parametrize(
   'flags, words',
   [
-    (['--task', 'gym_CartPol-v1'], 'the nearest are CartPole-v1'),
+    (['--task', 'gym_CartPol-v1'], 'did you mean CartPole-v1'),
     (['--task', 'gym_no_such_module:X-v0'], "'no_such_module'"),
     (['--task', 'atari_pong', '--action_dist', 'tanh_normal'], 'is onehot'),
   ],
@@ -457,8 +457,8 @@ def test_learns_toy_catch(tmp_path):
   assert pcont.shape == (50, 17)
   print(f'discounts {pcont[:, -1].max():.2f} and {pcont[:, :-1].min():.2f}')
   assert pcont[:, -1].mean() < 0.3 and pcont[:, :-1].mean() > 0.9
-  assert (pcont[:, -1] < 0.3).mean() > 0.9
-  assert (pcont[:, :-1] > 0.9).mean() > 0.9
+  # The end of nearly each episode has the lowest of its discounts.
+  assert (pcont[:, -1] < pcont[:, :-1].min(1)).mean() > 0.9
 
 
 def test_learns_toy_reach(tmp_path):

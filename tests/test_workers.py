@@ -78,7 +78,7 @@ class TestAsync:
       import functools
       import numpy as np
       import suites
-    import wrappers
+      import wrappers
       make = functools.partial(
           suites.make_task, 'dmc_pendulum_swingup', seed=0)
       frames = []

@@ -1,0 +1,107 @@
+"""The recipes of docs/extend.md: applied to a copy, and trained with."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE = (ROOT / 'docs' / 'extend.md').read_text()
+TITLE = re.compile(r'^## (?:A |An )?(.*)$', re.MULTILINE)
+BLOCK = re.compile(
+  r'^```python\n# (\S+\.py)(?:, (before|after): ([^\n]*))?\n(.*?)^```$',
+  re.MULTILINE | re.DOTALL,
+)
+
+
+def recipe(title):
+  """[(file, 'before', 'after' or '', the line meant, code)] of a section."""
+  parts = TITLE.split(PAGE)
+  sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+  return BLOCK.findall(sections[title])
+
+
+def apply(title, folder):
+  """Copies the repository's scripts and follows a recipe there."""
+  for path in ROOT.glob('*.py'):
+    shutil.copy(path, folder)
+  blocks = recipe(title)
+  for name, place, line, code in blocks:
+    path = folder / name
+    text = path.read_text() if path.exists() else ''
+    if place:
+      assert text.count(f'{line}\n') == 1, f'{name} has no line {line!r}'
+      both = [f'{line}\n', code][:: 1 if place == 'after' else -1]
+      text = text.replace(f'{line}\n', ''.join(both))
+    else:
+      text += f'\n\n{code}' if text else code
+    path.write_text(text)
+  return {name for name, *_ in blocks}
+
+
+def train(folder, *flags):
+  """A debug run of the copy: its metrics, merged, and its method."""
+  command = [sys.executable, 'dreamer.py', '--logdir', 'run']
+  flags = ['--preset', 'debug', '--precision', '32', *flags]
+  done = subprocess.run(
+    [*command, *flags], cwd=folder, capture_output=True, text=True, timeout=600
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  lines = (folder / 'run' / 'metrics.jsonl').read_text().splitlines()
+  config = json.loads((folder / 'run' / 'config.json').read_text())
+  metrics = {k: v for line in lines for k, v in json.loads(line).items()}
+  return metrics, config['method']
+
+
+def check_style(folder, names):
+  ruff = [sys.executable, '-m', 'ruff', 'check', '--config']
+  settings = str(ROOT / 'pyproject.toml')
+  paths = sorted(names)
+  subprocess.run([*ruff, settings, *paths], cwd=folder, check=True)
+
+
+@pytest.mark.slow
+def test_a_suite(tmp_path):
+  names = apply('suite', tmp_path)
+  assert names == {'line.py', 'suites.py'}
+  check_style(tmp_path, names)
+  metrics, _ = train(tmp_path, '--task', 'line_easy')
+  assert metrics['step'] == 800 and 0 < metrics['test/return'] < 100
+  command = [sys.executable, 'dreamer.py', '--logdir=other', '--task=line_eas']
+  done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+  assert done.returncode == 2 and 'line_easy' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_representation(tmp_path):
+  names = apply('representation', tmp_path)
+  assert names == {'representations.py', 'configs.py'}
+  check_style(tmp_path, names)
+  flags = '--task', 'toy_reach', '--representation', 'thumbnail'
+  metrics, method = train(tmp_path, *flags)
+  assert method == 'dreamer-thumbnail'
+  assert metrics['thumbnail_loss'] > 0 and 'image_loss' not in metrics
+
+
+@pytest.mark.slow
+def test_a_behavior(tmp_path):
+  names = apply('behavior', tmp_path)
+  assert names == {'behaviors.py', 'configs.py'}
+  check_style(tmp_path, names)
+  flags = '--behavior', 'shooting', '--plan_candidates', '100'
+  metrics, method = train(tmp_path, '--task', 'toy_reach', *flags)
+  assert method == 'shooting'
+  assert metrics['test/return'] > 0 and 'actor_loss' not in metrics
+
+
+@pytest.mark.slow
+def test_a_head(tmp_path):
+  names = apply('head', tmp_path)
+  assert names == {'dreamer.py'}
+  check_style(tmp_path, names)
+  metrics, _ = train(tmp_path, '--task', 'toy_reach')
+  assert metrics['brightness_loss'] > 0

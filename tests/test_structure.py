@@ -1,0 +1,73 @@
+"""How files hang together: imports one way, none missing in setup.py."""
+
+import ast
+import graphlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = {p.stem: p for p in ROOT.glob('*.py') if p.stem != 'setup'}
+# What may be imported inside a function: packages that are optional or slow to
+# load, and `quiet`, which loads TensorFlow with its messages off.
+OPTIONAL = {
+  *('ray', 'rich', 'gym', 'ale_py', 'deepmind_lab', 'dm_control'),
+  *('matplotlib', 'ray_workers'),
+}
+
+
+def imports(name):
+  """Names of modules imported by a file: at its top, and in functions."""
+  top, inner = set(), set()
+  for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    if isinstance(node, ast.Import):
+      names = [x.name for x in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      names = [node.module]
+    else:
+      continue
+    names = {x.partition('.')[0] for x in names}
+    (inner if node.col_offset else top).update(names)
+  return top, inner
+
+
+def reached(*names):
+  """Modules of this project that these import, with themselves."""
+  done, todo = set(), set(names)
+  while todo:
+    name = todo.pop()
+    done.add(name)
+    todo |= (imports(name)[0] & MODULES.keys()) - done
+  return done
+
+
+def test_imports_go_one_way():
+  graph = {name: imports(name)[0] & MODULES.keys() for name in MODULES}
+  order = list(graphlib.TopologicalSorter(graph).static_order())
+  assert order.index('cli') < order.index('training') < order.index('dreamer')
+
+
+@pytest.mark.parametrize('name', sorted(MODULES.keys() - {'quiet'}))
+def test_functions_import_only_what_is_optional(name):
+  # ray_workers holds functions that run on other hosts, without this project.
+  standard = sys.stdlib_module_names if name == 'ray_workers' else set()
+  assert imports(name)[1] <= OPTIONAL | standard
+
+
+@pytest.mark.parametrize('name', ['suites', 'configs', 'compare', 'sweep'])
+def test_loads_without_tensorflow(name):
+  """Workers must not have it, and tables and flags should not wait for it."""
+  code = f'import sys, {name}; sys.exit("tensorflow" in sys.modules)'
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
+def test_setup_installs_what_the_agent_imports():
+  tree = ast.parse((ROOT / 'setup.py').read_text())
+  installed = next(
+    ast.literal_eval(node.value)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.keyword) and node.arg == 'py_modules'
+  )
+  assert installed == sorted(reached('dreamer') | {'ray_workers'})
