@@ -125,7 +125,7 @@ def expand(name, methods=None):
 
 
 def figure_arms(name):
-  """The lines of a figure of the paper; see EXPERIMENTS.md."""
+  """The lines of a figure of the paper; see docs/experiments.md."""
   if name == 'figure8':
     return list(
       map(plain, ('dreamer', 'dreamer-contrastive', 'dreamer-reward'))
