@@ -38,10 +38,12 @@ SCALE = 1000  # the largest return of a control suite task
 MARGIN = 10  # a difference in return that does not matter
 LEAST_SEEDS = 3
 LEAST_STEPS = 90_000
+# fmt: off
 FREE = (
-  *('logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every'),
-  *('strategy', 'worker_timeout', 'start_timeout', 'env_errors'),
+  'logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every',
+  'strategy', 'worker_timeout', 'start_timeout', 'env_errors',
 )
+# fmt: on
 
 
 def warn(message):

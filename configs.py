@@ -73,10 +73,12 @@ LAYERS = Whole(0, 50)
 RATE = Number(0, 1)
 WEIGHT = Number(0, 1e6)
 AMOUNT = Number(0, 10)  # of exploration
+# fmt: off
 ACTIVATION = Choice(
-  *('elu', 'relu', 'celu', 'gelu', 'leaky_relu', 'linear', 'mish', 'relu6'),
-  *('selu', 'sigmoid', 'silu', 'softplus', 'softsign', 'swish', 'tanh'),
+  'elu', 'relu', 'celu', 'gelu', 'leaky_relu', 'linear', 'mish', 'relu6',
+  'selu', 'sigmoid', 'silu', 'softplus', 'softsign', 'swish', 'tanh',
 )
+# fmt: on
 PRESET = Choice('release', 'paper', 'cpu', 'debug')
 PRECISION = Choice('auto', '16', 'bfloat16', '32')
 JIT = Choice('auto', 'True', 'False')
@@ -85,9 +87,11 @@ PARALLEL = Choice(*workers.STRATEGIES)
 REPRESENTATION = Choice(*REPRESENTATIONS)
 BEHAVIOR = Choice(*BEHAVIORS)
 ACTION_DIST = Choice('auto', 'tanh_normal', 'onehot')
+# fmt: off
 EXPL = Choice(
-  *('auto', 'additive_gaussian', 'epsilon_greedy', 'completely_random')
+  'auto', 'additive_gaussian', 'epsilon_greedy', 'completely_random',
 )
+# fmt: on
 
 # fmt: off
 FLAGS = {
@@ -506,10 +510,12 @@ def _plain(value):
 
 def versions():
   """Of the packages that matter, by name."""
+  # fmt: off
   packages = (
-    *('tensorflow', 'keras', 'tensorflow-probability', 'dm-control'),
-    *('mujoco', 'gym', 'numpy'),
+    'tensorflow', 'keras', 'tensorflow-probability', 'dm-control',
+    'mujoco', 'gym', 'numpy',
   )
+  # fmt: on
   versions = dict(python=sys.version.split()[0])
   for package in packages:  # not all of them need be there
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):

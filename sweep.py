@@ -50,10 +50,12 @@ from cli import UserError, nearest
 
 METHODS = configs.methods()
 SETS = ('dmc20', 'atari9', 'figure4', 'figure8', 'figure12')
+# fmt: off
 ATARI = (
-  *('fishing_derby', 'ice_hockey', 'kung_fu_master', 'assault', 'boxing'),
-  *('hero', 'freeway', 'frostbite', 'montezuma_revenge', 'pong', 'tennis'),
+  'fishing_derby', 'ice_hockey', 'kung_fu_master', 'assault', 'boxing',
+  'hero', 'freeway', 'frostbite', 'montezuma_revenge', 'pong', 'tennis',
 )
+# fmt: on
 FIGURE4 = ('acrobot_swingup', 'hopper_hop', 'walker_walk', 'walker_run')
 HORIZONS = (10, 20, 30, 45)
 REPEATS = (1, 2, 4)
@@ -212,7 +214,7 @@ def make_runs(wanted, args):
   for seed in range(args.seeds):
     for (task, arm), config in wanted.items():
       logdir = args.logdir.resolve() / task / arm.name / str(seed)
-      flags = [*('--logdir', str(logdir), '--task', task)]
+      flags = ['--logdir', str(logdir), '--task', task]
       flags += ['--seed', str(seed), *arm.flags, *args.extra]
       run = Run(task, arm, seed, logdir, config, flags)
       warn_of_changes(run)

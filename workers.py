@@ -542,10 +542,12 @@ STRATEGIES = dict(
 # They may have the names of ours.
 
 # Those that workers load.
+# fmt: off
 OWN = (
-  *('cli', 'gym_env', 'ray_workers', 'replay', 'spaces', 'suites'),
-  *('workers', 'wrappers'),
+  'cli', 'gym_env', 'ray_workers', 'replay', 'spaces', 'suites',
+  'workers', 'wrappers',
 )
+# fmt: on
 _hidden = {}  # those of them whose names the user has taken
 
 

@@ -420,25 +420,27 @@ def require_lab(level):
     )
 
 
+# fmt: off
 _LAB30 = (
-  *('explore_goal_locations_large', 'explore_goal_locations_small'),
-  *('explore_object_locations_large', 'explore_object_locations_small'),
-  *('explore_object_rewards_few', 'explore_object_rewards_many'),
-  *('explore_obstructed_goals_large', 'explore_obstructed_goals_small'),
-  *('language_answer_quantitative_question', 'language_execute_random_task'),
-  *('language_select_described_object', 'language_select_located_object'),
-  *('lasertag_one_opponent_large', 'lasertag_one_opponent_small'),
-  *('lasertag_three_opponents_large', 'lasertag_three_opponents_small'),
-  *('natlab_fixed_large_map', 'natlab_varying_map_randomized'),
+  'explore_goal_locations_large', 'explore_goal_locations_small',
+  'explore_object_locations_large', 'explore_object_locations_small',
+  'explore_object_rewards_few', 'explore_object_rewards_many',
+  'explore_obstructed_goals_large', 'explore_obstructed_goals_small',
+  'language_answer_quantitative_question', 'language_execute_random_task',
+  'language_select_described_object', 'language_select_located_object',
+  'lasertag_one_opponent_large', 'lasertag_one_opponent_small',
+  'lasertag_three_opponents_large', 'lasertag_three_opponents_small',
+  'natlab_fixed_large_map', 'natlab_varying_map_randomized',
   'natlab_varying_map_regrowth',
-  *('psychlab_arbitrary_visuomotor_mapping', 'psychlab_continuous_recognition'),
-  *('psychlab_sequential_comparison', 'psychlab_visual_search'),
-  *('rooms_collect_good_objects_train', 'rooms_collect_good_objects_test'),
-  *('rooms_exploit_deferred_effects_train', 'rooms_watermaze'),
-  *('rooms_exploit_deferred_effects_test', 'rooms_keys_doors_puzzle'),
-  *('rooms_select_nonmatching_object', 'skymaze_irreversible_path_hard'),
+  'psychlab_arbitrary_visuomotor_mapping', 'psychlab_continuous_recognition',
+  'psychlab_sequential_comparison', 'psychlab_visual_search',
+  'rooms_collect_good_objects_train', 'rooms_collect_good_objects_test',
+  'rooms_exploit_deferred_effects_train', 'rooms_watermaze',
+  'rooms_exploit_deferred_effects_test', 'rooms_keys_doors_puzzle',
+  'rooms_select_nonmatching_object', 'skymaze_irreversible_path_hard',
   'skymaze_irreversible_path_varied',
 )
+# fmt: on
 
 
 def lab_level(name, test=False):
