@@ -323,7 +323,7 @@ class Progress:
     self._resumed(self._state.restored)
 
   def _rewind(self, saved):
-    """Undoes what came after the checkpoint, if it is to be made again."""
+    """Deletes data newer than the checkpoint, if it will be regenerated."""
 
   def _resumed(self, saved):
     updates = self._learner.updates
@@ -377,7 +377,7 @@ class ExactProgress(Progress):
     self._learner.finish()
 
   def save_when_stopped(self):
-    return ' what came after the last whole episode will be made again;'
+    return ' what came after the last whole episode will be regenerated;'
 
   def _rewind(self, saved):
     if not saved['exact']:
@@ -388,7 +388,7 @@ class ExactProgress(Progress):
     if self._run.logger.size() > saved['metrics_size']:
       self._run.logger.rewind(saved['metrics_size'])
     if later:
-      self._run.say(f'{len(later)} episodes will be made again.')
+      self._run.say(f'{len(later)} episodes will be regenerated.')
 
   def _resumed(self, saved):
     if saved['exact']:

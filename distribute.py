@@ -116,9 +116,12 @@ def _own_rows(draw, shape, seed, axis):
 
 # Collective operations end with one of these when a process of them is gone.
 LOST = (
-  *(tf.errors.UnavailableError, tf.errors.AbortedError),
-  *(tf.errors.InternalError, tf.errors.DeadlineExceededError),
-  *(tf.errors.CancelledError, tf.errors.FailedPreconditionError),
+  tf.errors.AbortedError,
+  tf.errors.CancelledError,
+  tf.errors.DeadlineExceededError,
+  tf.errors.FailedPreconditionError,
+  tf.errors.InternalError,
+  tf.errors.UnavailableError,
 )
 
 
@@ -196,7 +199,7 @@ class Team:
   def sum(self, value):
     """The sum of an integer, or array of them, over the processes.
 
-    As all that follows, it waits for all of them.
+    Blocks until every process calls it, as do the methods below.
     """
     return self._sum_all([np.asarray(value, np.int64)])[0]
 

@@ -112,7 +112,7 @@ def _subpixel_deconv(x, kernel, bias):
 
   Each pixel of the result's 2x2 blocks sees the same (K/2)x(K/2) pixels of x,
   through taps of the kernel of its own: a convolution to 4 * O channels, the
-  four pixels of a block. Filled up to 16, as vector units like it.
+  four pixels of a block. Padded to 16 channels for vectorization.
 
   Args:
     x: [N, h, w, C].
