@@ -363,7 +363,7 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, description, hint='--help lists all', **kwargs):
     super().__init__(
-      description=description.replace('%', '%%'),
+      description=description,
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
       **kwargs,

@@ -1,7 +1,6 @@
 """Keras layers with the mathematics of the stock ones, and faster.
 
-Each layer has the weights of its Keras layer; docs/performance.md says what was
-measured.
+Each layer has the weights of its Keras layer; docs/performance.md says why.
 """
 
 import keras
