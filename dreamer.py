@@ -347,7 +347,7 @@ class Dreamer:
       halvings = int(self.step) / c.expl_decay
       amount = max(c.expl_min, amount * 0.5**halvings)
     elif training and c.expl_ramp:
-      passed = min(1.0, int(self.updates) / c.expl_ramp)
+      passed = min(1.0, int(self.updates.numpy()) / c.expl_ramp)
       amount += passed * (c.expl_min - amount)
     return np.float32(amount)
 
@@ -374,8 +374,9 @@ class Dreamer:
 
   def set_learning_rates(self):
     """As the flags say, which a resumed run may change."""
+    delayed = int(self.updates.numpy()) < self._c.actor_delay
     for name, opt in self.optimizers.items():
-      waits = name == 'actor' and int(self.updates) < self._c.actor_delay
+      waits = name == 'actor' and delayed
       opt.set_learning_rate(0.0 if waits else self._c[f'{name}_lr'])
 
   def train(self, data):

@@ -112,7 +112,7 @@ def evaluate(config, episodes, outdir=None):
     agent = load_agent(config, env.action_space)
     print(
       f'{config.logdir}: {config.task}, {configs.method_name(config)}, '
-      f'step {int(agent.step)}, {int(agent.updates)} updates.',
+      f'step {int(agent.step)}, {int(agent.updates.numpy())} updates.',
       flush=True,
     )
     policy = functools.partial(agent, training=False)
@@ -131,7 +131,7 @@ def evaluate(config, episodes, outdir=None):
     task=config.task,
     method=configs.method_name(config),
     step=int(agent.step),
-    updates=int(agent.updates),
+    updates=int(agent.updates.numpy()),
     seed=config.seed,
     mean=float(np.mean(returns)),
     std=float(np.std(returns)),

@@ -83,7 +83,7 @@ class Learner:
   @property
   def updates(self):
     """Updates so far."""
-    return int(self._agent.updates)
+    return int(self._agent.updates.numpy())
 
   @property
   def seconds_per_update(self):

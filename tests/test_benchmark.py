@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = pathlib.Path(__file__).parents[1] / 'benchmark.py'
 SMALL = ('--preset=debug', '--task=toy_reach', '--precision=32', '--repeats=2')
 

@@ -223,6 +223,7 @@ def eager():
   tf.config.run_functions_eagerly(False)
 
 
+@pytest.mark.slow
 @hypothesis.given(
   strategies.fixed_dictionaries({k: values(f) for k, f in FLAGS.items()})
 )

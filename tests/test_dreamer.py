@@ -341,6 +341,7 @@ def test_noise_is_new_in_every_update(tmp_path):
 # --- What moves what --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_xla_computes_the_same(tmp_path, monkeypatch):
   """With hardly any noise, which XLA draws by an algorithm of its own."""
   monkeypatch.setattr(models, '_sample', lambda stats, seed: stats['mean'])
@@ -445,6 +446,7 @@ def test_exploration_noise(tmp_path):
   assert np.isclose(agent.noise(True), 0.1)
 
 
+@pytest.mark.slow
 def test_same_seed_same_updates(tmp_path):
   results = []
   for name in ('a', 'b'):
@@ -461,6 +463,7 @@ def test_same_seed_same_updates(tmp_path):
   assert (other['action'] != batch_of(agent)['action']).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['16', 'bfloat16'])
 def test_reduced_precision_learns_finitely(tmp_path, precision, name):
   reference = make_agent(tmp_path / '32')
@@ -483,6 +486,7 @@ def test_reduced_precision_learns_finitely(tmp_path, precision, name):
   assert moved(agent.optimizers['model'], before)
 
 
+@pytest.mark.slow
 def test_resume_in_another_precision(tmp_path, precision):
   """float16 to float16 keeps the loss scale; to and from float32 works."""
 

@@ -11,6 +11,8 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

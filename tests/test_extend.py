@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / 'docs' / 'extend.md').read_text()
 TITLE = re.compile(r'^## (?:A |An )?(.*)$', re.MULTILINE)
@@ -64,7 +66,6 @@ def check_style(folder, names):
   subprocess.run([*ruff, settings, *paths], cwd=folder, check=True)
 
 
-@pytest.mark.slow
 def test_a_suite(tmp_path):
   names = apply('suite', tmp_path)
   assert names == {'line.py', 'suites.py'}
@@ -76,7 +77,6 @@ def test_a_suite(tmp_path):
   assert done.returncode == 2 and 'line_easy' in done.stderr
 
 
-@pytest.mark.slow
 def test_a_representation(tmp_path):
   names = apply('representation', tmp_path)
   assert names == {'representations.py', 'configs.py'}
@@ -87,7 +87,6 @@ def test_a_representation(tmp_path):
   assert metrics['thumbnail_loss'] > 0 and 'image_loss' not in metrics
 
 
-@pytest.mark.slow
 def test_a_behavior(tmp_path):
   names = apply('behavior', tmp_path)
   assert names == {'behaviors.py', 'configs.py'}
@@ -98,7 +97,6 @@ def test_a_behavior(tmp_path):
   assert metrics['test/return'] > 0 and 'actor_loss' not in metrics
 
 
-@pytest.mark.slow
 def test_a_head(tmp_path):
   names = apply('head', tmp_path)
   assert names == {'dreamer.py'}

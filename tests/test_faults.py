@@ -14,6 +14,8 @@ import pytest
 import soak
 import tensorflow as tf
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -117,6 +117,7 @@ def test_negatives(tmp_path):
 # --- Representations ----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name, terms',
   [
@@ -148,6 +149,7 @@ def test_representation(tmp_path, name, terms):
     assert picture.std() > 5
 
 
+@pytest.mark.slow
 def test_state_model_learns_to_tell_images_apart(tmp_path):
   agent = make_agent(
     tmp_path, representation='contrastive', kl_scale=0.0, model_lr=1e-2
@@ -239,7 +241,7 @@ def test_plans_by_the_world_model(tmp_path):
     return dict(result, stoch=tf.repeat(action[..., :1], 3, -1))
 
   agent.world.dynamics.imagine = imagine_actions
-  agent.world.reward = lambda feat: tfd.Normal(feat[..., 0], 1.0)
+  agent.world.heads['reward'] = lambda feat: tfd.Normal(feat[..., 0], 1.0)
   start, seed = agent.world.dynamics.initial(3), tf.constant([3, 4])
   action = agent.behavior.act(start, seed, False)
   assert action.shape == (3, 2) and seen[0] == (600, 5, 2)
@@ -275,6 +277,7 @@ def test_runs_name_their_method(tmp_path, flags, name):
     training.setup_logdir(config)
 
 
+@pytest.mark.slow
 def test_whole_run_without_decoder_and_value(tmp_path):
   """Runs, logs curves of rewards, and resumes; in real processes."""
   logdir = tmp_path / 'run'

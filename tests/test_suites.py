@@ -45,6 +45,7 @@ def bilinear_weights(old, new):
   return weights / weights.sum(1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_every_game_loads():
   games = wrappers.atari_games()
   assert len(games) == 104 and 'pong' in games

@@ -20,6 +20,8 @@ import configs
 import suites
 import sweep
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(sweep.__file__).parent
 # Short runs that save every 100 steps.
 FLAGS = (

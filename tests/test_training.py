@@ -40,6 +40,7 @@ def make_learner(folder, **changes):
   return learner.Learner(agent, run)
 
 
+@pytest.mark.slow
 def test_acting_counts_environment_steps_and_learns(tmp_path):
   agent = make_learner(tmp_path, pretrain=2, action_repeat=3)
   image = np.zeros((2, 64, 64, 3), np.uint8)
@@ -55,6 +56,7 @@ def act_once(agent):
   agent({'image': image}, np.array([False]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('deterministic', [False, True])
 def test_updates_keep_their_ratio_to_steps(tmp_path, deterministic):
   """Whether they overlap with acting or not."""
@@ -73,6 +75,7 @@ def test_updates_keep_their_ratio_to_steps(tmp_path, deterministic):
   assert agent.updates == 3 + 3 * 4
 
 
+@pytest.mark.slow
 def test_acting_goes_on_while_learning(tmp_path):
   agent = make_learner(tmp_path, pretrain=1, train_every=2, train_steps=50)
   act_once(agent)  # waits for the first update, which traces
@@ -90,6 +93,7 @@ def test_acting_goes_on_while_learning(tmp_path):
   assert agent.updates == 21
 
 
+@pytest.mark.slow
 def test_failure_of_learning_reaches_the_caller(tmp_path):
   agent = make_learner(tmp_path, pretrain=1, train_every=2, train_steps=5)
   act_once(agent)
@@ -100,6 +104,7 @@ def test_failure_of_learning_reaches_the_caller(tmp_path):
   agent.halt()
 
 
+@pytest.mark.slow
 def test_halt_ends_learning_and_what_is_due_is_remembered(tmp_path):
   agent = make_learner(tmp_path, pretrain=1, train_every=2, train_steps=50)
   act_once(agent)
@@ -116,6 +121,7 @@ def test_halt_ends_learning_and_what_is_due_is_remembered(tmp_path):
   assert other.updates == 51
 
 
+@pytest.mark.slow
 def test_actor_delay_holds_the_actor_alone(tmp_path):
   agent = make_learner(tmp_path, actor_delay=2)
   opts = agent._agent.optimizers
@@ -126,6 +132,7 @@ def test_actor_delay_holds_the_actor_alone(tmp_path):
     assert after == dict(model=True, actor=not delayed, value=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('deterministic', [False, True])
 def test_non_finite_loss_stops_the_run(tmp_path, deterministic):
   agent = make_learner(tmp_path, deterministic=deterministic)
@@ -200,6 +207,7 @@ def read_metrics(logdir):
   return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_debug_run_is_stopped_killed_and_resumed(tmp_path):
   """On a real control suite task, in a folder with all that names may have."""
   logdir = tmp_path / 'a [1]*? ~ü:%s.zip'
@@ -321,6 +329,7 @@ def test_learning_needs_episodes(main, tmp_path):
   assert 'Choose --batch_length' not in text
 
 
+@pytest.mark.slow
 def test_a_replay_that_is_full_at_the_start_and_learning_from_it(
   main, tmp_path
 ):
@@ -367,6 +376,7 @@ def assert_never_begins_anew(main, logdir):
   assert 'Finished at step 350, 2 updates' in text
 
 
+@pytest.mark.slow
 def test_short_episodes_are_said_once(main, tmp_path):
   code, text = main(
     *('--steps=220', '--prefill=120', '--pretrain=1', '--train_steps=1'),
@@ -377,6 +387,7 @@ def test_short_episodes_are_said_once(main, tmp_path):
   assert re.search(r'Warning: [1-9]\d* of [1-9]\d* episodes have', text)
 
 
+@pytest.mark.slow
 def test_environment_that_cannot_start(tmp_path):
   """No OpenGL at all: one clear message, exit code 2, no traceback."""
   result = subprocess.run(
@@ -390,6 +401,7 @@ def test_environment_that_cannot_start(tmp_path):
   assert 'Traceback' not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'flags, words',
   [
@@ -424,6 +436,7 @@ def train_toy(logdir, task, steps):
   assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.slow
 def test_learns_toy_catch(tmp_path):
   """One-hot actions, early ends and predicted discounts, all at once.
 
@@ -461,6 +474,7 @@ def test_learns_toy_catch(tmp_path):
   assert (pcont[:, -1] < pcont[:, :-1].min(1)).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_learns_toy_reach(tmp_path):
   """Some 1,100 updates, a minute on an idle core, earn 4 times the random.
 

@@ -22,6 +22,8 @@ import suites
 import workers
 import wrappers
 
+pytestmark = pytest.mark.slow
+
 gym = wrappers.gym
 S = gymnasium.spaces
 PIXELS = S.Box(0, 255, (64, 64, 3), np.uint8)

@@ -521,6 +521,7 @@ def test_wrong_ray_address():
   assert done.stderr == ''
 
 
+@pytest.mark.slow
 def test_ray_without_egl_uses_osmesa():
   """And signals stay with the script, whose environment its Ray has."""
   code = """
@@ -551,6 +552,7 @@ def test_ray_without_egl_uses_osmesa():
   assert done.stderr == ''
 
 
+@pytest.mark.slow
 def test_cluster_of_two_hosts():
   """One CPU in all, on a host that goes away."""
   code = """
