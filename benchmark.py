@@ -412,7 +412,7 @@ class Parts:
 def parse_flags(argv):
   parser = cli.Parser(__doc__)
   parser.flag('--what', Parts(), list(PARTS), 'parts to time (all)')
-  parser.flag('--json', cli.Path(), help='file for the figures')
+  parser.flag('--json', cli.File(), help='file for the figures')
   for name in FLAGS:
     flag = configs.all_flags()[name]
     text = f'{flag.meaning} ({flag.default})'

@@ -125,6 +125,9 @@ class AttrDict(dict):
       raise AttributeError(name) from None
 
 
+TEMPORARY = r'\..+\.\d+\.tmp'  # names of files that `atomic_write` is at
+
+
 @contextlib.contextmanager
 def atomic_write(path):
   """Yields a binary file that appears under `path` whole or not at all."""
@@ -151,7 +154,8 @@ def atomic_write(path):
 def remove_temporary_files(directory):
   """Removes temporary files that `atomic_write` left when it was killed."""
   for path in pathlib.Path(directory).glob('.*.tmp'):
-    path.unlink()
+    if re.fullmatch(TEMPORARY, path.name):
+      path.unlink()
 
 
 # --- Signals ----------------------------------------------------------------
@@ -322,11 +326,27 @@ class Path:
       raise ValueError
     try:
       text.encode()
-      return pathlib.Path(text).expanduser()
+      path = pathlib.Path(text).expanduser()
+      if any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise Refused(' (names have at most 255 bytes)')
+      return path
     except UnicodeEncodeError:  # TensorFlow takes no others
       raise Refused(' (it is not UTF-8)') from None
     except RuntimeError:
       raise Refused(' (there is no such user)') from None
+
+
+class File(Path):
+  """A file to be written, in a folder that may not be there yet."""
+
+  def __str__(self):
+    return 'a path of a file'
+
+  def parse(self, text):
+    path = super().parse(text)
+    if path.is_dir():
+      raise Refused(' (it is a folder)')
+    return path
 
 
 class Arguments:

@@ -160,8 +160,13 @@ def read_metrics(path, xaxis='step', yaxis='test/return'):
   Lines that are not JSON (such as a half-written last one) and numbers that
   are not finite are left out with a warning.
   """
-  pairs, broken, infinite = [], 0, 0
-  lines = path.read_bytes().splitlines() if path.exists() else []
+  pairs, broken, infinite, lines = [], 0, 0, []
+  try:
+    lines = path.read_bytes().splitlines()
+  except FileNotFoundError:
+    pass
+  except OSError as error:
+    warn(f'{path} is left out: {error.strerror}')
   for line in lines:
     try:
       record = json.loads(line)
@@ -542,7 +547,7 @@ def parse_flags(argv):
     '--indir', cli.Path(), help='folders of runs', required=True, **several
   )
   parser.flag('--outdir', cli.Path(), help='folder for the curves')
-  parser.flag('--json', cli.Path(), help='file for the figures')
+  parser.flag('--json', cli.File(), help='file for the figures')
   parser.flag('--xaxis', cli.Text(), 'step', 'key of metrics.jsonl (step)')
   text = 'another key (test/return)'
   parser.flag('--yaxis', cli.Text(), 'test/return', text)

@@ -433,6 +433,11 @@ def check_logdir(config):
     try:
       return _check_resume(config, _saved_flags(path))
     except UnreadableError:
+      if not (logdir / 'episodes').is_dir():
+        raise UserError(
+          f'--logdir {logdir} holds something else (a config.json that is of '
+          'no run); choose a new folder'
+        ) from None
       path.rename(path.with_suffix('.json.broken'))
       cli.warn(
         f'{path} is not readable and is now {path.name}.broken; going on with '
@@ -443,8 +448,11 @@ def check_logdir(config):
   if 'config.json.broken' in names:
     return []
   # What a run leaves that was killed at its very start.
-  own = r'episodes|lock(-\d+)?|writable(-\d+)?|.*\.tmp'
+  own = rf'episodes|lock(-\d+)?|{cli.TEMPORARY}'
   others = sorted(n for n in names if not re.fullmatch(own, n))
+  lock, holder = logdir / 'lock', rb'(process \d+ on .*\n)?'
+  if lock.is_file() and not re.fullmatch(holder, lock.read_bytes()):
+    others.append('lock')
   if others:
     raise UserError(
       f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '
@@ -458,6 +466,8 @@ def _read_config(path):
   try:
     record = json.loads(path.read_text())
     record = dict(record, config=dict(record['config']))
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}') from None
   except (ValueError, KeyError, TypeError):
     raise UnreadableError(
       f'{path} is not readable as the configuration of a run'
@@ -490,6 +500,14 @@ def _saved_flags(path):
   saved = _read_config(path)['config']
   if not all(isinstance(saved.get(k), str) for k in ('task', 'preset')):
     raise UnreadableError(f'{path} does not say its task and preset')
+  for name in saved.keys() - {'logdir', 'task'}:
+    kind = all_flags()[name].kind
+    try:
+      kind.parse(str(_shown(saved[name])))
+    except (ValueError, KeyError, OverflowError):
+      raise UserError(
+        f'{path} has --{name} {_shown(saved[name])}, which is not {kind}'
+      ) from None
   return {**define_config(saved['task'], saved['preset']), **saved}
 
 
@@ -525,15 +543,21 @@ def versions():
 
 
 def _check_resume(config, saved):
-  """The flags that differ from the saved ones; UserError if one may not."""
-  changes = []
+  """The flags that differ from the saved ones; UserError if one may not.
+
+  A run that has neither episodes nor checkpoints yet may still change all.
+  """
+  changes, logdir = [], config.logdir
+  begun = any(logdir.glob('episodes/*.npz')) or any(
+    logdir.glob('checkpoints/ckpt-*')
+  )
   for name, flag in all_flags().items():
     old, new = saved[name], config[name]
     if name == 'logdir' or old == new:
       continue
     if name in RESOLVED and 'auto' in (old, new):
       continue
-    if flag.fixed:
+    if flag.fixed and begun:
       raise UserError(
         f'--logdir {config.logdir} holds a run with --{name} {_shown(old)}, '
         f'not {_shown(new)}. Resume it with the flags that it was started with '

@@ -92,6 +92,8 @@ def load_agent(config, actspace):
   for _ in range(3):  # a run beside us may replace all that we found
     if checkpoints.Checkpoints(folder, **objects).restore():
       return agent
+  if checkpoints.Checkpoints(folder, **objects).newest_trace():
+    raise UserError(f'no checkpoint in {folder} is whole')
   raise UserError(
     f'--logdir {config.logdir} has no checkpoint yet; a run saves its '
     'first one within --save_every minutes of updates'
@@ -235,7 +237,7 @@ def parse_flags(argv):
   parser.flag('--episodes', cli.Whole(1), 10, 'whole episodes (10)')
   parser.flag('--seed', cli.Whole(0, 2**32 - 1), 0, 'of the environment (0)')
   parser.flag('--outdir', cli.Path(), help='folder for videos')
-  parser.flag('--json', cli.Path(), help='file for the figures')
+  parser.flag('--json', cli.File(), help='file for the figures')
   return parser.parse(argv)
 
 

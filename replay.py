@@ -65,6 +65,10 @@ def count_episodes(directory):
   return len(lengths), sum(n - 1 for n in lengths if n)
 
 
+class OtherShape(ValueError):  # noqa: N818 (of a file, not of the program)
+  """An episode is whole, but its rows have another shape."""
+
+
 class EpisodeFile:
   """One episode on disk, read a window at a time.
 
@@ -185,7 +189,7 @@ class EpisodeFile:
     ):
       if arrays[key][0][1:] != expected:
         shape = arrays[key][0]
-        raise ValueError(f'{key} has shape {shape}, each row not {expected}')
+        raise OtherShape(f'{key} has shape {shape}, each row not {expected}')
 
   @staticmethod
   def _read(file, start, stop, offset, dtype, shape):
@@ -240,13 +244,25 @@ class Replay:
     self._recent.reverse()
 
   def check(self):
-    """Sets aside files whose structure is broken, all at once."""
+    """Sets aside files whose structure is broken, all at once.
+
+    UserError if all are whole, and of another task.
+    """
     self.rescan()
+    broken = []
     for episode in list(self._episodes.values()):
       try:
         episode.check()
       except ValueError as error:
-        self._set_aside(episode, error)
+        broken.append((episode, error))
+    others = [error for _, error in broken if isinstance(error, OtherShape)]
+    if others and len(others) == len(self._episodes):
+      raise UserError(
+        f'the episodes in {self._directory} are of another task: {others[0]}. '
+        'Give the --task and flags that they were made with, or a new --logdir'
+      )
+    for episode, error in broken:
+      self._set_aside(episode, error)
 
   def window(self, rng, length=None, balance=False):
     """One window: dictionary of arrays [length, ...], and `source`.

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import tempfile
 
 import keras
 import numpy as np
@@ -292,10 +293,8 @@ def setup_logdir(config, team=None):
   logdir, team = config.logdir, team or distribute.Team()
   try:
     logdir.mkdir(parents=True, exist_ok=True)
-    probe = logdir / f'writable{team.suffix}'
-    with cli.atomic_write(probe) as file:
-      file.write(b'')
-    probe.unlink()
+    with tempfile.TemporaryFile(dir=logdir):
+      pass
   except OSError as error:
     raise UserError(
       f'cannot write to --logdir {logdir}: {error.strerror}'
@@ -303,7 +302,8 @@ def setup_logdir(config, team=None):
   if team.chief:
     changes = configs.check_logdir(config)
     lock = checkpoints.Lock(logdir)
-    configs.write_config(config)
+    if not (logdir / 'config.json.broken').exists():
+      configs.write_config(config)  # else when it is known what run this is
     if changes:
       print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
   else:
@@ -434,14 +434,14 @@ def _prepare(run, envs):
   keras.utils.set_random_seed(config.seed)
   policy = setup_precision(config.precision)
   configs.resolve_actions(config, space)
+  shapes = dict(image=(64, 64, 3), action=space.shape)
+  replay.Replay(run.datadir, shapes=shapes).check()
   if run.team.chief:
     configs.write_config(config)
     _announce(run, policy)
     for line in envs[0].about:
       run.say(line)
   run.say(f'Training on {run.team}.')
-  shapes = dict(image=(64, 64, 3), action=space.shape)
-  replay.Replay(run.datadir, shapes=shapes).check()
   number_episodes(run, envs)
 
 

@@ -75,7 +75,7 @@ def test_stopwatch_leaves_the_first_call_out(monkeypatch):
   # Call 1 is not timed; then one second and three.
   clock = iter([0.0, 100.0, 101.0, 200.0, 203.0])
   fake = types.SimpleNamespace(perf_counter=lambda: next(clock))
-  monkeypatch.setattr(tools, 'time', fake)
+  monkeypatch.setattr(learner, 'time', fake)
   watch = learner.Stopwatch()
   assert watch.mean == 0
   for _ in range(3):

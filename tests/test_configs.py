@@ -305,7 +305,7 @@ def test_logdir_that_cannot_be_used(tmp_path, capsys):
 
 
 def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
-  names = ('lock', 'writable', '.writable.12.tmp', '.config.json.12.tmp')
+  names = ('lock', '.config.json.12.tmp')
   for name in names:
     (tmp_path / name).write_text('')
   training.setup_logdir(
@@ -319,6 +319,11 @@ def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   config = dreamer.define_config('toy_reach')
   config.logdir = tmp_path / 'run'
   training.setup_logdir(config)
+  config.num_units = 7
+  training.setup_logdir(config)  # nothing has been made with them yet
+  config.num_units = 64
+  training.setup_logdir(config)
+  (tmp_path / 'run' / 'episodes' / 'a-b-3.npz').touch()
   config.num_units = 7
   with pytest.raises(cli.UserError, match='--num_units 64, not 7'):
     training.setup_logdir(config)
@@ -347,6 +352,7 @@ def test_what_changes_the_function_of_the_weights_is_fixed(
   config = dreamer.define_config('gym_Some-v0')
   config.logdir = tmp_path / 'run'
   training.setup_logdir(config).release()
+  (config.logdir / 'episodes' / 'a-b-3.npz').touch()
   old = config[name]
   config[name] = value
   with pytest.raises(cli.UserError, match=f'--{name} .*, not ') as error:
@@ -391,3 +397,44 @@ def test_a_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch, name):
   for flag in flags:
     path = args[flag] if name == 'dreamer' else getattr(args, flag)
     assert path in (tmp_path / 'x [1]', [tmp_path / 'x [1]'])
+
+
+def foreign(folder):
+  """Files of the user's that a run might take for its own."""
+  (folder / 'episodes').mkdir(parents=True)
+  files = {
+    '.notes.tmp': 'mine',
+    'lock': 'my combination',
+    'writable': 'mine',
+    'episodes/survey.txt': 'mine',
+  }
+  for name, text in files.items():
+    (folder / name).write_text(text)
+  return files
+
+
+def test_files_of_the_users_are_left_alone(tmp_path, capsys):
+  files = foreign(tmp_path / 'run')
+  flags = ['--task', 'toy_reach', '--logdir', str(tmp_path / 'run')]
+  assert dreamer.main(flags) == 2
+  words = 'something else (.notes.tmp, writable, lock)'
+  assert words in capsys.readouterr().err
+  for name, text in files.items():
+    assert (tmp_path / 'run' / name).read_text() == text
+
+
+def test_config_of_another_program_is_left_alone(tmp_path, capsys):
+  (tmp_path / 'config.json').write_text('{"model_type": "bert"}')
+  assert dreamer.main(['--logdir', str(tmp_path)]) == 2
+  assert 'a config.json that is of no run' in capsys.readouterr().err
+  assert [p.name for p in tmp_path.iterdir()] == ['config.json']
+
+
+@pytest.mark.parametrize(
+  'name, value', [('behavior', 'nosuch'), ('deter_size', -4), ('pcont', 3)]
+)
+def test_saved_values_are_checked(tmp_path, name, value):
+  record = {'config': dict(task='toy_reach', preset='debug', **{name: value})}
+  (tmp_path / 'config.json').write_text(json.dumps(record))
+  with pytest.raises(cli.UserError, match=f'--{name} {value}, which is not'):
+    configs.load_config(tmp_path)

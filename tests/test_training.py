@@ -491,3 +491,26 @@ def test_learns_toy_reach(tmp_path):
   assert 5 < random < 12  # the prefill
   assert learned > 1.5 * random
   assert np.mean(test[-3:]) > 1.5 * random
+
+
+@pytest.mark.slow
+def test_flags_that_cannot_be_are_not_kept(main, tmp_path):
+  """A mistake in the first command is no hindrance to the second."""
+  code, error = main('--behavior=planning', task='toy_catch')
+  assert code == 2 and '--behavior' in error
+  code, error = main('--batch_length=8', task='toy_catch')
+  assert code == 0, error
+
+
+@pytest.mark.slow
+def test_episodes_of_another_task_are_left_alone(main, tmp_path):
+  """Though the config.json that says so is broken."""
+  assert main('--steps=500', task='toy_reach')[0] == 0
+  path = next(tmp_path.rglob('config.json'))
+  path.write_text(path.read_text()[:100])
+  episodes = sorted(path.parent.glob('episodes/*.npz'))
+  code, error = main('--steps=500', task='toy_catch')
+  assert code == 2 and 'are of another task' in error
+  assert sorted(path.parent.glob('episodes/*.npz')) == episodes
+  code, error = main('--steps=600', task='toy_reach')
+  assert code == 0, error
