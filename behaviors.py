@@ -201,7 +201,8 @@ class ActorOnly(Behavior):
     chance = pcont / self._c.discount if self._c.pcont else 1.0
     chance *= tf.ones_like(reward)
     zeros = tf.zeros_like(reward)
-    return tools.lambda_return(reward, zeros, chance, None, 1.0, 0), None
+    returns = tools.lambda_return(reward, zeros, chance, None, 1.0, 0)  # Eq. 4
+    return returns, None
 
 
 class ActorCritic(ActorOnly):

@@ -420,14 +420,12 @@ def parse_flags(argv):
   parser.flag('--repeats', cli.Whole(1, 1000), 5, 'of what is timed (5)')
   hidden = dict(nargs=2, help=argparse.SUPPRESS)
   parser.flag('--work', cli.Text(), **hidden)
-  args = parser.parse(argv)
-  if args.json and not os.access(args.json.parent, os.W_OK):
-    raise cli.UserError(f'cannot write --json {args.json}')
-  return args
+  return parser.parse(argv)
 
 
 def run(argv):
   args = parse_flags(argv)
+  cli.make_folders(args.json and args.json.parent)
   with tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
     words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]

@@ -14,6 +14,7 @@ import pathlib
 import re
 import signal
 import sys
+import threading
 import warnings
 
 import tqdm
@@ -113,6 +114,21 @@ def quiet_stderr():
 # --- Files ------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def interruptible():
+  """Ctrl-C ends the program at once, without a traceback: while it loads."""
+  handler = signal.getsignal(signal.SIGINT)
+  main = threading.current_thread() is threading.main_thread()
+  if not main or handler is not signal.default_int_handler:
+    yield
+    return
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
+
+
 class AttrDict(dict):
   """A dictionary whose keys are attributes too."""
 
@@ -123,6 +139,21 @@ class AttrDict(dict):
       return self[name]
     except KeyError:
       raise AttributeError(name) from None
+
+
+def make_folders(*paths):
+  """Makes the folders of what will be written, before the work is done.
+
+  Raises:
+    UserError: one cannot be made or written to.
+  """
+  for path in filter(None, paths):
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(f'cannot write to {path}: {error.strerror}') from None
+    if not os.access(path, os.W_OK):
+      raise UserError(f'cannot write to {path}')
 
 
 TEMPORARY = r'\..+\.\d+\.tmp'  # names of files that `atomic_write` is at
@@ -425,16 +456,24 @@ class Parser(argparse.ArgumentParser):
     Raises:
       UserError: unknown flag, or a value that its kind does not take.
     """
-    given, unknown = self.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    for word in words:  # first, as a required one may be misspelt
+      if word.startswith('--'):
+        self._check_name(word)
+    given, unknown = self.parse_known_args(words)
     for word in unknown:
-      names = [name for name, _, _ in self._flags.values()]
-      hint = nearest(word.split('=')[0], names, cutoff=0.7)
-      raise UserError(f'unknown argument {word}{hint or f"; {self._hint}"}')
+      raise UserError(f'unknown argument {word}; {self._hint}')
     return {
       key: self._read(*self._flags[key][:2], text)
       for key, text in vars(given).items()
       if text is not None
     }
+
+  def _check_name(self, word):
+    name, names = word.split('=')[0], [x for x, _, _ in self._flags.values()]
+    if name not in (*names, '--help'):
+      hint = nearest(name, names, cutoff=0.7) or f'; {self._hint}'
+      raise UserError(f'unknown argument {word}{hint}')
 
   def _read(self, name, kind, text):
     if isinstance(text, list):

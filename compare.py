@@ -134,11 +134,11 @@ def _read_config(path):
     config = dict(record['config'])
     method = record.get('method', 'dreamer')
     suffix = f'-{config.get("preset", "release")}'.replace('-release', '')
-    names = [config['task'], path.parent.parent.name, str(config['seed'])]
+    task = config['task'] + ''  # TypeError unless it is a name
+    names = [task, path.parent.parent.name, str(config['seed'])]
     if [*path.parts[-4:-1]] == names and names[1].startswith(f'{method}-'):
       method = names[1].removesuffix(suffix)
     method += suffix
-    task = config['task']
     if config.get('env_args'):  # another task
       task += f' {json.dumps(config["env_args"])}'
     return task, method, str(config['seed']), config
@@ -469,16 +469,16 @@ def plot(groups, paper, outdir, xaxis, yaxis, bins):
     for (other, method), runs in groups.items():
       if other == task:
         color = f'C{methods.index(method) % 10}'
-        last = max(last, _draw_runs(panel, runs, method, color, bins))
+        last = max(last, _draw_runs(panel, runs, _plain(method), color, bins))
     if paper and task in paper['final']:
       _draw_paper(panel, paper, task, last)
-    panel.set_title(task, fontsize='medium')
+    panel.set_title(_plain(task), fontsize='medium')
     panel.set_xlim(0, 1.02 * last or None)
     panel.ticklabel_format(axis='x', style='sci', scilimits=(0, 4))
   for panel in panels[len(tasks) :]:
     panel.remove()
-  figure.supxlabel('environment steps' if xaxis == 'step' else xaxis)
-  figure.supylabel(yaxis)
+  figure.supxlabel('environment steps' if xaxis == 'step' else _plain(xaxis))
+  figure.supylabel(_plain(yaxis))
   entries = {}
   for panel in panels[: len(tasks)]:
     handles, labels = panel.get_legend_handles_labels()
@@ -497,11 +497,18 @@ def plot(groups, paper, outdir, xaxis, yaxis, bins):
   return paths
 
 
+def _plain(text):
+  """Text in which Matplotlib sees no formula."""
+  return text.replace('$', r'\$')
+
+
 def _draw_runs(panel, runs, label, color, bins):
   """Each run, and mean and spread over seeds; returns the last step."""
   runs = [run for run in runs if len(run.steps)]
   last = max([run.steps[-1] for run in runs], default=0)
   width = bins if bins > 0 else max(last / 30, 1)
+  if last / width > 1e6:
+    raise UserError(f'--bins {bins:g} is too small: choose {last / 1000:g}')
   edges = np.arange(0, last + width, width)
   curves = np.full([len(runs), len(edges)], np.nan)
   for curve, run in zip(curves, runs, strict=True):
@@ -563,6 +570,7 @@ def parse_flags(argv):
 
 def run(argv):
   args = parse_flags(argv)
+  cli.make_folders(args.outdir, args.json and args.json.parent)
   runs = find_runs(args.indir, args.xaxis, args.yaxis)
   groups = group_runs(select(runs, args.tasks, args.methods))
   if not any(len(r.steps) for group in groups.values() for r in group):
@@ -579,7 +587,6 @@ def run(argv):
     print(line)
   try:
     if args.outdir:
-      args.outdir.mkdir(parents=True, exist_ok=True)
       for path in plot(
         groups, paper, args.outdir, args.xaxis, args.yaxis, args.bins
       ):

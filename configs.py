@@ -548,9 +548,8 @@ def _check_resume(config, saved):
   A run that has neither episodes nor checkpoints yet may still change all.
   """
   changes, logdir = [], config.logdir
-  begun = any(logdir.glob('episodes/*.npz')) or any(
-    logdir.glob('checkpoints/ckpt-*')
-  )
+  made = (logdir.glob(x) for x in ('episodes/*.npz', 'checkpoints/ckpt-*'))
+  begun = any(map(any, made))
   for name, flag in all_flags().items():
     old, new = saved[name], config[name]
     if name == 'logdir' or old == new:
@@ -559,9 +558,9 @@ def _check_resume(config, saved):
       continue
     if flag.fixed and begun:
       raise UserError(
-        f'--logdir {config.logdir} holds a run with --{name} {_shown(old)}, '
-        f'not {_shown(new)}. Resume it with the flags that it was started with '
-        f'(see {config.logdir / "config.json"}) or choose a new folder.'
+        f'--logdir {logdir} holds a run with --{name} {_shown(old)}, not '
+        f'{_shown(new)}. Resume it with the flags that it was started with '
+        f'(see {logdir / "config.json"}) or choose a new folder.'
       )
     changes.append(f'--{name} {_shown(new)} (was {_shown(old)})')
   return changes

@@ -155,6 +155,7 @@ class WorldModel:
       div=div,
       **{f'{k}_loss': -v for k, v in likes.items()},
     )
+    # Eq. 10, or Eq. 12 with J_S among the terms.
     loss = c.kl_scale * tf.maximum(div, c.free_nats) - sum(likes.values())
     return dict(model=loss), dict(metrics, model_loss=loss), post
 

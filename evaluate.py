@@ -89,10 +89,11 @@ def load_agent(config, actspace):
   objects = agent.trackable()
   del objects['random']  # from --seed instead
   folder = config.logdir / 'checkpoints'
+  saved = checkpoints.Checkpoints(folder, **objects)
   for _ in range(3):  # a run beside us may replace all that we found
-    if checkpoints.Checkpoints(folder, **objects).restore():
+    if saved.restore():
       return agent
-  if checkpoints.Checkpoints(folder, **objects).newest_trace():
+  if saved.newest_trace():
     raise UserError(f'no checkpoint in {folder} is whole')
   raise UserError(
     f'--logdir {config.logdir} has no checkpoint yet; a run saves its '
@@ -243,12 +244,11 @@ def parse_flags(argv):
 
 def run(argv):
   args = parse_flags(argv)
+  cli.make_folders(args.outdir, args.json and args.json.parent)
   config = configs.load_config(args.logdir)
   config.update(seed=args.seed, eval_noise=0.0)
   training.setup_precision(config.precision)
   try:
-    for path in filter(None, (args.outdir, args.json and args.json.parent)):
-      path.mkdir(parents=True, exist_ok=True)  # before the work, not after
     figures = evaluate(config, args.episodes, args.outdir)
     if args.json:
       args.json.write_text(json.dumps(figures, indent=2) + '\n')

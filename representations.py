@@ -61,7 +61,8 @@ class Reconstruction(RewardOnly):
     self.decoder(feat)
 
   def likes(self, feat, embed, data):
-    return dict(image=self.decoder(feat).log_prob(data['image']))  # J_O
+    likes = self.decoder(feat).log_prob(data['image'])  # J_O of Eq. 10
+    return dict(image=likes)
 
 
 class Contrastive(RewardOnly):
@@ -85,7 +86,8 @@ class Contrastive(RewardOnly):
     if mask is None:
       gaussian = [distribute.gather(x) for x in gaussian]
       first = distribute.replica()[0] * len(state)
-    return dict(state=tools.contrast(state, *gaussian, mask, first))  # J_S
+    likes = tools.contrast(state, *gaussian, mask, first)  # J_S of Eq. 12
+    return dict(state=likes)
 
   def _negatives(self, batch, length):
     """Which images each state is held against: bool [B*T, B*T], or None."""

@@ -152,7 +152,7 @@ def choose(tasks, methods=None):
   Raises:
     UserError: there is no such set, task or method.
   """
-  methods = methods and methods.split(',')
+  methods = methods if methods is None else methods.split(',')
   for method in methods or []:
     if method not in METHODS:
       raise UserError(
@@ -228,7 +228,8 @@ def make_runs(wanted, args):
 
 def warn_of_changes(run):
   """Says which flags a run was started with that are others now."""
-  before = read_json(run.logdir / 'config.json').get('config', {})
+  before = read_json(run.logdir / 'config.json').get('config')
+  before = before if isinstance(before, dict) else {}
   for name, value in run.config.items():
     if name in compare.FREE or name not in before or value == 'auto':
       continue

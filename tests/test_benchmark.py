@@ -47,7 +47,8 @@ def test_report_of_all_parts(tmp_path):
   [
     (['--what', 'trian'], 'did you mean train'),
     (['--task', 'dmc_walker_wlak'], 'dmc_walker_walk'),
-    (['--json', '/nowhere/report.json'], '/nowhere/report.json'),
+    (['--json', '/proc/nowhere/report.json'], '/proc/nowhere'),
+    (['--json', '/tmp'], '(it is a folder)'),
   ],
 )
 def test_bad_input_is_an_error_with_exit_code_2(words, message):

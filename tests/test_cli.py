@@ -1,7 +1,10 @@
 """What all commands share: signals, names, small things."""
 
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import types
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -11,6 +14,8 @@ import pytest
 import cli
 import learner
 import tools
+
+ROOT = pathlib.Path(cli.__file__).parent
 
 
 @pytest.fixture
@@ -83,3 +88,19 @@ def test_stopwatch_leaves_the_first_call_out(monkeypatch):
       pass
   assert watch.count == 3
   assert watch.mean == 2
+
+
+def test_interrupt_while_it_loads_leaves_no_traceback():
+  """Ctrl-C in the seconds before there is a run to be saved."""
+  code = 'import cli, time\nwith cli.interruptible(): print(1, flush=True)'
+  code += '; time.sleep(60)'
+  process = subprocess.Popen(
+    [sys.executable, '-c', code],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    cwd=ROOT,
+  )
+  assert process.stdout.readline() == b'1\n'
+  process.send_signal(signal.SIGINT)
+  _, error = process.communicate(timeout=20)
+  assert (process.returncode, error) == (-signal.SIGINT, b'')

@@ -283,6 +283,8 @@ def make_bad(kind, folder):
     write_run(folder / 'a', WALK, 0, [])
   elif kind == 'unreadable':
     (write_run(folder / 'a', WALK, 0, [(1, 1)]) / 'config.json').write_text('{')
+  elif kind == 'numbered':
+    write_run(folder / 'a', 5, 0, [(1, 1)])
   elif kind == 'nameless':
     write_metrics(folder / 'a', [(100_000, 1.0)])
 
@@ -293,6 +295,7 @@ def make_bad(kind, folder):
     ('empty', 'there is no run in'),
     ('no evaluation', 'no evaluation has finished'),
     ('unreadable', 'config.json is not readable'),
+    ('numbered', 'config.json is not readable'),
     ('nameless', 'not called task/method/seed'),
   ],
 )
@@ -312,6 +315,9 @@ def test_folders_without_results(tmp_path, kind, message, capsys):
     (['--indir', '{}', '--tasks', '('], '--tasks'),
     (['--indir', '{}', '--yaxis', 'nothing'], 'no run has nothing by step'),
     (['--indir', '{}', '--json', '/proc/nowhere/x'], 'cannot write'),
+    (['--indir', '{}', '--json', '{}'], '(it is a folder)'),
+    (['--indir', '{}', '--outdir', '{}', '--bins', '1e-6'], 'choose 100'),
+    (['--indri', '{}'], 'did you mean --indir?'),
   ],
 )
 def test_bad_flags(tmp_path, words, message, capsys):
@@ -343,6 +349,14 @@ def test_curves(tmp_path, capsys):
   orange = (three == (255, 127, 14)).all(-1)
   assert orange.any() and not (one == (255, 127, 14)).all(-1).any()
   assert f'Wrote {outdir}/curves.pdf.' in capsys.readouterr().out
+
+
+def test_names_are_no_formulas(tmp_path):
+  method = 'a $10^{ $'
+  write_metrics(tmp_path / WALK / method / '0', [(100_000, 1.0)])
+  words = [f'--indir={tmp_path}', f'--outdir={tmp_path / "plots"}']
+  assert compare.main(words) == 0
+  assert (tmp_path / 'plots' / 'curves.png').exists()
 
 
 def test_curves_show_mean_and_spread_by_bins(tmp_path):

@@ -272,6 +272,7 @@ def test_runs_name_their_method(tmp_path, flags, name):
   training.setup_logdir(config)
   record = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert record['method'] == name
+  (tmp_path / 'run' / 'episodes' / 'a-b-3.npz').touch()
   config.update(representation='contrastive', behavior='actor')
   with pytest.raises(cli.UserError, match='--representation|--behavior'):
     training.setup_logdir(config)

@@ -305,6 +305,7 @@ REACH = ('--tasks', 'toy_reach')
     (('--tasks', 'dmc2'), 'did you mean dmc20?'),
     (('--tasks', 'toy_reach,'), "''"),
     ((*REACH, '--methods', 'dremer'), 'did you mean dreamer'),
+    ((*REACH, '--methods', ''), "there is no ''"),
     (('--tasks', 'figure8', '--methods', 'planet'), 'figure8 has none of them'),
     ((*REACH, '--seeds', '0'), '--seeds takes a whole number from 1'),
     ((*REACH, '--seeds', 'x'), '--seeds'),
