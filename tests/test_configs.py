@@ -305,7 +305,8 @@ def test_logdir_that_cannot_be_used(tmp_path, capsys):
 
 
 def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
-  names = ('lock', '.config.json.12.tmp')
+  (tmp_path / 'episodes').mkdir()
+  names = ('lock', '.config.json.12.tmp', 'episodes/.notes.tmp')
   for name in names:
     (tmp_path / name).write_text('')
   training.setup_logdir(
@@ -313,6 +314,7 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
   ).release()
   left = {p.name for p in tmp_path.iterdir()}
   assert left == {'lock', 'config.json', 'episodes'}
+  assert (tmp_path / 'episodes' / '.notes.tmp').exists()  # not of a run
 
 
 def test_resume_with_another_shape_is_refused(tmp_path, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow as tf
 
 pytestmark = pytest.mark.slow
 
@@ -103,3 +104,6 @@ def test_a_head(tmp_path):
   check_style(tmp_path, names)
   metrics, _ = train(tmp_path, '--task', 'toy_reach')
   assert metrics['brightness_loss'] > 0
+  newest = tf.train.latest_checkpoint(tmp_path / 'run' / 'checkpoints')
+  saved = [name for name, _ in tf.train.list_variables(newest)]
+  assert any(name.startswith('brightness/') for name in saved)
