@@ -92,8 +92,13 @@ def test_stopwatch_leaves_the_first_call_out(monkeypatch):
 
 def test_interrupt_while_it_loads_leaves_no_traceback():
   """Ctrl-C in the seconds before there is a run to be saved."""
-  code = 'import cli, time\nwith cli.interruptible(): print(1, flush=True)'
-  code += '; time.sleep(60)'
+  code = """
+import cli, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it
+with cli.interruptible():
+  print(1, flush=True)
+  time.sleep(60)
+"""
   process = subprocess.Popen(
     [sys.executable, '-c', code],
     stdout=subprocess.PIPE,
