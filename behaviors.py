@@ -10,6 +10,7 @@ A action, E environments, F feature.
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
+import distribute
 import models
 import tools
 
@@ -125,8 +126,9 @@ class ActorOnly(Behavior):
     """Imagined features [H, N, F] from posterior states (section 3).
 
     Starts at every state of the batch, N = B * T (with `pcont` without the
-    last of each sequence, which may be terminal). The start is not part of
-    the result. Also returns the actions' log-probabilities [H, N].
+    last of each sequence, which may be terminal), or at `--imag_starts` of
+    them. The start is not part of the result. Also returns the entropy of the
+    action model at the states acted in, s_0 to s_{H-1}, [H, N].
     """
     dynamics = self._world.dynamics
     if self._c.pcont:
@@ -135,20 +137,39 @@ class ActorOnly(Behavior):
       k: tf.reshape(tf.stop_gradient(v), [-1, v.shape[-1]])
       for k, v in post.items()
     }
+    start = self._some(start, tf.bitwise.invert(seeds[0]))
 
     def step(carry, seeds):
       state, _ = carry
       dist = self.actor(tf.stop_gradient(dynamics.get_feat(state)))
       action = dist.sample(seed=seeds[0])  # Eq. 3
-      logprob = tf.stop_gradient(dist.log_prob(action))
-      return dynamics.img_step(state, action, seeds[1]), logprob
+      return dynamics.img_step(state, action, seeds[1]), self._entropy(
+        dist, action
+      )
 
-    states, logprob = tools.static_scan(
+    states, entropy = tools.static_scan(
       step,
       tf.reshape(seeds, [self._c.horizon, 2, 2]),
       (start, tf.zeros_like(start['stoch'][:, 0])),
     )
-    return dynamics.get_feat(states), logprob
+    return dynamics.get_feat(states), entropy
+
+  def _some(self, states, seed):
+    """`--imag_starts` of states {...: [N, ...]}, drawn without repetition."""
+    count, wanted = len(states['stoch']), self._c.imag_starts
+    wanted = -(-wanted // distribute.replica()[1])
+    if not 0 < wanted < count:
+      return states
+    chance = tf.random.stateless_uniform([count], seed)
+    index = tf.math.top_k(chance, wanted, sorted=False).indices
+    return {k: tf.gather(v, index) for k, v in states.items()}
+
+  def _entropy(self, dist, action):
+    """Of the action model in nats [N], by one sample where there is no form."""
+    if self._c.action_dist == 'onehot' and self._c.actor_entropy:
+      return dist.entropy()
+    logprob = dist.log_prob(action)
+    return -(logprob if self._c.actor_entropy else tf.stop_gradient(logprob))
 
   def actor_loss(self, post, seeds):
     """Objective of the action model, negated (Eq. 7).
@@ -169,7 +190,7 @@ class ActorOnly(Behavior):
     Returns:
       Loss, what `value_loss` takes, metrics.
     """
-    imag_feat, logprob = self.imagine(post, seeds)
+    imag_feat, entropy = self.imagine(post, seeds)
     reward = self._world.reward(imag_feat).mean()
     if self._c.pcont:
       pcont = self._world.pcont(imag_feat).mean()
@@ -179,9 +200,13 @@ class ActorOnly(Behavior):
     weights = tf.concat([tf.ones_like(pcont[:1]), pcont], 0)[: len(returns)]
     weights = tf.stop_gradient(tf.math.cumprod(weights, 0))
     loss = -tf.reduce_mean(weights * returns)  # Eq. 7
+    if self._c.actor_entropy:
+      acted = tf.concat([weights[:1], weights], 0)[: self._c.horizon]
+      bonus = tf.reduce_mean(acted * entropy)  # of s_0 to s_{H-1}
+      loss -= self._c.actor_entropy * bonus
     metrics = dict(
       actor_loss=loss,
-      action_ent=-tf.reduce_mean(logprob),
+      action_ent=tf.reduce_mean(entropy),
       imag_reward=tf.reduce_mean(reward),
       imag_return=tf.reduce_mean(returns),
     )

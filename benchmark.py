@@ -42,7 +42,7 @@ from logger import Logger
 
 ROOT = pathlib.Path(__file__).parent
 PARTS = ('startup', 'train', 'policy', 'replay', 'env', 'memory')
-FLAGS = ('task', 'preset', 'precision', 'representation', 'behavior')
+FLAGS = ('task', 'preset', 'precision', 'representation', 'behavior', 'inputs')
 EPISODES = 5  # of random actions, which all parts learn from
 
 
@@ -104,14 +104,15 @@ def _first_update(config, logdir):
 def train(config, repeats):
   """Seconds of an update, and of its parts, each compiled on its own."""
   agent = _agent(config)
-  batch = next(replay.load_dataset(config.logdir / 'episodes', config))
+  folder, inputs = config.logdir / 'episodes', agent.world.inputs
+  batch = next(replay.load_dataset(folder, config, inputs=inputs))
   times = median(lambda: agent.train(batch)['model_loss'].numpy(), repeats)
   split, spread = {}, {}
   for name, work in _pieces(agent, batch, config).items():
     middle, low, high = median(lambda f=work: _wait(f()), repeats)
     split[name], spread[name] = middle, [low, high]
   figures = dict(update_s=times[0], update_split_s=split)
-  if configs.method_name(config) == 'dreamer':
+  if configs.method_name(config) == 'dreamer' and not config.imag_starts:
     figures['update_gflop'] = update_flops(agent, config) / 1e9
   return figures, dict(update_s=times[1:], update_split_s=spread)
 
@@ -120,8 +121,9 @@ def _agent(config):
   training.setup_precision(config.precision)
   env = training.make_env(config)
   space = env.action_space
+  inputs = training.input_shapes(config, env.observation_space)
   env.close()
-  return dreamer.Dreamer(config, space)
+  return dreamer.Dreamer(config, space, inputs=inputs)
 
 
 def _wait(tensors):
@@ -131,8 +133,8 @@ def _wait(tensors):
 def _pieces(agent, batch, config):
   """The parts of an update as functions, on the same batch."""
   world, behavior, networks = agent.world, agent.behavior, agent.networks()
-  data = dreamer.preprocess(batch, config)
-  embed, action = world.encoder(data), data['action']
+  data = world.preprocess(batch)
+  embed, action = world.embed(data), data['action']
   seeds = agent.seeds(action.shape[1], 0)
   dream_seeds = agent.seeds(2 * config.horizon, 1)
   _, _, post = world.losses(data, seeds)
@@ -155,7 +157,7 @@ def _pieces(agent, batch, config):
     return run
 
   def encode():
-    return tf.reduce_sum(tf.cast(world.encoder(data), tf.float32))
+    return tf.reduce_sum(tf.cast(world.embed(data), tf.float32))
 
   def observe(embed):
     states = world.dynamics.observe(embed, action)
@@ -163,15 +165,18 @@ def _pieces(agent, batch, config):
 
   def heads(feat):
     terms = world.representation.likes(feat, embed, data)
-    terms['reward'] = world.reward(feat).log_prob(data['reward'])
+    for name in world.heads.keys() & data.keys():
+      terms[name] = world.heads[name](feat).log_prob(data[name])
     return -sum(tf.reduce_mean(term) for term in terms.values())
 
+  encoders = [name for name in world.networks if name.startswith('encode')]
+  decoders = world.networks.keys() - {'dynamics', *encoders}
   opts = list(agent.optimizers.values())
   zeros = [[tf.zeros(v.shape) for v in opt.variables] for opt in opts]
   pieces = {
-    'encoder': gradient(encode, ['encode']),
+    'encoder': gradient(encode, encoders),
     'observe': gradient(observe, ['dynamics'], embed),
-    'decoder_heads': gradient(heads, ['decode', 'state', 'reward'], feat),
+    'decoder_heads': gradient(heads, decoders, feat),
     'optimizers': tf.function(
       lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)]
     ),
@@ -233,7 +238,8 @@ def policy(config, repeats):
   agent = _agent(config)
   figures, spread = {}, {}
   for envs in (1, 8):
-    obs = dict(image=np.zeros([envs, 64, 64, 3], np.uint8))
+    shapes = agent.world.inputs
+    obs = {k: np.zeros([envs, *s], np.uint8) for k, s in shapes.items()}
     reset = np.zeros(envs, bool)
     state = agent(obs, reset, training=False)[1]
     call = functools.partial(agent, obs, reset, state, training=False)

@@ -327,6 +327,31 @@ class Text:
     return text
 
 
+class Names:
+  """Names with commas between them, without spaces and repetitions.
+
+  Args:
+    each: kind of a name.
+    empty: whether there may be none.
+  """
+
+  metavar = 'names'
+
+  def __init__(self, each=None, empty=False):
+    self.each, self._empty = each, empty
+
+  def __str__(self):
+    return f'{self.each or "names"}, with commas between them'
+
+  def parse(self, text):
+    words = [word.strip() for word in text.split(',')] if text.strip() else []
+    if '' in words or not (words or self._empty):
+      raise ValueError
+    for word in words if self.each else ():
+      self.each.parse(word)
+    return ','.join(dict.fromkeys(words))
+
+
 class Pattern:
   """A regular expression."""
 

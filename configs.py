@@ -13,6 +13,7 @@ import sys
 import typing
 
 import cli
+import spaces
 import suites
 import workers
 from cli import AttrDict, Choice, Number, Truth, UserError, Whole
@@ -64,7 +65,9 @@ REPRESENTATIONS = dict(
   reward=Arm('RewardOnly', 'reward'),
 )
 
-DREAMER = AttrDict(behavior='actor_critic', representation='reconstruction')
+DREAMER = AttrDict(
+  behavior='actor_critic', representation='reconstruction', inputs='image'
+)
 
 FIXED = True
 POSITIVE = Whole(1)
@@ -130,6 +133,14 @@ FLAGS = {
          'environments that run at the same time', 'release'),
     Flag('env_args', cli.Arguments(), {},
          'arguments of the constructor of a gym_ task', fixed=FIXED),
+    Flag('inputs', cli.Names(), 'image',
+         'what the agent sees: image, image_2, state (all vectors), or names '
+         'of vectors', 'section 2', FIXED),
+    Flag('record', cli.Names(empty=True), '',
+         'what episodes hold besides, such as image'),
+    Flag('cameras', cli.Names(cli.Whole(0, 1000), empty=True), '',
+         'of the control suite, for image, image_2, ...; the default is 0, or '
+         '2 for the quadruped', fixed=FIXED),
     Flag('env_errors', Choice('drop', 'stop'), 'drop',
          'what an error ends, after a whole episode: the episode, or the run'),
     Flag('parallel', PARALLEL, 'process',
@@ -175,10 +186,21 @@ FLAGS = {
          'Keras activation of convolutions', 'release', FIXED),
     Flag('cnn_depth', Whole(1, 1000), 32,
          'channels of the first convolution', 'release', FIXED),
+    Flag('vector_layers', LAYERS, 2,
+         'hidden layers of the encoder and the decoder of vectors',
+         'DreamerV2', FIXED),
+    Flag('vector_scale', Choice('symlog', 'none'), 'symlog',
+         'of the entries of vectors: sign(x) ln(1 + |x|), or as they are',
+         'DreamerV3', FIXED),
+    Flag('vector_std', Number(1e-3, 1e3), 0.3,
+         'standard deviation of their Gaussian in Eq. 10'),
     Flag('pcont', Truth(), False,
          'predict discounts, for early termination', 'App. A', FIXED),
     Flag('free_nats', WEIGHT, 3.0, 'nats of KL that cost nothing', 'App. A'),
     Flag('kl_scale', WEIGHT, 1.0, 'beta of Eq. 10', 'App. A'),
+    Flag('kl_balance', RATE, 0.0,
+         'share of beta that moves the prior, the rest the posterior; 0: one '
+         'term for both, Eq. 10', 'DreamerV2: 0.8'),
     Flag('pcont_scale', WEIGHT, 10.0, 'weight of the discount loss', 'release'),
     Flag('weight_decay', RATE, 0.0,
          'decoupled, for each update and rate', 'release'),
@@ -224,6 +246,12 @@ FLAGS = {
     Flag('disclam', Number(0, 1), 0.95, 'lambda of Eq. 6', 'App. A'),
     Flag('horizon', Whole(2, 1000), 15,
          'H, agent steps of imagination', 'App. A'),
+    Flag('imag_starts', Whole(), 0,
+         'states of a batch that imagination starts from, drawn anew; 0: all',
+         'section 3: all'),
+    Flag('actor_entropy', Number(0, 100), 0.0,
+         'weight of the entropy of actions beside Eq. 7, for each nat',
+         'DreamerV2'),
     Flag('action_dist', ACTION_DIST, 'auto',
          'action model; auto: by the action space', 'Eq. 3', FIXED),
     Flag('action_init_std', Number(1e-3, 50), 5.0,
@@ -302,10 +330,37 @@ PRESETS = {
 }
 
 
+# What presets are where no image is among the inputs. Vectors tell much in few
+# numbers: the posterior must not be held to the prior as for images, and the
+# prior must follow it. Most multiplications are of imagination, so it begins
+# at some states of the batch (docs/experiments.md).
+STATE_PRESETS = {
+  'cpu': dict(
+    batch_size=16,
+    batch_length=32,
+    num_units=200,
+    free_nats=1.0,
+    kl_scale=0.6,
+    kl_balance=0.83,
+    imag_starts=64,
+    actor_entropy=0.01,
+    train_steps=200,
+    pretrain=500,
+    model_lr=1e-3,
+    value_lr=3e-4,
+    actor_lr=1e-4,
+    precision='32',
+  ),
+}
+
+
 def method_name(config):
-  """What a run is called: dreamer, dreamer-contrastive, planet, ..."""
+  """What a run is called: dreamer, dreamer-contrastive, planet-state, ..."""
   arms = BEHAVIORS[config.behavior], REPRESENTATIONS[config.representation]
-  return '-'.join(arm.method for arm in arms if arm.method)
+  parts = [arm.method for arm in arms]
+  if config.inputs != 'image':
+    parts.append(re.sub(r'[^\w.]+', '-', config.inputs))
+  return '-'.join(filter(None, parts))
 
 
 def methods():
@@ -321,12 +376,16 @@ def methods():
   return found
 
 
-def define_config(task='dmc_walker_walk', preset='release'):
-  """Defaults of a task and preset: `AttrDict` from flag to value."""
+START = ('task', 'preset', 'inputs')  # what defaults depend on
+
+
+def define_config(task='dmc_walker_walk', preset='release', inputs='image'):
+  """Defaults of task, preset and inputs: `AttrDict` from flag to value."""
   config = AttrDict({k: flag.default for k, flag in all_flags().items()})
   config.update(suites.defaults(task))
-  config.update(PRESETS.get(preset, {}))
-  config.update(task=task, preset=preset)
+  seen = PRESETS if spaces.names_image(inputs) else {**PRESETS, **STATE_PRESETS}
+  config.update(seen.get(preset, {}))
+  config.update(task=task, preset=preset, inputs=inputs)
   return config
 
 
@@ -355,7 +414,7 @@ def parse_flags(argv):
         required=name == 'logdir',
       )
   given = parser.parse_given(argv)
-  start = {k: given[k] for k in ('task', 'preset') if k in given}
+  start = {k: given[k] for k in START if k in given}
   config = define_config(**start)
   config.update(given)
   _check_config(config)
@@ -364,7 +423,12 @@ def parse_flags(argv):
 
 def _check_config(config):
   """Refuses values that do not go together, with the flags' names."""
-  suites.check_parallel(config.task, config.parallel)
+  seen = f'{config.inputs},{config.record}'
+  suites.check_parallel(config.task, config.parallel, seen)
+  if config.cameras and not config.task.startswith('dmc_'):
+    raise UserError(
+      f'--cameras are of the control suite; {config.task} has none to choose'
+    )
   if config.env_args and not config.task.startswith('gym_'):
     raise UserError(
       f'--env_args is for gym_ tasks; {config.task} takes no arguments'
@@ -498,8 +562,9 @@ def load_config(logdir):
 def _saved_flags(path):
   """All flags of a config.json; what it lacks has its default."""
   saved = _read_config(path)['config']
-  if not all(isinstance(saved.get(k), str) for k in ('task', 'preset')):
-    raise UnreadableError(f'{path} does not say its task and preset')
+  saved.setdefault('inputs', 'image')  # before there were others
+  if not all(isinstance(saved.get(k), str) for k in START):
+    raise UnreadableError(f'{path} does not say its {", ".join(START)}')
   for name in saved.keys() - {'logdir', 'task'}:
     kind = all_flags()[name].kind
     try:
@@ -508,7 +573,10 @@ def _saved_flags(path):
       raise UserError(
         f'{path} has --{name} {_shown(saved[name])}, which is not {kind}'
       ) from None
-  return {**define_config(saved['task'], saved['preset']), **saved}
+  return {
+    **define_config(**{k: saved[k] for k in START if k in saved}),
+    **saved,
+  }
 
 
 def write_config(config):

@@ -5,16 +5,16 @@
 Symbols of the paper and their names here:
 
   s_t   model state            `post`, `prior`: {mean, std, stoch, deter}
-  o_t   image                  `data['image']`, `obs['image']`
+  o_t   image, or vectors      `data['image']`, `data['vector']`
   a_t   action                 `action`
   r_t   reward                 `reward`
   gamma discount               `config.discount`, per state `pcont`
   lambda                       `config.disclam`
   beta  KL scale               `config.kl_scale`
   H     imagination horizon    `config.horizon`
-  p_theta(s_t|s_t-1,a_t-1,o_t) `WorldModel.dynamics.obs_step` and `.encoder`
+  p_theta(s_t|s_t-1,a_t-1,o_t) `WorldModel.dynamics.obs_step` and `.embed`
   q_theta(s_t|s_t-1,a_t-1)     `WorldModel.dynamics.img_step`
-  q_theta(o_t|s_t)             `WorldModel.representation.decoder`
+  q_theta(o_t|s_t)             `WorldModel.representation.decoders`, `.vector`
   q_theta(r_t|s_t)             `WorldModel.reward`
   q_phi(a_t|s_t)               `behaviors.ActorCritic.actor`
   v_psi(s_t)                   `behaviors.ActorCritic.value`
@@ -40,25 +40,48 @@ import configs
 import distribute
 import models
 import representations
+import spaces
 import tools
 import training
 from configs import define_config as define_config
+from replay import IMAGE
 from replay import count_steps as count_steps
 from replay import load_dataset as load_dataset
 from training import make_env as make_env
 from training import summarize_episode as summarize_episode
 
 CONTEXT = 5  # images that a prediction sees
+KEYS = ('action', 'reward', 'discount')  # of a batch, besides the inputs
 
 
-def preprocess(obs, config):
-  """Images from uint8 to [-0.5, 0.5] and rewards as the model sees them."""
-  obs = {k: tf.convert_to_tensor(v) for k, v in obs.items()}
-  obs['image'] = tf.cast(obs['image'], tf.float32) / 255.0 - 0.5
-  if 'reward' in obs:
+def preprocess(obs, config, inputs=IMAGE):
+  """Observations as the model sees them.
+
+  Args:
+    obs: dictionary of tensors [..., *shape].
+    config: from `define_config`.
+    inputs: {name: shape} of the observations that the agent sees.
+
+  Returns:
+    Images in [-0.5, 0.5], all vectors as one, float32 `vector` [..., D], and
+    action, reward and discount where they are in `obs`.
+  """
+  data = {k: tf.convert_to_tensor(obs[k]) for k in KEYS if k in obs}
+  if 'reward' in data:
     clip = dict(none=lambda x: x, tanh=tf.tanh)[config.clip_rewards]
-    obs['reward'] = clip(tf.cast(obs['reward'], tf.float32))
-  return obs
+    data['reward'] = clip(tf.cast(data['reward'], tf.float32))
+  vectors = []
+  for name, shape in inputs.items():
+    value = tf.cast(tf.convert_to_tensor(obs[name]), tf.float32)
+    if spaces.is_image(name):
+      data[name] = value / 255.0 - 0.5
+    else:
+      batch = distribute.dims(value)[: value.shape.rank - len(shape)]
+      vectors.append(tf.reshape(value, [*batch, int(np.prod(shape))]))
+  if vectors:
+    scale = dict(none=lambda x: x, symlog=tools.symlog)[config.vector_scale]
+    data['vector'] = scale(tf.concat(vectors, -1))
+  return data
 
 
 class WorldModel:
@@ -67,30 +90,57 @@ class WorldModel:
   Args:
     config: from `define_config`.
     actions: A.
+    inputs: {name: shape} of the observations that the agent sees.
 
   Attributes:
-    encoder, dynamics: Keras layers.
+    encoders: {image, or 'vector' for all vectors: Keras layer}.
+    dynamics: Keras layer.
     representation: one of representations.py.
     heads: {name: Keras layer}, what is predicted from features.
     networks: {name in checkpoints: Keras layer}, all of them.
   """
 
-  def __init__(self, config, actions):
+  def __init__(self, config, actions, inputs=IMAGE):
     self._c = c = config
-    self.encoder = models.ConvEncoder(c.cnn_depth, c.cnn_act, name='encoder')
+    self.inputs = dict(inputs)
+    images = [name for name in inputs if spaces.is_image(name)]
+    self._size = sum(
+      int(np.prod(shape))
+      for name, shape in inputs.items()
+      if name not in images
+    )
+    self.encoders = {
+      name: models.ConvEncoder(
+        c.cnn_depth, c.cnn_act, name=name.replace('image', 'encoder')
+      )
+      for name in images
+    }
+    if self._size:
+      self.encoders['vector'] = models.DenseEncoder(
+        c.vector_layers, c.num_units, c.dense_act, name='encoder_vector'
+      )
     self.dynamics = models.RSSM(
       c.stoch_size, c.deter_size, c.deter_size, c.dense_act, name='dynamics'
     )
     arm = configs.REPRESENTATIONS[c.representation]
-    self.representation = getattr(representations, arm.network)(c)
+    self.representation = getattr(representations, arm.network)(c, images)
     head = functools.partial(
       models.DenseDecoder, (), units=c.num_units, act=c.dense_act
     )
     self.heads = dict(reward=head(c.reward_layers, name='reward'))
     if c.pcont:
       self.heads['pcont'] = head(c.pcont_layers, dist='binary', name='pcont')
+    if self._size:
+      self.heads['vector'] = models.DenseDecoder(
+        (self._size,),
+        c.vector_layers,
+        c.num_units,
+        act=c.dense_act,
+        std=c.vector_std,
+        name='vector',
+      )
     self.networks = dict(
-      encode=self.encoder,
+      **{_encoder_name(k): v for k, v in self.encoders.items()},
       dynamics=self.dynamics,
       **self.representation.networks,
       **self.heads,
@@ -107,9 +157,26 @@ class WorldModel:
     """Head of discounts, None if they are not predicted."""
     return self.heads.get('pcont')
 
+  @property
+  def vector(self):
+    """Head of vectors, q_theta(o_t|s_t); None if there are none."""
+    return self.heads.get('vector')
+
+  def embed(self, data):
+    """Embeddings [..., E] of preprocessed observations, side by side."""
+    parts = [encoder(data[name]) for name, encoder in self.encoders.items()]
+    if len(parts) == 1:
+      return parts[0]
+    return tf.concat([tf.cast(x, tf.float32) for x in parts], -1)
+
+  def preprocess(self, obs):
+    """See `preprocess`."""
+    return preprocess(obs, self._c, self.inputs)
+
   def _build(self, actions):
     """Makes the variables: runs every network once, on zeros."""
-    embed = self.encoder(dict(image=tf.zeros([1, 64, 64, 3])))
+    zeros = {k: tf.zeros([1, *shape]) for k, shape in self.inputs.items()}
+    embed = self.embed(self.preprocess(zeros))
     start, action = self.dynamics.initial(1), tf.zeros([1, actions])
     post, _ = self.dynamics.obs_step(start, action, embed)
     self.example = self.dynamics.get_feat(post)
@@ -136,7 +203,7 @@ class WorldModel:
       {'model': scalar}, metrics, posterior states {...: [B, T, ...]}.
     """
     c = self._c
-    embed = self.encoder(data)
+    embed = self.embed(data)
     post, prior = self.dynamics.observe(embed, data['action'], seed=seeds)
     feat = self.dynamics.get_feat(post)
     likes = self.representation.likes(feat, embed, data)  # J_O or J_S
@@ -144,11 +211,12 @@ class WorldModel:
     if self.pcont:  # soft labels 0 and gamma (Appendix A)
       like = self.pcont(feat).log_prob(c.discount * data['discount'])
       likes['pcont'] = c.pcont_scale * like
+    if self.vector:  # J_O, too
+      likes['vector'] = self.vector(feat).log_prob(data['vector'])
     likes = {k: tf.reduce_mean(v) for k, v in likes.items()}
+    div, cost = self.divergence(post, prior)
     prior_dist = self.dynamics.get_dist(prior)
     post_dist = self.dynamics.get_dist(post)
-    div = tf.reduce_mean(post_dist.kl_divergence(prior_dist))
-    div = distribute.global_mean(div)  # J_D, in nats
     metrics = dict(
       prior_ent=tf.reduce_mean(prior_dist.entropy()),
       post_ent=tf.reduce_mean(post_dist.entropy()),
@@ -156,8 +224,38 @@ class WorldModel:
       **{f'{k}_loss': -v for k, v in likes.items()},
     )
     # Eq. 10, or Eq. 12 with J_S among the terms.
-    loss = c.kl_scale * tf.maximum(div, c.free_nats) - sum(likes.values())
+    loss = c.kl_scale * cost - sum(likes.values())
     return dict(model=loss), dict(metrics, model_loss=loss), post
+
+  def divergence(self, post, prior):
+    """J_D of Eq. 10 in nats: its value, and what is to be small.
+
+    That is J_D, but at least the free nats. With `--kl_balance` b it is b
+    times that as a function of the prior alone, and 1 - b times that as a
+    function of the posterior alone (Hafner et al., 2021, Algorithm 2).
+
+    Args:
+      post, prior: states {...: [B, T, ...]}.
+
+    Returns:
+      Two scalars.
+    """
+    balance, free = self._c.kl_balance, self._c.free_nats
+
+    def nats(post, prior):
+      post, prior = map(self.dynamics.get_dist, (post, prior))
+      return distribute.global_mean(tf.reduce_mean(post.kl_divergence(prior)))
+
+    div = nats(post, prior)
+    if not balance:
+      return div, tf.maximum(div, free)
+    fixed_post, fixed_prior = (
+      {k: tf.stop_gradient(v) for k, v in state.items()}
+      for state in (post, prior)
+    )
+    of_prior = tf.maximum(nats(fixed_post, prior), free)
+    of_post = tf.maximum(nats(post, fixed_prior), free)
+    return div, balance * of_prior + (1.0 - balance) * of_post
 
   @tf.function
   def open_loop(self, data):
@@ -167,36 +265,49 @@ class WorldModel:
       data: batch of `load_dataset`, [B, T, ...].
 
     Returns:
-      Video in [0, 1], float32 [B, T, 3 * 64, 64, 3]: truth, model, error.
+      Video in [0, 1], float32 [B, T, 3 * 64, N * 64, 3]: truth, model, error
+      of N images side by side.
     """
-    data = preprocess(data, self._c)
-    model = self.representation.decoder(self._predict(data)).mean() + 0.5
-    truth = data['image'] + 0.5
-    error = (model - truth + 1.0) / 2.0
-    return tf.concat([truth, model, error], 2)
+    data, columns = self.preprocess(data), []
+    feat = self._predict(data)
+    for name, decoder in self.representation.decoders.items():
+      model, truth = decoder(feat).mean() + 0.5, data[name] + 0.5
+      error = (model - truth + 1.0) / 2.0
+      columns.append(tf.concat([truth, model, error], 2))
+    return tf.concat(columns, 3)
 
   @tf.function
-  def open_loop_rewards(self, data):
-    """As `open_loop`, where there is no decoder: true and predicted rewards.
+  def open_loop_curves(self, data):
+    """As `open_loop`, of numbers: true and predicted rewards and vectors.
 
     Args:
       data: batch of `load_dataset`, [B, T, ...].
 
     Returns:
-      Two float32 [B, T], as the model sees rewards.
+      {'reward': two float32 [B, T], 'vector', if there is one: two [B, T, D]},
+      as the model sees them.
     """
-    data = preprocess(data, self._c)
-    return data['reward'], self.reward(self._predict(data)).mean()
+    data = self.preprocess(data)
+    feat = self._predict(data)
+    heads = {k: self.heads[k] for k in ('reward', 'vector') if k in self.heads}
+    return {k: (data[k], head(feat).mean()) for k, head in heads.items()}
 
   def _predict(self, data):
-    """Features [B, T, F] from 5 images of context and the actions alone."""
+    """Features [B, T, F] from 5 steps of context and the actions alone."""
     context = min(CONTEXT, data['action'].shape[1] - 1)
-    embed = self.encoder(dict(image=data['image'][:, :context]))
+    embed = self.embed({k: data[k][:, :context] for k in self.encoders})
     action = data['action']
     post, _ = self.dynamics.observe(embed, action[:, :context])
     last = {k: v[:, -1] for k, v in post.items()}
     prior = self.dynamics.imagine(action[:, context:], last)
     return tf.concat([self.dynamics.get_feat(x) for x in (post, prior)], 1)
+
+
+def _encoder_name(name):
+  """Of an encoder in checkpoints: encode, encode_2, ..., encode_vector."""
+  if spaces.is_image(name):
+    return name.replace('image', 'encode')
+  return f'encode_{name}'
 
 
 class Dreamer:
@@ -209,6 +320,7 @@ class Dreamer:
     actspace: a `gym.spaces.Box` of shape [A] within [-1, 1], or of one-hot
       vectors, a `spaces.OneHotBox`.
     team: `distribute.Team`, or None for one device.
+    inputs: {name: shape} of the observations that it sees.
 
   Attributes:
     world, behavior: `WorldModel`, and one of behaviors.py.
@@ -217,7 +329,7 @@ class Dreamer:
     step, updates: environment steps and updates so far, variables int64.
   """
 
-  def __init__(self, config, actspace, team=None):
+  def __init__(self, config, actspace, team=None, inputs=IMAGE):
     configs.resolve_actions(config, actspace)
     self._c = config
     self._team = team or distribute.Team()
@@ -228,7 +340,7 @@ class Dreamer:
     self.step = counter()
     with self._team.scope():
       self.updates = counter()  # seeds the noise of updates, too
-      self.world = WorldModel(config, self.actions)
+      self.world = WorldModel(config, self.actions, inputs)
       arm = configs.BEHAVIORS[config.behavior]
       self.behavior = getattr(behaviors, arm.network)(
         config, self.world, self.actions, self._choices
@@ -301,7 +413,7 @@ class Dreamer:
     """One action for each environment; learns nothing.
 
     Args:
-      obs: dictionary of arrays [E, ...], `image` uint8 among them.
+      obs: dictionary of arrays [E, ...]; images are uint8.
       reset: bool [E], true where an episode begins.
       state: what the last call returned; None at the first.
       training: explore, else act as in evaluations.
@@ -313,8 +425,10 @@ class Dreamer:
       batch = len(reset)
       last = tf.zeros([batch, self.actions])
       state = self.world.dynamics.initial(batch), last
+    dtypes = {k: np.uint8 if spaces.is_image(k) else np.float32 for k in obs}
+    seen = {k: np.asarray(obs[k], dtypes[k]) for k in self.world.inputs}
     action, state = self.policy(
-      dict(image=obs['image']), reset, state, self.noise(training), training
+      seen, reset, state, self.noise(training), training
     )
     return action.numpy(), state
 
@@ -322,7 +436,7 @@ class Dreamer:
     """One action for each environment (Algorithm 1, interaction).
 
     Args:
-      obs: {image: uint8 [E, 64, 64, 3]}.
+      obs: the inputs: images uint8 [E, 64, 64, 3], vectors float32.
       reset: bool [E].
       state: (model state {...: [E, ...]}, last action [E, A]).
       noise: float scalar, exploration amount.
@@ -334,7 +448,7 @@ class Dreamer:
     keep = tf.cast(tf.logical_not(reset), tf.float32)[:, None]
     latent, action = tf.nest.map_structure(lambda x: x * keep, state)
     seeds = tools.make_seeds(3, self._random)
-    embed = self.world.encoder(preprocess(obs, self._c))
+    embed = self.world.embed(self.world.preprocess(obs))
     latent, _ = self.world.dynamics.obs_step(latent, action, embed, seeds[0])
     action = self.behavior.act(latent, seeds[1], training)
     action = self.explore(action, noise, seeds[2])
@@ -386,7 +500,7 @@ class Dreamer:
     All losses are computed before any variable moves.
 
     Args:
-      data: batch of `load_dataset`: image uint8 [B, T, 64, 64, 3], action
+      data: batch of `load_dataset`: images uint8 [B, T, 64, 64, 3], action
         [B, T, A], reward [B, T], discount [B, T]; as `Team.place` gives it.
 
     Returns:
@@ -396,7 +510,7 @@ class Dreamer:
 
   def _train_replica(self, data):
     """As `train`, with the rows of the batch that this replica has."""
-    data = preprocess(data, self._c)
+    data = self.world.preprocess(data)
     seeds = self.seeds(data['action'].shape[1], 0)
     with watch(self.optimizers['model'].variables) as tape:
       losses, metrics, post = self.world.losses(data, seeds)

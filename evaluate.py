@@ -8,8 +8,10 @@ acts without noise, by the mode of the action model (or its plan).
 
 With --outdir it writes behavior.gif and .mp4, the first episodes side by side,
 and prediction.gif, .mp4 and .png (Figure 5): the truth, what the model imagines
-from 5 images of context and the actions alone, and the difference. Their
-sequences are of the episodes of this evaluation, which no model was trained on.
+from 5 images of context and the actions alone, and the difference. A model that
+predicts vectors, or no images, gets curves of these numbers and of rewards in
+prediction_vector.png and prediction_reward.png. Their sequences are of the
+episodes of this evaluation, which no model was trained on.
 """
 
 import functools
@@ -27,6 +29,7 @@ import cli
 import configs
 import dreamer
 import logger
+import spaces
 import tools
 import training
 from cli import UserError
@@ -50,7 +53,7 @@ class Recorder:
   def __init__(self, total, repeat, seed):
     self.returns = []
     self.lengths = []  # environment steps
-    self.videos = []  # uint8 [T, 64, 64, 3] each
+    self.videos = []  # uint8 [T, 64, N * 64, 3] each, of N images
     self.windows = []  # {key: [T, ...]} each
     self._total, self._repeat = total, repeat
     self._rng = np.random.default_rng(seed)
@@ -65,27 +68,29 @@ class Recorder:
       flush=True,
     )
     if len(self.videos) < SHOWN:
-      self.videos.append(episode['image'][: training.VIDEO].copy())
+      images = [episode[k] for k in sorted(episode) if spaces.is_image(k)]
+      images = [x[: training.VIDEO] for x in images]
+      self.videos += [np.concatenate(images, 2)] if images else []
     if len(self.windows) < SEQUENCES:
       start = int(self._rng.integers(max(1, rows - LENGTH + 1)))
       self.windows.append(
         {k: v[start : start + LENGTH].copy() for k, v in episode.items()}
       )
 
-  def batch(self):
-    """Sequences for `Dreamer.open_loop`, [B, T, ...], of equal length."""
+  def batch(self, inputs):
+    """Sequences for `WorldModel.open_loop`, [B, T, ...], of equal length."""
     length = min(len(window['reward']) for window in self.windows)
-    keys = ('image', 'action', 'reward', 'discount')
+    keys = (*inputs, *dreamer.KEYS)
     return {k: np.stack([w[k][:length] for w in self.windows]) for k in keys}
 
 
-def load_agent(config, actspace):
+def load_agent(config, actspace, inputs=dreamer.IMAGE):
   """The agent of a logdir as its newest checkpoint has it.
 
   Raises:
     UserError: there is no checkpoint, or it is of other code.
   """
-  agent = dreamer.Dreamer(config, actspace)
+  agent = dreamer.Dreamer(config, actspace, inputs=inputs)
   objects = agent.trackable()
   del objects['random']  # from --seed instead
   folder = config.logdir / 'checkpoints'
@@ -112,7 +117,8 @@ def evaluate(config, episodes, outdir=None):
   recorder = Recorder(episodes, config.action_repeat, config.seed)
   env = training.make_env(config, 0, 'test', [recorder], lost=_report)
   try:
-    agent = load_agent(config, env.action_space)
+    inputs = training.input_shapes(config, env.observation_space)
+    agent = load_agent(config, env.action_space, inputs)
     print(
       f'{config.logdir}: {config.task}, {configs.method_name(config)}, '
       f'step {int(agent.step)}, {int(agent.updates.numpy())} updates.',
@@ -154,19 +160,20 @@ def write_videos(agent, recorder, outdir):
   """Writes all pictures of an evaluation to a folder."""
   outdir.mkdir(parents=True, exist_ok=True)
   write_video(outdir / 'behavior', side_by_side(recorder.videos))
-  batch, world = recorder.batch(), agent.world
-  if world.representation.decoder:
+  world = agent.world
+  batch = recorder.batch(world.inputs)
+  if world.representation.decoders:
     video = np.clip(255 * world.open_loop(batch).numpy(), 0, 255)
-    video = video.astype(np.uint8)  # [B, T, 3 * 64, 64, 3]
+    video = video.astype(np.uint8)  # [B, T, 3 * 64, N * 64, 3]
     write_video(outdir / 'prediction', side_by_side(list(video)))
     write_strips(outdir / 'prediction.png', video)
-  else:
-    curves = [x.numpy() for x in world.open_loop_rewards(batch)]
-    picture = imageio.imwrite(
-      '<bytes>', logger.plot_rewards(*curves), extension='.png'
-    )
-    (outdir / 'prediction.png').write_bytes(picture)
-    _wrote(outdir / 'prediction.png')
+    if not world.vector:
+      return
+  for name, pair in world.open_loop_curves(batch).items():
+    picture = logger.plot_curves(name, *(x.numpy() for x in pair))
+    path = outdir / f'prediction_{name}.png'
+    path.write_bytes(imageio.imwrite('<bytes>', picture, extension='.png'))
+    _wrote(path)
 
 
 def _wrote(path):
@@ -204,7 +211,7 @@ def write_strips(path, video):
 
   Args:
     path: of the picture.
-    video: uint8 [B, T, 3 * 64, 64, 3], truth, model and difference below each
+    video: uint8 [B, T, 3 * 64, W, 3], truth, model and difference below each
       other.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -247,6 +254,8 @@ def run(argv):
   cli.make_folders(args.outdir, args.json and args.json.parent)
   config = configs.load_config(args.logdir)
   config.update(seed=args.seed, eval_noise=0.0)
+  if args.outdir and not spaces.names_image(config.inputs):
+    config.record = 'image'  # for the video alone
   training.setup_precision(config.precision)
   try:
     figures = evaluate(config, args.episodes, args.outdir)

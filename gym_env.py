@@ -5,13 +5,16 @@ What an environment shows is looked at once, when it is made, and `about` says
 in words what the agent gets of it.
 """
 
+import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import inspect
 import json
 import re
+import typing
 
 import numpy as np
 
@@ -58,8 +61,10 @@ def _package(key):
 class GymEnv:
   """An environment that is registered with Gymnasium, or else with Gym.
 
-  The image is the observation or a part of it, where there is one that is an
-  image (see `spaces.image_layout`), else what the environment renders.
+  `image` is the observation or a part of it, where there is one that is an
+  image (see `spaces.image_layout`), else what the environment renders; further
+  ones are `image_2` and so on. All else that is made of numbers is a vector,
+  called by its keys with `/` between them, or `state` where there are none.
   `terminated` sets the discount to 0; a time limit of the registration, and
   `truncated`, end the episode with 1. Steps of four values, as in older
   versions of Gym, are understood.
@@ -69,32 +74,41 @@ class GymEnv:
     size: height and width of the image in pixels.
     seed: int or None.
     args: arguments of the constructor, by name.
+    inputs, record: see `spaces.View`.
 
   Attributes:
     about: what the agent sees, and what else there is, a list of sentences.
 
   Raises:
-    TaskError: not registered, wrong arguments, no images, or actions of an
-      unknown kind.
+    TaskError: not registered, wrong arguments, no such observation, no images
+      where they are wanted, or actions of an unknown kind.
   """
 
-  def __init__(self, name, size=(64, 64), seed=None, args=None):
+  def __init__(
+    self,
+    name,
+    size=(64, 64),
+    seed=None,
+    args=None,
+    inputs='image',
+    record='',
+  ):
     self._name, self._size, self._seed = name, tuple(size), seed
-    self._env, self._limit = make(name, args or {})
+    wanted = f'{inputs},{record}'
+    self._env, self._limit = make(name, args or {}, spaces.names_image(wanted))
     self._plain_render = False
     self._seeding = _seeding(self._env)
     parts = _flatten(self._env.observation_space)
-    self._path, self._layout = self._find_image(parts)
+    self._sources = self._find_images(parts, wanted)
+    vectors, others = _find_vectors(parts, self._sources)
+    self._sources.update(vectors)
     self.action_space = self._action_space(self._env.action_space)
-    self.observation_space = gym.spaces.Dict(
-      {'image': spaces.image_space(size)}
-    )
+    self._names = list(self._sources)
     self._reset(np.random.SeedSequence().entropy % 2**31)
-    try:
-      self.observe()
-    except (TypeError, AttributeError, NotImplementedError) as error:
-      raise self._no_images(error) from error
-    self.about = self._describe(parts)
+    offers = {k: self._offer(v, wanted) for k, v in self._sources.items()}
+    view = spaces.View(f'gym_{name}', offers, inputs, record)
+    self._names, self.observation_space = view.names, view.space
+    self.about = self._describe(view.about, others)
 
   def reseed(self, seed):
     self._seed = seed
@@ -122,8 +136,7 @@ class GymEnv:
 
   def observe(self):
     """Returns the observation of the present state."""
-    image, layout = self._image()
-    return {'image': spaces.resize(layout.read(image), self._size)}
+    return {name: self._read(self._sources[name]) for name in self._names}
 
   def close(self):
     self._env.close()
@@ -148,12 +161,12 @@ class GymEnv:
       self._env.seed(seed)
     return self._env.reset()
 
-  # Images
+  # Observations
 
-  def _find_image(self, parts):
-    """(keys, `Layout`) of the observation that is the image, or two Nones.
+  def _find_images(self, parts, wanted):
+    """{name: Source} of the observations that are images, or of what is drawn.
 
-    That which is called image, or else the first that is one.
+    The first is that which is called image, if there is one.
     """
     found, reason = {}, None
     for path, space in parts.items():
@@ -167,21 +180,50 @@ class GymEnv:
         continue
       if layout:
         found[path] = layout
-    if reason and not found:
+    if reason and not found and spaces.names_image(wanted):
       raise TaskError(f'gym_{self._name}: {reason}.')
-    path = next((p for p in found if p[-1:] == ('image',)), None)
-    path = path if path is not None else next(iter(found), None)
-    return path, found.get(path)
+    paths = sorted(found, key=lambda path: path[-1:] != ('image',))
+    images = {
+      spaces.image_name(i): Source(path, _called(path), layout=found[path])
+      for i, path in enumerate(paths)
+    }
+    drawn = Source(None, 'what the environment renders')
+    return images or dict(image=drawn)
 
-  def _image(self):
+  def _read(self, source):
+    """The observation of a source at the present state."""
+    if source.convert:
+      return source.convert(source.find(self._obs))
+    image, layout = self._image(source)
+    return spaces.resize(layout.read(image), self._size)
+
+  def _image(self, source):
     """The image of the present state, and its layout."""
-    if not self._layout:
-      image = self._render()
-      return image, self._rendered_layout(image)
-    image = self._obs
-    for key in self._path:
-      image = image[key]
-    return image, self._layout
+    if source.layout:
+      return source.find(self._obs), source.layout
+    image = self._render()
+    return image, self._rendered_layout(image)
+
+  def _offer(self, source, wanted):
+    """A source as `spaces.View` takes it; only what is wanted is drawn."""
+    if source.convert:
+      return spaces.Offer(source.space, source.text)
+    space, text = spaces.image_space(self._size), source.text
+    if not spaces.names_image(wanted):
+      return spaces.Offer(space, text)
+    with self._drawing():
+      image, layout = self._image(source)
+    text = f'{text}, {layout}'
+    if layout.read(image).shape[:2] != self._size:
+      text += f'; resized to {"x".join(map(str, self._size))}'
+    return spaces.Offer(space, text)
+
+  @contextlib.contextmanager
+  def _drawing(self):
+    try:
+      yield
+    except (TypeError, AttributeError, NotImplementedError) as error:
+      raise self._no_images(error) from error
 
   def _render(self):
     """What the environment draws, of any version of Gym."""
@@ -216,27 +258,15 @@ class GymEnv:
       f'{str(reason).rstrip(".")}.'
     )
 
-  def _describe(self, parts):
-    image, layout = self._image()
-    source = 'what the environment renders'
-    if self._layout:
-      source = _called(self._path)
-    about = [f'The agent sees {source}, {layout}.']
-    if layout.read(image).shape[:2] != self._size:
-      size = 'x'.join(map(str, self._size))
-      about[0] = f'{about[0][:-1]}; resized to {size}.'
-    others = [
-      f'{_called(path)} ({_outline(space)})'
-      for path, space in parts.items()
-      if path != self._path
-    ]
+  def _describe(self, about, others):
     if others:
-      about.append(f'Not used: {", ".join(others)}.')
+      about = [*about, f'Cannot be used: {", ".join(others)}.']
     if not self._seeding:
-      about.append(
+      about = [
+        *about,
         'The environment cannot be seeded: its episodes are others in every '
-        'run.'
-      )
+        'run.',
+      ]
     return about
 
   # Actions and rewards
@@ -277,7 +307,7 @@ class GymEnv:
     return float(array.reshape(()))
 
 
-def make(name, args):
+def make(name, args, draws=True):
   """Makes an environment by its id, without the wrappers that `make` adds.
 
   Those would refuse steps of four values, and their time limit cannot be told
@@ -286,6 +316,7 @@ def make(name, args):
   Args:
     name: the id, or 'module:id'.
     args: arguments of its constructor, by name.
+    draws: whether it will be asked to render.
 
   Returns:
     The environment, and its time limit in steps (None for none).
@@ -304,7 +335,7 @@ def make(name, args):
     registry = library.envs.registration.registry
     names += set(registry) - set(names)
     if key in registry:
-      return _construct(library, registry[key], args)
+      return _construct(library, registry[key], args, draws)
   raise _unknown(key, names)
 
 
@@ -329,12 +360,13 @@ def _unknown(key, names):
   )
 
 
-def _construct(library, spec, args):
+def _construct(library, spec, args, draws):
   bare = copy.copy(spec)
   bare.order_enforce, bare.max_episode_steps = False, None
   make = functools.partial(library.make, bare, disable_env_checker=True)
   try:
-    return _render_arrays(make, args), spec.max_episode_steps
+    env = _render_arrays(make, args) if draws else make(**args)
+    return env, spec.max_episode_steps
   except TypeError as error:
     if 'argument' not in str(error):
       raise
@@ -381,6 +413,68 @@ def _flatten(space, path=()):
   for key, part in items:
     parts.update(_flatten(part, (*path, key)))
   return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where an observation comes from.
+
+  Attributes:
+    path: keys that lead to its part of the environment's own observation.
+    text: what it is, in words.
+    layout: of an image; None for one that is rendered.
+    space, convert: of a vector: what it is, and the function to it.
+  """
+
+  path: tuple | None
+  text: str
+  layout: spaces.Layout | None = None
+  space: gym.spaces.Box | None = None
+  convert: typing.Callable | None = None
+
+  def find(self, obs):
+    for key in self.path:
+      obs = obs[key]
+    return obs
+
+
+# What episodes hold besides, and what `numpy.savez` takes for itself.
+RESERVED = ('action', 'reward', 'discount', 'source', 'file', 'allow_pickle')
+
+
+def _find_vectors(parts, images):
+  """{name: Source} of what is made of numbers, and in words what is not."""
+  found, others = {}, []
+  taken = [source.path for source in images.values()]
+  for path, space in parts.items():
+    if path in taken:
+      continue
+    box, convert = _vector(space)
+    if not box:
+      others.append(f'{_called(path)} ({_outline(space)})')
+      continue
+    name = '/'.join(map(str, path)).replace('\\', '/') or 'state'
+    if name in RESERVED or spaces.is_image(name) or ',' in name:
+      name = f'obs/{name.replace(",", "/")}'
+    text = f'{_called(path)} ({_outline(space)})'
+    found[name] = Source(path, text, space=box, convert=convert)
+  return found, others
+
+
+def _vector(space):
+  """The Box of a space as float32, and the function to it; (None, None)."""
+  if _is(space, 'Discrete'):
+    box = spaces.OneHotBox(space.n)
+    start = int(getattr(space, 'start', 0))
+    return box, lambda value: box.encode([int(value) - start])
+  if _is(space, 'MultiDiscrete'):
+    box = spaces.OneHotBox(space.nvec)
+    start = np.ravel(getattr(space, 'start', 0))
+    return box, lambda value: box.encode(np.ravel(value) - start)
+  if _is(space, 'Box') or _is(space, 'MultiBinary'):
+    box = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
+    return box, lambda value: np.asarray(value, np.float32)
+  return None, None
 
 
 def _called(path):

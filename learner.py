@@ -194,6 +194,7 @@ class Learner:
       self._agent.actions,
       source=True,
       part=(self._team.index, self._team.workers),
+      inputs=self._agent.world.inputs,
     )
     place = self._team.place
     placed = ((batch.pop('source'), place(batch)) for batch in batches)
@@ -256,14 +257,22 @@ class Learner:
     self._run.logger.flush()
 
   def _write_prediction(self, step):
-    """Logs predictions of six windows: a video, or curves of rewards."""
-    batch = next(replay.load_dataset(self._run.datadir, self._c, self.updates))
-    batch = {k: v[:6] for k, v in batch.items()}
+    """Logs predictions of six windows: a video, and curves of numbers.
+
+    The curves are for models that tell vectors, or no images.
+    """
     world = self._agent.world
-    if world.representation.decoder:
+    batch = next(
+      replay.load_dataset(
+        self._run.datadir, self._c, self.updates, inputs=world.inputs
+      )
+    )
+    batch = {k: v[:6] for k, v in batch.items()}
+    if world.representation.decoders:
       video = world.open_loop(batch).numpy()
       self._run.logger.video(step, 'agent/openl', video)
-    else:
-      curves = [x.numpy() for x in world.open_loop_rewards(batch)]
-      picture = logger.plot_rewards(*curves)
-      self._run.logger.video(step, 'agent/openl_reward', picture[None, None])
+      if not world.vector:
+        return
+    for name, pair in world.open_loop_curves(batch).items():
+      picture = logger.plot_curves(name, *(x.numpy() for x in pair))
+      self._run.logger.video(step, f'agent/openl_{name}', picture[None, None])

@@ -23,22 +23,36 @@ def encode_gif(frames, fps):
   return buffer.getvalue()
 
 
-def plot_rewards(truth, model, context=5):
-  """Draws rewards [B, T], true and predicted, as an image uint8 [H, W, 3].
+ROWS = 12  # entries of a vector that are drawn, at most
 
-  A line marks where the `context` agent steps with images end.
+
+def plot_curves(name, truth, model, context=5):
+  """Draws numbers, true and predicted, as an image uint8 [H, W, 3].
+
+  A line marks where the `context` agent steps with observations end.
+
+  Args:
+    name: of what is drawn.
+    truth, model: [B, T], or [B, T, D]: then each of the first D has a row.
+    context: agent steps.
   """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(2.4 * len(truth), 2), layout='constrained')
+  if truth.ndim == 2:
+    truth, model = truth[..., None], model[..., None]
+  count, rows = len(truth), min(truth.shape[-1], ROWS)
+  figure = Figure(figsize=(2.4 * count, 2 * rows), layout='constrained')
   canvas = FigureCanvasAgg(figure)
-  axes = figure.subplots(1, len(truth), sharey=True, squeeze=False)[0]
-  for axis, true, predicted in zip(axes, truth, model, strict=True):
-    axis.plot(true, label='true')
-    axis.plot(predicted, label='model')
+  axes = figure.subplots(rows, count, sharey='row', squeeze=False)
+  for row, column in np.ndindex(rows, count):
+    axis = axes[row, column]
+    axis.plot(truth[column, :, row], label='true')
+    axis.plot(model[column, :, row], label='model')
     axis.axvline(context - 0.5, color='gray', linewidth=0.8)  # then imagined
-  axes[0].legend(loc='best', fontsize='small')
+    if not column:
+      axis.set_ylabel(f'{name} {row}' if rows > 1 else name)
+  axes[0, 0].legend(loc='best', fontsize='small')
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
@@ -81,6 +95,7 @@ METRICS = {
   'run/resumed': 'The run was resumed here; later steps were lost',
   'world_model/model_loss': 'Nats for a state: Eq. 10 or 12, negated',
   'world_model/image_loss': 'Nats for an image; 11,291.9 where it is exact',
+  'world_model/vector_loss': 'Nats for all vectors, at --vector_std',
   'world_model/state_loss': 'Nats: J_S of Eq. 12 and ln K, negated',
   'world_model/reward_loss': 'Nats for a reward; 0.919 where it is exact',
   'world_model/pcont_loss': 'Nats for a discount, times --pcont_scale',
@@ -88,6 +103,7 @@ METRICS = {
   'world_model/prior_ent': 'Nats: entropy of the transition model',
   'world_model/post_ent': 'Nats: entropy of the representation model',
   'agent/openl': 'Truth, model and difference, from 5 images of context',
+  'agent/openl_vector': 'Vectors, true and from 5 steps of context',
   'agent/openl_reward': 'Rewards, true and from 5 images of context',
   'behavior/actor_loss': 'Imagined return, discounted and negated: Eq. 7',
   'behavior/action_ent': 'Nats: entropy of the action model, of one sample',

@@ -159,13 +159,28 @@ class ConvEncoder(keras.layers.Layer):
     ]
 
   def call(self, obs):
-    """Dictionary with `image` in [-0.5, 0.5]; other keys are not used."""
-    image = obs['image']
+    """Images in [-0.5, 0.5], or a dictionary with them as `image`."""
+    image = obs['image'] if isinstance(obs, dict) else obs
     x = tf.reshape(image, [-1, *image.shape[-3:]])
     for conv in self._convs:
       x = conv(x)
     size = int(np.prod(x.shape[1:]))
     return tf.reshape(x, tf.concat([tf.shape(image)[:-3], [size]], 0))
+
+
+class DenseEncoder(keras.layers.Layer):
+  """Vectors [..., D] to embeddings [..., units].
+
+  Args:
+    layers, units, act: of the hidden layers; without any, it is the identity.
+  """
+
+  def __init__(self, layers, units, act='elu', **kwargs):
+    super().__init__(**kwargs)
+    self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
+
+  def call(self, vector):
+    return _apply(self._hidden, vector)
 
 
 class ConvDecoder(keras.layers.Layer):
@@ -240,16 +255,19 @@ class DenseDecoder(keras.layers.Layer):
     shape: event shape, () for a scalar.
     layers: hidden layers.
     units: their units.
-    dist: 'normal', a Gaussian of unit variance, or 'binary', a Bernoulli.
+    dist: 'normal', a Gaussian, or 'binary', a Bernoulli.
     act: activation.
+    std: standard deviation of the Gaussian.
   """
 
-  def __init__(self, shape, layers, units, dist='normal', act='elu', **kwargs):
+  def __init__(
+    self, shape, layers, units, dist='normal', act='elu', std=1.0, **kwargs
+  ):
     super().__init__(**kwargs)
     if dist not in ('normal', 'binary'):
       raise ValueError(f"dist is 'normal' or 'binary', not {dist!r}")
     self._shape = shape
-    self._dist = dist
+    self._dist, self._std = dist, std
     self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
     self._out = Dense(int(np.prod(shape)), name='out')
 
@@ -261,7 +279,7 @@ class DenseDecoder(keras.layers.Layer):
     if self._dist == 'binary':
       base = tfd.Bernoulli(logits=x, dtype=tf.float32)
     else:
-      base = tfd.Normal(x, 1.0)
+      base = tfd.Normal(x, self._std)
     return tfd.Independent(base, len(self._shape))
 
 

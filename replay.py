@@ -1,6 +1,6 @@
 """Replay: episodes on disk, windows and batches of them, and their recording.
 
-An episode is a file of plain arrays; row t has the image that came after
+An episode is a file of plain arrays; row t has the observation that came after
 action[t] (see `Collect`). No TensorFlow here.
 """
 
@@ -11,11 +11,13 @@ import functools
 import itertools
 import pathlib
 import struct
+import types
 import uuid
 import zipfile
 
 import numpy as np
 
+import spaces
 import workers
 from cli import UserError, atomic_write, warn
 
@@ -109,8 +111,8 @@ class EpisodeFile:
             key: self._read(file, start, stop, *member)
             for key, member in self._members.items()
           }
-      for key in ('action', 'reward', 'discount'):
-        if not np.isfinite(rows[key]).all():
+      for key in ('action', 'reward', 'discount', *self._shapes):
+        if not spaces.is_image(key) and not np.isfinite(rows[key]).all():
           raise ValueError(f'{key} is not finite')
       return rows
 
@@ -151,7 +153,7 @@ class EpisodeFile:
         if info.file_size != header + size:
           raise ValueError(f'{info.filename} has not the size of its array')
         key = info.filename.removesuffix('.npy')
-        if '/' in key or '\\' in key:
+        if '\\' in key or '..' in key or key.startswith('/'):
           raise ValueError(f'{info.filename} is no name of an array')
         arrays[key] = shape, dtype
         stored = stored and info.compress_type == zipfile.ZIP_STORED
@@ -174,19 +176,17 @@ class EpisodeFile:
       raise ValueError(f'the checksum of {broken} is wrong')
 
   def _check(self, arrays):
-    missing = {'image', 'action', 'reward', 'discount'} - set(arrays)
+    wanted = {**self._shapes, 'reward': (), 'discount': ()}
+    missing = {'action', *wanted} - set(arrays)
     if missing:
       raise ValueError(f'it lacks {", ".join(sorted(missing))}')
     for key, (shape, _) in arrays.items():
       if not shape or shape[0] != self.length:
         raise ValueError(f'{key} has shape {shape}, not {self.length} rows')
-    if arrays['image'][1] != np.uint8:
-      raise ValueError(f'image is {arrays["image"][1]}, not uint8')
-    for key, expected in (
-      *self._shapes.items(),
-      ('reward', ()),
-      ('discount', ()),
-    ):
+    for key in filter(spaces.is_image, arrays):
+      if arrays[key][1] != np.uint8:
+        raise ValueError(f'{key} is {arrays[key][1]}, not uint8')
+    for key, expected in wanted.items():
       if arrays[key][0][1:] != expected:
         shape = arrays[key][0]
         raise OtherShape(f'{key} has shape {shape}, each row not {expected}')
@@ -348,8 +348,17 @@ def count_steps(datadir, config, folders=1):
   return count_episodes(datadir)[1] * config.action_repeat * folders
 
 
+IMAGE = types.MappingProxyType(dict(image=(64, 64, 3)))
+
+
 def load_dataset(
-  directory, config, start=0, actions=None, source=False, part=(0, 1)
+  directory,
+  config,
+  start=0,
+  actions=None,
+  source=False,
+  part=(0, 1),
+  inputs=IMAGE,
 ):
   """Yields batches of windows for ever: numpy arrays [B, T, ...].
 
@@ -364,6 +373,7 @@ def load_dataset(
     actions: A, if episodes with other actions are to be set aside.
     source: say where the windows are from, as `source`, strings [B].
     part: (index, number) of processes, each of which draws its share of B.
+    inputs: {name: shape} of the observations that the agent sees.
   """
   share = config.batch_size // part[1]
   capacity = -(-config.replay_capacity // config.action_repeat)
@@ -376,13 +386,15 @@ def load_dataset(
     stream=part[0],
     capacity=capacity,
     start=start,
-    shapes=actions and dict(image=(64, 64, 3), action=(actions,)),
+    shapes={**inputs, **(dict(action=(actions,)) if actions else {})},
   )
   while True:
     batch = [next(windows) for _ in range(share)]
-    data = {'image': np.stack([x['image'] for x in batch])}
-    for key in ('action', 'reward', 'discount'):
-      data[key] = np.stack([x[key] for x in batch]).astype(np.float32)
+    data = {}
+    for key in (*inputs, 'action', 'reward', 'discount'):
+      data[key] = np.stack([x[key] for x in batch])
+      if not spaces.is_image(key):
+        data[key] = data[key].astype(np.float32)
     if source:
       data['source'] = np.array([x['source'] for x in batch])
     yield data

@@ -19,16 +19,17 @@ class RewardOnly:
 
   Args:
     config: from `configs.define_config`.
+    images: names of the images among the inputs.
 
   Attributes:
     networks: {name in checkpoints: Keras layer}.
-    decoder: the network that makes images of features, None without one.
+    decoders: {image: the network that makes it of features}.
   """
 
-  def __init__(self, config):
+  def __init__(self, config, images):
     self._c = config
     self.networks = {}
-    self.decoder = None
+    self.decoders = {}
 
   def build(self, feat, embed):
     """Makes the variables, from a feature [1, F] and an embedding [1, E]."""
@@ -50,26 +51,32 @@ class RewardOnly:
 class Reconstruction(RewardOnly):
   """States tell the images that they came from: J_O of Eq. 10."""
 
-  def __init__(self, config):
-    super().__init__(config)
-    self.decoder = models.ConvDecoder(
-      config.cnn_depth, config.cnn_act, name='decoder'
-    )
-    self.networks = dict(decode=self.decoder)
+  def __init__(self, config, images):
+    super().__init__(config, images)
+    for name in images:
+      suffix = name.removeprefix('image')
+      self.decoders[name] = self.networks[f'decode{suffix}'] = (
+        models.ConvDecoder(
+          config.cnn_depth, config.cnn_act, name=f'decoder{suffix}'
+        )
+      )
 
   def build(self, feat, embed):
-    self.decoder(feat)
+    for decoder in self.decoders.values():
+      decoder(feat)
 
   def likes(self, feat, embed, data):
-    likes = self.decoder(feat).log_prob(data['image'])  # J_O of Eq. 10
-    return dict(image=likes)
+    return {  # J_O of Eq. 10
+      name: decoder(feat).log_prob(data[name])
+      for name, decoder in self.decoders.items()
+    }
 
 
 class Contrastive(RewardOnly):
-  """Images tell the state that they led to, among others: J_S of Eq. 12."""
+  """Observations tell which state they led to, of many: J_S of Eq. 12."""
 
-  def __init__(self, config):
-    super().__init__(config)
+  def __init__(self, config, images):
+    super().__init__(config, images)
     size = config.stoch_size + config.deter_size
     self._state = models.StateModel(
       size, config.num_units, config.dense_act, name='state'

@@ -1,19 +1,103 @@
-"""Images and actions, as environments have them and as the agent does.
+"""Observations and actions, as environments have them and as the agent does.
 
-The agent sees uint8 [64, 64, 3] and acts in [-1, 1]^A, or by one-hot vectors
-side by side. Environments show images in many layouts, and take actions from
-boxes of any bounds and type, or from several sets of choices.
+The agent sees images, uint8 [64, 64, 3], and vectors, and acts in [-1, 1]^A, or
+by one-hot vectors side by side. Environments show images in many layouts, and
+take actions from boxes of any bounds and type, or from several sets of choices.
 """
 
 import dataclasses
+import re
+import typing
 
 import numpy as np
 import PIL.Image
 
-from cli import quiet_stderr
+from cli import nearest, quiet_stderr
+from workers import TaskError
 
 with quiet_stderr():
   import gym.spaces
+
+# --- Observations -----------------------------------------------------------
+
+
+def is_image(name):
+  """Whether an observation is an image: image, image_2, image_3, ..."""
+  return re.fullmatch(r'image(_\d+)?', name) is not None
+
+
+def image_name(index):
+  """Name of an environment's image number `index`, from 0."""
+  return f'image_{index + 1}' if index else 'image'
+
+
+def names_image(inputs):
+  """Whether `--inputs`, a text, asks for an image."""
+  return any(map(is_image, inputs.split(',')))
+
+
+class Offer(typing.NamedTuple):
+  """An observation that an environment can show: its space, and in words."""
+
+  space: gym.spaces.Box
+  text: str
+
+
+class View:
+  """What is shown of all that an environment has to show.
+
+  Args:
+    task: its name, for errors.
+    offers: {name: Offer}.
+    inputs: what the agent sees, names with commas between them; `state` stands
+      for all that are no images.
+    record: what is shown besides, to be stored, likewise; may be empty.
+
+  Attributes:
+    names: what is shown, a list: images first, and both by their names.
+    about: in words what the agent sees, and what not, a list of sentences.
+
+  Raises:
+    TaskError: there is no such observation.
+  """
+
+  def __init__(self, task, offers, inputs='image', record=''):
+    used = choose(task, offers, inputs)
+    kept = choose(task, offers, record) if record else []
+    self.names = in_order({*used, *kept})
+    self.space = gym.spaces.Dict({k: offers[k].space for k in self.names})
+    self.about = [f'The agent sees {_listed(used, offers)}.']
+    unused = in_order(offers.keys() - used)
+    if unused:
+      self.about.append(f'Not used: {_listed(unused, offers)}.')
+
+
+def choose(task, offers, inputs):
+  """The observations that `--inputs` names, in order; see `View`."""
+  vectors = [name for name in offers if not is_image(name)]
+  chosen = set()
+  for word in inputs.split(','):
+    if word == 'state' and vectors:
+      chosen.update(vectors)
+    elif word in offers:
+      chosen.add(word)
+    else:
+      names = [*in_order(offers), *(['state'] if vectors else [])]
+      raise TaskError(
+        f'--inputs {word}: {task} has no such observation'
+        f'{nearest(word, names)}; it has {", ".join(names)}'
+      )
+  return in_order(chosen)
+
+
+def in_order(names):
+  """Images first, and both by their names."""
+  return sorted(names, key=lambda name: (not is_image(name), name))
+
+
+def _listed(names, offers):
+  return ', '.join(offers[name].text for name in names)
+
 
 # --- Images -----------------------------------------------------------------
 

@@ -5,8 +5,10 @@ suite (defaults, whether it renders, the scale of its returns) is read from here
 and said nowhere else. No TensorFlow.
 """
 
+import dataclasses
 import typing
 
+import spaces
 import workers
 import wrappers
 from cli import nearest
@@ -68,12 +70,25 @@ DISCRETE = dict(
 # --- The registry -----------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How an environment is made; see `make_task`."""
+
+  action_repeat: int = 2
+  time_limit: int = 1000
+  seed: int | None = None
+  test: bool = False
+  args: dict | None = None
+  inputs: str = 'image'
+  record: str = ''
+  cameras: tuple = ()
+
+
 class Suite(typing.NamedTuple):
   """A family of tasks.
 
   Attributes:
-    make: function (name, action_repeat, seed, test, args) of an environment
-      that repeats actions; see `make_task`.
+    make: function (name, `Options`) of an environment that repeats actions.
     form: how its tasks are written.
     names: function without arguments that lists the tasks, without the suite's
       name; None if only the suite itself knows them.
@@ -94,26 +109,52 @@ class Suite(typing.NamedTuple):
   require: typing.Callable = lambda name: None
 
 
-def _dmc(name, repeat, seed, test, args):
-  env = wrappers.DeepMindControl(name, seed=seed)
-  return wrappers.ActionRepeat(env, repeat)
+def _dmc(name, opts):
+  record = f'{opts.record},state' if opts.record else 'state'
+  env = wrappers.DeepMindControl(
+    name,
+    cameras=opts.cameras,
+    seed=opts.seed,
+    inputs=opts.inputs,
+    record=record,
+  )
+  return wrappers.ActionRepeat(env, opts.action_repeat)
 
 
-def _atari(name, repeat, seed, test, args):
-  return wrappers.Atari(name, repeat, life_done=not test, seed=seed)
+def _atari(name, opts):
+  return wrappers.Atari(
+    name,
+    opts.action_repeat,
+    life_done=not opts.test,
+    seed=opts.seed,
+    inputs=opts.inputs,
+  )
 
 
-def _lab(name, repeat, seed, test, args):
-  return wrappers.DeepMindLab(name, repeat, seed=seed, test=test)
+def _lab(name, opts):
+  return wrappers.DeepMindLab(
+    name,
+    opts.action_repeat,
+    seed=opts.seed,
+    test=opts.test,
+    inputs=opts.inputs,
+  )
 
 
-def _gym(name, repeat, seed, test, args):
-  env = GymEnv(name, seed=seed, args=args)
-  return wrappers.ActionRepeat(env, repeat)
+def _gym(name, opts):
+  env = GymEnv(
+    name,
+    seed=opts.seed,
+    args=opts.args,
+    inputs=opts.inputs,
+    record=opts.record,
+  )
+  return wrappers.ActionRepeat(env, opts.action_repeat)
 
 
-def _toy(name, repeat, seed, test, args):
-  return wrappers.ActionRepeat(wrappers.TOYS[name](seed), repeat)
+def _toy(name, opts):
+  env = wrappers.TOYS[name](opts.seed, opts.inputs, opts.record)
+  return wrappers.ActionRepeat(env, opts.action_repeat)
 
 
 SUITES = dict(
@@ -196,12 +237,12 @@ def check_task(task):
   raise TaskError(f'There is no task {task!r}{hint}')
 
 
-def check_parallel(task, strategy):
+def check_parallel(task, strategy, inputs='image'):
   """Raises TaskError where `strategy` is unknown or would crash for `task`.
 
-  Tasks that render cannot share a process with TensorFlow, so 'thread' and
-  'none' are refused for them in a process that has imported it. 'ray' is
-  refused where it is not installed.
+  Tasks that render (those of `inputs` without an image do not) cannot share a
+  process with TensorFlow, so 'thread' and 'none' are refused for them in a
+  process that has imported it. 'ray' is refused where it is not installed.
   """
   if strategy not in workers.STRATEGIES:
     raise TaskError(
@@ -213,16 +254,15 @@ def check_parallel(task, strategy):
 
     ray_workers.require_ray()
   suite, _ = find(task)
-  if strategy in ('thread', 'none') and suite.renders:
+  renders = suite.renders and spaces.names_image(inputs)
+  if strategy in ('thread', 'none') and renders:
     wrappers.refuse_tensorflow(task)
 
 
 # --- Environments by name ---------------------------------------------------
 
 
-def make_task(
-  task, action_repeat=2, time_limit=1000, seed=None, test=False, args=None
-):
+def make_task(task, *args, **kwargs):
   """Makes the environment of a task, with the wrappers that it needs.
 
   Args:
@@ -232,24 +272,29 @@ def make_task(
     seed: int; the same seed gives the same trajectory. None: a fresh one.
     test: for evaluation: whole games of Atari, held-out levels of Lab.
     args: arguments of the constructor of a gym_<id>, by name.
+    inputs: observations that the agent sees, names with commas between them;
+      `state` stands for all vectors.
+    record: observations to be stored besides, likewise; '' for none.
+    cameras: of the control suite: indices, in the order of the images.
 
   Returns:
     An environment with actions in [-1, 1], or one-hot where they are discrete,
-    and observations 'image', 'reward' and whatever else the task shows. It may
-    have `about`, a list of sentences on what of it the agent sees.
+    and observations: those, 'reward', and in the control suite all vectors. It
+    has `about`, a list of sentences on what of it the agent sees.
 
   Raises:
-    TaskError: there is no such task.
+    TaskError: there is no such task, or no such observation in it.
     RenderError: the task renders, and OpenGL does not work.
   """
   check_task(task)
   suite, name = find(task)
-  env = suite.make(name, action_repeat, seed, test, args)
+  opts = Options(*args, **kwargs)
+  env = suite.make(name, opts)
   discrete = gym.spaces.Discrete, gym.spaces.MultiDiscrete
   if isinstance(env.action_space, discrete):
     env = wrappers.OneHotAction(env)
   else:
     env = wrappers.NormalizeActions(env)
-  env = wrappers.TimeLimit(env, time_limit // action_repeat)
+  env = wrappers.TimeLimit(env, opts.time_limit // opts.action_repeat)
   env = wrappers.RewardObs(wrappers.CheckFinite(env, task))
-  return env if seed is None else wrappers.EpisodeSeeds(env, seed)
+  return env if opts.seed is None else wrappers.EpisodeSeeds(env, opts.seed)

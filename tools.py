@@ -192,6 +192,14 @@ def cross_entropy_method(score, shape, candidates, best, iterations, seed):
   return means[-1]
 
 
+def symlog(x):
+  """sign(x) ln(1 + |x|): small numbers as they are, large ones squeezed.
+
+  Of DreamerV3 (Hafner et al., 2023).
+  """
+  return tf.sign(x) * tf.math.log1p(tf.abs(x))
+
+
 # --- Randomness and distributions -------------------------------------------
 
 

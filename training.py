@@ -24,6 +24,7 @@ import cli
 import configs
 import distribute
 import replay
+import spaces
 import suites
 import tools
 import workers
@@ -79,6 +80,9 @@ def make_env(
     seed,
     prefix == 'test',
     config.env_args,
+    config.inputs,
+    config.record,
+    tuple(map(int, filter(None, config.cameras.split(',')))),
   )
   env = workers.Async(
     make,
@@ -136,8 +140,15 @@ def summarize_episode(episode, config, datadir, logger, prefix, folders=1):
   logger.say(f'{name}: return {score:.1f} in {length} steps, at step {steps}.')
   metrics = {f'{prefix}/return': score, f'{prefix}/length': length}
   logger.scalars(steps, dict(metrics, episodes=episodes))
-  if prefix == 'test' and config.log_images:
+  if prefix == 'test' and config.log_images and 'image' in episode:
     logger.video(steps, 'test/policy', episode['image'][None, :VIDEO])
+
+
+def input_shapes(config, space):
+  """{name: shape} of what the agent sees, of an environment's observations."""
+  offers = {k: v for k, v in space.spaces.items() if k != 'reward'}
+  names = spaces.choose(config.task, offers, config.inputs)
+  return {name: offers[name].shape for name in names}
 
 
 class Replacements:
@@ -396,7 +407,8 @@ def _train(run, make_agent, envs, test_env):
   _prepare(run, envs)
   prefill(run, envs)
   with run.stop.immediate():
-    agent = make_agent(config, envs[0].action_space, run.team)
+    inputs = input_shapes(config, envs[0].observation_space)
+    agent = make_agent(config, envs[0].action_space, run.team, inputs)
     for name, count in agent.count_parameters().items():
       run.say(f'Found {count} {name} parameters.')
     learner = Learner(agent, run)
@@ -434,7 +446,8 @@ def _prepare(run, envs):
   keras.utils.set_random_seed(config.seed)
   policy = setup_precision(config.precision)
   configs.resolve_actions(config, space)
-  shapes = dict(image=(64, 64, 3), action=space.shape)
+  shapes = input_shapes(config, envs[0].observation_space)
+  shapes['action'] = space.shape
   replay.Replay(run.datadir, shapes=shapes).check()
   if run.team.chief:
     configs.write_config(config)

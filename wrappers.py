@@ -2,9 +2,10 @@
 
 An environment here has `observation_space` (a `gym.spaces.Dict`),
 `action_space`, `reset() -> obs`, `step(action) -> (obs, reward, done, info)`
-and `close()`. `obs['image']` is uint8 [64, 64, 3]. `info['discount']`, where
-present, is the factor that applies to everything after this step: 0 if the
-task really ended there, 1 if only a time limit did.
+and `close()`. Images, `obs['image']`, `obs['image_2']`, ..., are uint8
+[64, 64, 3]; all others are vectors. `info['discount']`, where present, is the
+factor that applies to everything after this step: 0 if the task really ended
+there, 1 if only a time limit did.
 
 An *environment step* is one step of the simulator, an *agent step* one action
 of the agent; the action repeat lies between the two.
@@ -104,47 +105,56 @@ def refuse_tensorflow(task):
 
 
 class DeepMindControl:
-  """A task of the DeepMind control suite, seen through a camera.
+  """A task of the DeepMind control suite.
 
-  Observations are 'image', uint8 [*size, 3], and the task's own arrays in
-  float32. Actions are float32 within the bounds that the suite gives.
+  Observations are images of cameras, uint8 [*size, 3], and the task's own
+  arrays in float32. Actions are float32 within the bounds that the suite gives.
+  Without images nothing is rendered, and OpenGL is not touched.
 
   Args:
     name: '<domain>_<task>', such as 'walker_walk' or 'ball_in_cup_catch'.
-    size: height and width of the image in pixels.
-    camera: index of the camera; None takes 0, or 2 for the quadruped, whose
-      camera 0 does not follow it.
+    size: height and width of the images in pixels.
+    cameras: indices; the first is `image`, the next `image_2`. None takes 0,
+      or 2 for the quadruped, whose camera 0 does not follow it.
     seed: int or None, for the start states and whatever else is random.
+    inputs, record: see `spaces.View`.
 
   Raises:
-    TaskError: no such task, or TensorFlow lives in this process already.
+    TaskError: no such task, camera or observation, or TensorFlow lives in this
+      process already.
     RenderError: OpenGL does not work.
   """
 
-  def __init__(self, name, size=(64, 64), camera=None, seed=None):
+  def __init__(
+    self,
+    name,
+    size=(64, 64),
+    cameras=None,
+    seed=None,
+    inputs='image',
+    record='state',
+  ):
     check_name(name, DMC_TASKS, 'dmc_')
-    refuse_tensorflow(f'dmc_{name}')
+    renders = spaces.names_image(f'{inputs},{record}')
+    if renders:
+      refuse_tensorflow(f'dmc_{name}')
     domain, task = DMC_TASKS[name]
-    if camera is None:
-      camera = 2 if domain == 'quadruped' else 0
     self._size = tuple(size)
-    self._camera = camera
-    suite = _import_suite()
+    suite = _import_suite(renders)
     self._env = suite.load(domain, task, task_kwargs={'random': seed})
-    self.observation_space = self._observation_space()
+    cameras = cameras or [2 if domain == 'quadruped' else 0]
+    self._cameras = {
+      spaces.image_name(index): camera for index, camera in enumerate(cameras)
+    }
+    self._check_cameras(f'dmc_{name}')
+    view = spaces.View(f'dmc_{name}', self._offers(), inputs, record)
+    self._names, self.about = view.names, view.about
+    self.observation_space = view.space
     self.action_space = self._action_space()
     try:
-      self.render()
+      self._images()
     except Exception as error:
       raise _render_error(error) from error
-
-  @property
-  def about(self):
-    size = 'x'.join(map(str, self._size))
-    spec = self._env.observation_spec()
-    others = [f'{k} {list(v.shape)}' for k, v in spec.items()]
-    sees = f'The agent sees camera {self._camera}, {size}.'
-    return [sees, f'Not used: {", ".join(others)}.'] if others else [sees]
 
   def reseed(self, seed):
     self._env.task.random.seed(seed)
@@ -167,27 +177,47 @@ class DeepMindControl:
 
   def observe(self):
     """Returns the observation of the present state."""
-    obs = {
+    vectors = {
       key: np.asarray(value, np.float32)
       for key, value in self._now.observation.items()
+      if key in self._names
     }
-    obs['image'] = self.render()
-    return obs
+    return {**self._images(), **vectors}
 
-  def render(self):
+  def render(self, camera=None):
     """Returns the image of the present state, uint8 [*size, 3]."""
-    return self._env.physics.render(*self._size, camera_id=self._camera)
+    camera = self._cameras['image'] if camera is None else camera
+    return self._env.physics.render(*self._size, camera_id=camera)
 
   def close(self):
     self._env.close()
 
-  def _observation_space(self):
-    parts = {
-      key: gym.spaces.Box(-np.inf, np.inf, spec.shape, np.float32)
-      for key, spec in self._env.observation_spec().items()
+  def _images(self):
+    return {
+      name: self.render(camera)
+      for name, camera in self._cameras.items()
+      if name in self._names
     }
-    parts['image'] = spaces.image_space(self._size)
-    return gym.spaces.Dict(parts)
+
+  def _check_cameras(self, task):
+    count = self._env.physics.model.ncam
+    for camera in self._cameras.values():
+      if camera >= count:
+        raise TaskError(
+          f'--cameras {camera}: {task} has the cameras 0 to {count - 1}'
+        )
+
+  def _offers(self):
+    size = 'x'.join(map(str, self._size))
+    image = spaces.image_space(self._size)
+    offers = {
+      name: spaces.Offer(image, f'camera {camera}, {size}')
+      for name, camera in self._cameras.items()
+    }
+    for key, spec in self._env.observation_spec().items():
+      space = gym.spaces.Box(-np.inf, np.inf, spec.shape, np.float32)
+      offers[key] = spaces.Offer(space, f'{key} {list(spec.shape)}')
+    return offers
 
   def _action_space(self):
     spec = self._env.action_spec()
@@ -199,13 +229,15 @@ class DeepMindControl:
     return gym.spaces.Box(low, high, dtype=np.float32)
 
 
-def _import_suite():
+def _import_suite(renders):
   """Imports dm_control, telling trouble with OpenGL from all other trouble."""
   if importlib.util.find_spec('dm_control') is None:
     raise ImportError(
       'This task needs dm_control: pip install -r requirements.txt, and on '
       'Python 3.13 also pip install --no-deps dm-control (see README.md).'
     )
+  if not renders and 'dm_control' not in sys.modules:
+    os.environ['MUJOCO_GL'] = 'disabled'  # or dm_control loads OpenGL
   try:
     from dm_control import suite
 
@@ -263,6 +295,7 @@ class Atari:
     sticky=0.25,
     all_actions=False,
     seed=None,
+    inputs='image',
   ):
     check_name(name, atari_games(), 'atari_')
     import ale_py
@@ -279,15 +312,15 @@ class Atari:
     self._repeat, self._size = action_repeat, tuple(size)
     self._noops, self._life_done = noops, life_done
     height, width = self._ale.getScreenDims()
-    self.about = [
-      f'The agent sees the screen, {height}x{width}, the larger of the last '
-      f'two frames, resized to {"x".join(map(str, size))}.'
-    ]
+    screen = (
+      f'the screen, {height}x{width}, the larger of the last two frames, '
+      f'resized to {"x".join(map(str, size))}'
+    )
+    offers = dict(image=spaces.Offer(spaces.image_space(size), screen))
+    view = spaces.View(f'atari_{name}', offers, inputs)
+    self.about, self.observation_space = view.about, view.space
     self._goes_on = False  # whether the next episode continues this game
     self._reseeded = False
-    self.observation_space = gym.spaces.Dict(
-      {'image': spaces.image_space(size)}
-    )
     self.action_space = gym.spaces.Discrete(len(self._actions))
 
   def _load(self):
@@ -372,7 +405,13 @@ class DeepMindLab:
   )
 
   def __init__(
-    self, level, action_repeat=4, size=(64, 64), seed=None, test=False
+    self,
+    level,
+    action_repeat=4,
+    size=(64, 64),
+    seed=None,
+    test=False,
+    inputs='image',
   ):
     require_lab(level)
     import deepmind_lab
@@ -385,9 +424,9 @@ class DeepMindLab:
     self._lab = deepmind_lab.Lab(path, ['RGB_INTERLEAVED'], config=config)
     self._random = np.random.RandomState(seed)
     self._repeat, self._size = action_repeat, tuple(size)
-    self.observation_space = gym.spaces.Dict(
-      {'image': spaces.image_space(size)}
-    )
+    image = spaces.Offer(spaces.image_space(size), 'the screen')
+    view = spaces.View(f'dmlab_{level}', dict(image=image), inputs)
+    self.about, self.observation_space = view.about, view.space
     self.action_space = gym.spaces.Discrete(len(self.ACTIONS))
 
   def reseed(self, seed):
@@ -452,7 +491,42 @@ def lab_level(name, test=False):
   return f'contributed/dmlab30/{name}' if name in _LAB30 else name
 
 
-class ToyReach:
+class Toy:
+  """A task without a simulator: a drawing, and the numbers that it shows.
+
+  Observations are `image`, uint8 [64, 64, 3], and `state`. A subclass draws
+  with `_draw` and has `state`.
+
+  Args:
+    seed: int or None.
+    inputs, record: see `spaces.View`.
+  """
+
+  def __init__(self, seed=None, inputs='image', record=''):
+    self._random = np.random.RandomState(seed)
+    self._step = 0
+    state = self.state
+    box = gym.spaces.Box(-np.inf, np.inf, state.shape, state.dtype)
+    offers = dict(
+      image=spaces.Offer(spaces.image_space(), 'a drawing, 64x64'),
+      state=spaces.Offer(box, f'state {list(state.shape)}'),
+    )
+    view = spaces.View('this task', offers, inputs, record)
+    self._names, self.about = view.names, view.about
+    self.observation_space = view.space
+
+  def reseed(self, seed):
+    self._random.seed(seed)
+
+  def close(self):
+    pass
+
+  def _observe(self):
+    show = dict(image=self._draw, state=lambda: self.state)
+    return {name: show[name]() for name in self._names}
+
+
+class ToyReach(Toy):
   """Steer a green dot onto a red target; an image task without a simulator.
 
   The two actions in [-1, 1] are the velocity to the right and downwards. The
@@ -461,21 +535,15 @@ class ToyReach:
   episode takes 50 steps and then ends by time, with discount 1.
   """
 
-  about = ('The agent sees a drawing, 64x64.',)
   LENGTH = 50
   # Places lie in [-1, 1]^2; the way to the target takes about ten steps.
   SPEED = 0.12
   TARGET = np.zeros(2)
 
-  def __init__(self, seed=None):
-    self.observation_space = gym.spaces.Dict({'image': spaces.image_space()})
-    self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-    self._random = np.random.RandomState(seed)
+  def __init__(self, seed=None, inputs='image', record=''):
     self._dot = np.zeros(2)
-    self._step = 0
-
-  def reseed(self, seed):
-    self._random.seed(seed)
+    super().__init__(seed, inputs, record)
+    self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
 
   @property
   def state(self):
@@ -500,20 +568,17 @@ class ToyReach:
     done = self._step >= self.LENGTH
     return self._observe(), float(reward), done, {'discount': np.float32(1)}
 
-  def close(self):
-    pass
-
   def _distance(self):
     return np.linalg.norm(self._dot - self.TARGET)
 
-  def _observe(self):
+  def _draw(self):
     image = np.zeros((64, 64, 3), np.uint8)
     _draw_disc(image, 31.5 + 24 * self.TARGET, 9, (255, 60, 60))
     _draw_disc(image, 31.5 + 24 * self._dot, 7, (60, 255, 60))
-    return {'image': image}
+    return image
 
 
-class ToyCatch:
+class ToyCatch(Toy):
   """Move a paddle under a falling ball; an image task without a simulator.
 
   The three actions are left, stay and right. The ball lands after 16 steps:
@@ -521,24 +586,18 @@ class ToyCatch:
   ends. All other rewards are 0.
   """
 
-  about = ('The agent sees a drawing, 64x64.',)
   LENGTH = 16
   SPEED = 4  # Pixels per step.
 
-  def __init__(self, seed=None):
-    self.observation_space = gym.spaces.Dict({'image': spaces.image_space()})
-    self.action_space = gym.spaces.Discrete(3)
-    self._random = np.random.RandomState(seed)
+  def __init__(self, seed=None, inputs='image', record=''):
     self._ball = self._paddle = 32
-    self._step = 0
-
-  def reseed(self, seed):
-    self._random.seed(seed)
+    super().__init__(seed, inputs, record)
+    self.action_space = gym.spaces.Discrete(3)
 
   @property
   def state(self):
-    """Columns of ball and paddle in pixels, int64 [2]."""
-    return np.array([self._ball, self._paddle])
+    """Columns of ball and paddle in pixels, and the step: int64 [3]."""
+    return np.array([self._ball, self._paddle, self._step])
 
   def reset(self):
     self._step = 0
@@ -558,16 +617,13 @@ class ToyCatch:
     info = {'discount': np.float32(0 if done else 1)}
     return self._observe(), reward, done, info
 
-  def close(self):
-    pass
-
-  def _observe(self):
+  def _draw(self):
     image = np.zeros((64, 64, 3), np.uint8)
     left = self._paddle - 8
     image[58:62, left : left + 16] = (60, 255, 60)
     row = 4 + 52 * self._step / self.LENGTH
     _draw_disc(image, (self._ball, row), 4, (255, 60, 60))
-    return {'image': image}
+    return image
 
 
 TOYS = dict(reach=ToyReach, catch=ToyCatch)

@@ -208,6 +208,8 @@ def test_beyond_its_range_a_flag_is_refused(name):
     wrong += [str(x) for x in (kind.low - 1, 2 * kind.high + 1, -5, 'nan')]
   if isinstance(kind, cli.Pattern):
     wrong = ['(', '*']
+  if isinstance(kind, cli.Names) and not isinstance(kind.each, cli.Whole):
+    wrong = ['a,,b', ',']
   if isinstance(kind, cli.Path):
     wrong = ['', '~no_such_user/x', '\udcff']
   for text in wrong:

@@ -472,7 +472,8 @@ def test_reduced_precision_learns_finitely(tmp_path, precision, name):
   policy = precision(name)
   agent = make_agent(tmp_path / name)
   metrics = agent.train(batch)
-  assert agent.world.encoder._convs[0].compute_dtype == policy.split('_')[1]
+  encoder = agent.world.encoders['image']
+  assert encoder._convs[0].compute_dtype == policy.split('_')[1]
   for key, value in metrics.items():
     assert value.dtype == tf.float32
     if not key.endswith('_norm'):

@@ -130,21 +130,21 @@ def test_representation(tmp_path, name, terms):
   """Each has its terms and networks, trains, and shows its predictions."""
   agent = make_agent(tmp_path, representation=name)
   losses = {'image_loss', 'state_loss', 'reward_loss'}
-  encoder = [v.numpy().copy() for v in agent.world.encoder.variables]
+  encoder = [v.numpy().copy() for v in agent.world.encoders['image'].variables]
   metrics = agent.train(batch_of(agent))
   assert losses & set(metrics) == terms
   total = sum(float(metrics[k]) for k in terms)
   assert np.isclose(metrics['model_loss'], total + max(metrics['div'], 3))
-  after = [v.numpy() for v in agent.world.encoder.variables]
+  after = [v.numpy() for v in agent.world.encoders['image'].variables]
   assert any((a != b).any() for a, b in zip(encoder, after, strict=True))
   own = dict(reconstruction={'decode'}, contrastive={'state'}).get(name, set())
   assert set(agent.networks()) & {'decode', 'state'} == own
-  assert bool(agent.world.representation.decoder) == (name == 'reconstruction')
+  assert bool(agent.world.representation.decoders) == (name == 'reconstruction')
   if name != 'reconstruction':
-    truth, model = agent.world.open_loop_rewards(batch_of(agent))
+    truth, model = agent.world.open_loop_curves(batch_of(agent))['reward']
     np.testing.assert_array_equal(truth, batch_of(agent)['reward'])
     assert model.shape == truth.shape
-    picture = logger.plot_rewards(truth.numpy(), model.numpy())
+    picture = logger.plot_curves('reward', truth.numpy(), model.numpy())
     assert picture.dtype == np.uint8 and picture.shape[2] == 3
     assert picture.std() > 5
 

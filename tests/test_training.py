@@ -464,7 +464,7 @@ def test_learns_toy_catch(tmp_path):
   data = {k: np.stack([x[k] for x in episodes]) for k in episodes[0]}
   data = dreamer.preprocess(data, config)
   post, _ = agent.world.dynamics.observe(
-    agent.world.encoder(data), data['action']
+    agent.world.embed(data), data['action']
   )
   pcont = agent.world.pcont(agent.world.dynamics.get_feat(post)).mean().numpy()
   assert pcont.shape == (50, 17)
