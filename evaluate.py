@@ -8,10 +8,10 @@ acts without noise, by the mode of the action model (or its plan).
 
 With --outdir it writes behavior.gif and .mp4, the first episodes side by side,
 and prediction.gif, .mp4 and .png (Figure 5): the truth, what the model imagines
-from 5 images of context and the actions alone, and the difference. A model that
-predicts vectors, or no images, gets curves of these numbers and of rewards in
-prediction_vector.png and prediction_reward.png. Their sequences are of the
-episodes of this evaluation, which no model was trained on.
+from 5 images of context and the actions alone, and the difference. A model of
+vectors gets curves in prediction_vector.png and prediction_reward.png, one that
+predicts rewards alone in prediction.png. Their sequences are of the episodes of
+this evaluation, which no model was trained on.
 """
 
 import functools
@@ -171,7 +171,7 @@ def write_videos(agent, recorder, outdir):
       return
   for name, pair in world.open_loop_curves(batch).items():
     picture = logger.plot_curves(name, *(x.numpy() for x in pair))
-    path = outdir / f'prediction_{name}.png'
+    path = outdir / f'prediction{f"_{name}" if world.vector else ""}.png'
     path.write_bytes(imageio.imwrite('<bytes>', picture, extension='.png'))
     _wrote(path)
 
