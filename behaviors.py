@@ -176,7 +176,8 @@ class ActorOnly(Behavior):
     else:
       pcont = self._c.discount * tf.ones_like(reward)
     returns, value = self.returns(imag_feat, reward, pcont)
-    weights = tf.concat([tf.ones_like(pcont[:1]), pcont], 0)[: len(returns)]
+    weights = tf.concat([tf.ones_like(pcont[:1]), pcont], 0)
+    weights = weights[: tf.shape(returns)[0]]
     weights = tf.stop_gradient(tf.math.cumprod(weights, 0))
     loss = -tf.reduce_mean(weights * returns)  # Eq. 7
     metrics = dict(

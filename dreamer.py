@@ -159,7 +159,7 @@ class WorldModel:
     loss = c.kl_scale * tf.maximum(div, c.free_nats) - sum(likes.values())
     return dict(model=loss), dict(metrics, model_loss=loss), post
 
-  @tf.function
+  @tf.function(autograph=False)
   def open_loop(self, data):
     """Prediction as in Figure 5: 5 images of context, then imagination.
 
@@ -175,7 +175,7 @@ class WorldModel:
     error = (model - truth + 1.0) / 2.0
     return tf.concat([truth, model, error], 2)
 
-  @tf.function
+  @tf.function(autograph=False)
   def open_loop_rewards(self, data):
     """As `open_loop`, where there is no decoder: true and predicted rewards.
 
@@ -259,16 +259,19 @@ class Dreamer:
     """Makes graphs of what is called often, or XLA programs (`--jit`).
 
     XLA cannot compile what replicas exchange, which all of them have in the
-    world model's loss; there it compiles the behavior's alone.
+    world model's loss; there it compiles the behavior's alone. No branch or
+    loop depends on a tensor; AutoGraph, which would look for these, takes a
+    third of the time until the first update.
     """
     jit = self._c.jit == 'True'
     if self._c.jit == 'auto':
       jit = bool(tf.config.list_physical_devices('GPU'))
     several = self._team.replicas > 1
-    self.policy = tf.function(self.policy, jit_compile=jit)
-    self.train = tf.function(self.train, jit_compile=jit and not several)
+    graph = functools.partial(tf.function, autograph=False)
+    self.policy = graph(self.policy, jit_compile=jit)
+    self.train = graph(self.train, jit_compile=jit and not several)
     if jit and several:
-      self._behavior_gradients = tf.function(
+      self._behavior_gradients = graph(
         self._behavior_gradients, jit_compile=True
       )
 
