@@ -420,12 +420,12 @@ def test_what_only_the_environment_knows_is_a_clear_error(main, flags, words):
   assert words in text and 'Traceback' not in text
 
 
-def train_toy(logdir, task, steps):
+def train_toy(logdir, task, steps, *flags):
   """A whole run of a toy task in a process of its own."""
   process = subprocess.run(
     command(
       *(logdir, '--task', task, '--seed', '0', '--steps', str(steps)),
-      *('--precision', '32', '--log_images', 'False'),
+      *('--precision', '32', '--log_images', 'False', *flags),
     ),
     capture_output=True,
     text=True,
@@ -439,9 +439,12 @@ def test_learns_toy_catch(tmp_path):
   """One-hot actions, early ends and predicted discounts, all at once.
 
   A random policy catches a third of the balls (return -0.33); the best all.
+  With small batches and networks this run ended at 0.64 to 0.8 with seeds 0
+  and 1.
   """
   logdir = tmp_path / 'run'
-  train_toy(logdir, 'toy_catch', 5500)
+  small = ('--batch_size', '8', '--cnn_depth', '4')
+  train_toy(logdir, 'toy_catch', 5500, *small)
   train = [
     x['train/return'] for x in read_metrics(logdir) if 'train/return' in x
   ]
@@ -450,8 +453,7 @@ def test_learns_toy_catch(tmp_path):
   assert -0.5 < random < -0.15
   assert learned > 0.3
   # Predicted discounts after training: low where an episode ends only.
-  flags = ['--logdir', str(logdir), '--task', 'toy_catch', '--precision', '32']
-  config = configs.parse_flags(flags)
+  config = configs.load_config(logdir)
   datadir = logdir / 'episodes'
   agent = dreamer.Dreamer(config, wrappers.OneHotBox(3))
   assert checkpoints.Checkpoints(
