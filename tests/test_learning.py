@@ -42,8 +42,8 @@ def test_learns_toy_catch(tmp_path):
   """One-hot actions, early ends and predicted discounts, all at once.
 
   A random policy catches a third of the balls (return -0.33); the best all.
-  With small batches and networks this run ended at 0.64 to 0.8 with seeds 0
-  and 1.
+  With these small batches the run ended at 0.68, 0.84 and 0.80 with seeds 0,
+  1 and 2.
   """
   logdir = tmp_path / 'run'
   small = ('--batch_size', '8', '--cnn_depth', '4')
