@@ -156,7 +156,7 @@ class ActorOnly(Behavior):
 
   def _some(self, states, seed):
     """`--imag_starts` of states {...: [N, ...]}, drawn without repetition."""
-    count, wanted = len(states['stoch']), self._c.imag_starts
+    count, wanted = states['stoch'].shape[0], self._c.imag_starts
     wanted = -(-wanted // distribute.replica()[1])
     if not 0 < wanted < count:
       return states
@@ -197,7 +197,8 @@ class ActorOnly(Behavior):
     else:
       pcont = self._c.discount * tf.ones_like(reward)
     returns, value = self.returns(imag_feat, reward, pcont)
-    weights = tf.concat([tf.ones_like(pcont[:1]), pcont], 0)[: len(returns)]
+    weights = tf.concat([tf.ones_like(pcont[:1]), pcont], 0)
+    weights = weights[: tf.shape(returns)[0]]
     weights = tf.stop_gradient(tf.math.cumprod(weights, 0))
     loss = -tf.reduce_mean(weights * returns)  # Eq. 7
     if self._c.actor_entropy:

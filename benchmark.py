@@ -145,7 +145,7 @@ def _pieces(agent, batch, config):
     layers = [networks[name] for name in names if name in networks]
     variables = [v for layer in layers for v in layer.trainable_variables]
 
-    @tf.function
+    @tf.function(autograph=False)
     def run():
       given = [tf.identity(x) for x in inputs]
       with dreamer.watch(variables) as tape:
@@ -178,7 +178,8 @@ def _pieces(agent, batch, config):
     'observe': gradient(observe, ['dynamics'], embed),
     'decoder_heads': gradient(heads, decoders, feat),
     'optimizers': tf.function(
-      lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)]
+      lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)],
+      autograph=False,
     ),
   }
   if 'actor' in networks:

@@ -257,7 +257,7 @@ class WorldModel:
     of_post = tf.maximum(nats(post, fixed_prior), free)
     return div, balance * of_prior + (1.0 - balance) * of_post
 
-  @tf.function
+  @tf.function(autograph=False)
   def open_loop(self, data):
     """Prediction as in Figure 5: 5 images of context, then imagination.
 
@@ -276,7 +276,7 @@ class WorldModel:
       columns.append(tf.concat([truth, model, error], 2))
     return tf.concat(columns, 3)
 
-  @tf.function
+  @tf.function(autograph=False)
   def open_loop_curves(self, data):
     """As `open_loop`, of numbers: true and predicted rewards and vectors.
 
@@ -371,16 +371,19 @@ class Dreamer:
     """Makes graphs of what is called often, or XLA programs (`--jit`).
 
     XLA cannot compile what replicas exchange, which all of them have in the
-    world model's loss; there it compiles the behavior's alone.
+    world model's loss; there it compiles the behavior's alone. No branch or
+    loop depends on a tensor; AutoGraph, which looks for these, would take a
+    good part of the time until the first update.
     """
     jit = self._c.jit == 'True'
     if self._c.jit == 'auto':
       jit = bool(tf.config.list_physical_devices('GPU'))
     several = self._team.replicas > 1
-    self.policy = tf.function(self.policy, jit_compile=jit)
-    self.train = tf.function(self.train, jit_compile=jit and not several)
+    graph = functools.partial(tf.function, autograph=False)
+    self.policy = graph(self.policy, jit_compile=jit)
+    self.train = graph(self.train, jit_compile=jit and not several)
     if jit and several:
-      self._behavior_gradients = tf.function(
+      self._behavior_gradients = graph(
         self._behavior_gradients, jit_compile=True
       )
 

@@ -92,7 +92,7 @@ class Contrastive(RewardOnly):
     mask, first = self._negatives(*feat.shape[:2]), 0
     if mask is None:
       gaussian = [distribute.gather(x) for x in gaussian]
-      first = distribute.replica()[0] * len(state)
+      first = distribute.replica()[0] * tf.shape(state)[0]
     likes = tools.contrast(state, *gaussian, mask, first)  # J_S of Eq. 12
     return dict(state=likes)
 

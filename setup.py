@@ -76,7 +76,7 @@ setuptools.setup(
       *SWEEP,
       *(
         'pytest>=8',
-        'pytest-xdist>=3.6',
+        'pytest-xdist>=3.7',
         'hypothesis>=6.100',
         'ruff>=0.17,<0.18',
       ),

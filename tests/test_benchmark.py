@@ -7,19 +7,21 @@ import sys
 
 import pytest
 
+import benchmark
+
 pytestmark = pytest.mark.slow
 
-SCRIPT = pathlib.Path(__file__).parents[1] / 'benchmark.py'
+SCRIPT = pathlib.Path(benchmark.__file__)
 SMALL = ('--preset=debug', '--task=toy_reach', '--precision=32', '--repeats=2')
 
 
-def benchmark(*words):
+def script(*words):
   command = [sys.executable, str(SCRIPT), *SMALL, *map(str, words)]
   return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_report_of_all_parts(tmp_path):
-  result = benchmark('--json', tmp_path / 'report.json')
+  result = script('--json', tmp_path / 'report.json')
   assert result.returncode == 0, result.stderr
   report = json.loads((tmp_path / 'report.json').read_text())
   assert set(report['gemm_gflops']) == {'float32', 'bfloat16'}
@@ -51,7 +53,14 @@ def test_report_of_all_parts(tmp_path):
     (['--json', '/tmp'], '(it is a folder)'),
   ],
 )
-def test_bad_input_is_an_error_with_exit_code_2(words, message):
-  result = benchmark(*words)
+def test_bad_input_is_an_error_with_exit_code_2(words, message, capfd):
+  assert benchmark.main([*SMALL, *words]) == 2
+  err = capfd.readouterr().err
+  assert message in err and 'Traceback' not in err
+
+
+def test_exit_code_is_that_of_the_process():
+  result = script('--what=trian')
   assert result.returncode == 2
-  assert message in result.stderr and 'Traceback' not in result.stderr
+  assert 'did you mean train' in result.stderr
+  assert 'Traceback' not in result.stderr

@@ -11,6 +11,8 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
+import evaluate
+
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -40,11 +42,19 @@ def copy(cartpole, tmp_path):
   return shutil.copytree(cartpole, tmp_path / 'moved')
 
 
-def evaluate(logdir, tmp_path, *words):
+def report_of(logdir, tmp_path, *words):
+  """What the script prints, and its figures."""
   path = tmp_path / 'report.json'
   result = script('evaluate.py', f'--logdir={logdir}', f'--json={path}', *words)
   assert result.returncode == 0, result.stderr
   return result.stdout, json.loads(path.read_text())
+
+
+def figures_of(logdir, tmp_path, *words):
+  """Figures of an evaluation in this process."""
+  path = tmp_path / 'report.json'
+  assert not evaluate.main([f'--logdir={logdir}', f'--json={path}', *words])
+  return json.loads(path.read_text())
 
 
 def contents(folder):
@@ -66,7 +76,7 @@ def test_report_and_videos(copy, tmp_path):
   # Nothing but the configuration and the checkpoints is needed.
   shutil.rmtree(copy / 'episodes')
   before, outdir = contents(copy), tmp_path / 'new/videos'
-  out, report = evaluate(copy, tmp_path, '--episodes=3', f'--outdir={outdir}')
+  out, report = report_of(copy, tmp_path, '--episodes=3', f'--outdir={outdir}')
   assert contents(copy) == before
   assert (report['task'], report['step']) == ('dmc_cartpole_balance', 500)
   assert (report['method'], report['seed']) == ('dreamer', 0)
@@ -115,10 +125,10 @@ def test_report_and_videos(copy, tmp_path):
 
 def test_same_seed_same_returns_without_noise(copy, tmp_path):
   words = ('--episodes=2', '--seed=3')
-  first = evaluate(copy, tmp_path, *words)[1]
+  first = figures_of(copy, tmp_path, *words)
   change_config(copy, eval_noise=0.0, seed=8)
-  assert evaluate(copy, tmp_path, *words)[1] == first
-  other = evaluate(copy, tmp_path, '--episodes=2', '--seed=4')[1]
+  assert figures_of(copy, tmp_path, *words) == first
+  other = figures_of(copy, tmp_path, '--episodes=2', '--seed=4')
   assert other['returns'] != first['returns']
 
 
@@ -145,7 +155,7 @@ def test_other_methods_and_tasks(tmp_path, flags, method, pictures):
   logdir = train(tmp_path / 'run', f'--task={task}', *flags)
   outdir = tmp_path / 'videos'
   words = ('--episodes=1', f'--outdir={outdir}')
-  report = evaluate(logdir, tmp_path, *words)[1]
+  report = figures_of(logdir, tmp_path, *words)
   assert (report['task'], report['method']) == (task, method)
   assert len(report['returns']) == 1
   assert {p.name for p in outdir.iterdir()} == pictures
@@ -163,7 +173,7 @@ def test_beside_a_training_run(copy, tmp_path):
       for line in process.stdout:
         if line.startswith('First update'):
           break
-      report = evaluate(copy, tmp_path, '--episodes=1')[1]
+      _, report = report_of(copy, tmp_path, '--episodes=1')
       assert report['updates'] > 5
       assert process.poll() is None
       time.sleep(1)
@@ -189,7 +199,7 @@ def test_beside_a_training_run(copy, tmp_path):
     ('unwritable', 'cannot write'),
   ],
 )
-def test_bad_input(copy, kind, message):
+def test_bad_input(copy, kind, message, capfd):
   words = ['--episodes=1']
   path = copy / 'config.json'
   if kind == 'missing':
@@ -210,7 +220,24 @@ def test_bad_input(copy, kind, message):
     words = ['--episodes=0']
   elif kind == 'unwritable':
     words += ['--outdir=/proc/nowhere']
-  result = script('evaluate.py', f'--logdir={copy}', *words)
+  assert evaluate.main([f'--logdir={copy}', *words]) == 2
+  check_error(capfd.readouterr().err, message)
+
+
+def check_error(text, message):
+  assert message in text
+  assert 'Traceback' not in text and 'WARNING' not in text
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (dict(num_units=17), 'was not made by this version of the code'),
+    (dict(telepathy=True), 'is of another version of this code'),
+  ],
+)
+def test_bad_input_ends_the_process_with_code_2(copy, changes, message):
+  change_config(copy, **changes)
+  result = script('evaluate.py', f'--logdir={copy}', '--episodes=1')
   assert result.returncode == 2, result.stderr
-  assert message in result.stderr
-  assert 'Traceback' not in result.stderr and 'WARNING' not in result.stderr
+  check_error(result.stderr, message)

@@ -363,7 +363,10 @@ def test_memory_and_files_stay_flat(tmp_path):
   """2,000 updates and 200 episodes after a warm-up."""
   run = soak.Soak(
     tmp_path / 'run',
-    flags=['--train_steps=20', '--eval_every=2000', '--log_every=500'],
+    flags=[
+      *('--train_steps=20', '--eval_every=2000', '--log_every=500'),
+      *('--envs=4', '--batch_size=2', '--batch_length=6', '--horizon=3'),
+    ],
   )
   try:
     run.start()
