@@ -1,6 +1,6 @@
 """What a run is: its flags (Appendix A), and the config.json that keeps them.
 
-Precedence: flag > preset > task > default. No TensorFlow.
+Precedence: flag > preset > inputs > task > default. No TensorFlow.
 """
 
 import contextlib
@@ -330,20 +330,18 @@ PRESETS = {
 }
 
 
-# What presets are where no image is among the inputs. Vectors tell much in few
-# numbers: the posterior must not be held to the prior as for images, and the
-# prior must follow it. Most multiplications are of imagination, so it begins
-# at some states of the batch (docs/experiments.md).
+# Where no image is among the inputs. Vectors hold few nats: the posterior must
+# not be held to the prior as for images, while the prior must follow it
+# (docs/experiments.md).
+STATE = dict(free_nats=1.0, kl_scale=0.6, kl_balance=0.83, actor_entropy=0.01)
+# What presets are there. Most multiplications are of imagination, so it begins
+# at some states of the batch only.
 STATE_PRESETS = {
   'cpu': dict(
     batch_size=16,
     batch_length=32,
     num_units=200,
-    free_nats=1.0,
-    kl_scale=0.6,
-    kl_balance=0.83,
     imag_starts=64,
-    actor_entropy=0.01,
     train_steps=200,
     pretrain=500,
     model_lr=1e-3,
@@ -383,14 +381,17 @@ def define_config(task='dmc_walker_walk', preset='release', inputs='image'):
   """Defaults of task, preset and inputs: `AttrDict` from flag to value."""
   config = AttrDict({k: flag.default for k, flag in all_flags().items()})
   config.update(suites.defaults(task))
-  seen = PRESETS if spaces.names_image(inputs) else {**PRESETS, **STATE_PRESETS}
-  config.update(seen.get(preset, {}))
+  presets = PRESETS
+  if not spaces.names_image(inputs):
+    config.update(STATE)
+    presets = {**PRESETS, **STATE_PRESETS}
+  config.update(presets.get(preset, {}))
   config.update(task=task, preset=preset, inputs=inputs)
   return config
 
 
 def parse_flags(argv):
-  """Resolves the command line: defaults < task < preset < given flags.
+  """Resolves the command line: defaults < task < inputs < preset < flags.
 
   Raises:
     UserError: unknown flag or task, a value that a flag does not take, values
