@@ -105,7 +105,8 @@ class GymEnv:
     self.action_space = self._action_space(self._env.action_space)
     self._names = list(self._sources)
     self._reset(np.random.SeedSequence().entropy % 2**31)
-    offers = {k: self._offer(v, wanted) for k, v in self._sources.items()}
+    words = wanted.split(',')
+    offers = {k: self._offer(k, words) for k in self._sources}
     view = spaces.View(f'gym_{name}', offers, inputs, record)
     self._names, self.observation_space = view.names, view.space
     self.about = self._describe(view.about, others)
@@ -204,13 +205,14 @@ class GymEnv:
     image = self._render()
     return image, self._rendered_layout(image)
 
-  def _offer(self, source, wanted):
+  def _offer(self, name, wanted):
     """A source as `spaces.View` takes it; only what is wanted is drawn."""
+    source = self._sources[name]
     if source.convert:
       return spaces.Offer(source.space, source.text)
     space, text = spaces.image_space(self._size), source.text
-    if not spaces.names_image(wanted):
-      return spaces.Offer(space, text)
+    if name not in wanted:
+      return spaces.Offer(space, f'{text} ({name})')
     with self._drawing():
       image, layout = self._image(source)
     text = f'{text}, {layout}'

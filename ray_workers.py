@@ -374,6 +374,12 @@ def _own_ray():
   os.environ.setdefault('RAY_AUTH_MODE', 'token')
   if 'RAY_AUTH_TOKEN_PATH' not in os.environ:
     os.environ.setdefault('RAY_AUTH_TOKEN', secrets.token_hex(32))
+  if 'ray' in sys.modules:
+    with contextlib.suppress(ImportError):  # Ray < 2.52 knows no tokens
+      from ray._raylet import AuthenticationTokenLoader, Config
+
+      Config.initialize('')
+      AuthenticationTokenLoader.instance().reset_cache()
   keeper = subprocess.Popen(
     [sys.executable, '-c', _RAY_CODE],
     stdin=subprocess.PIPE,

@@ -194,7 +194,7 @@ def test_beside_a_training_run(copy, tmp_path):
     ('newer flag', 'is of another version of this code (flags telepathy)'),
     ('other network', 'was not made by this version of the code'),
     ('broken', 'is not readable as the configuration of a run'),
-    ('no task', 'does not say its task and preset'),
+    ('no task', 'does not say its task, preset, inputs'),
     ('no episodes', '--episodes takes a whole number from 1'),
     ('unwritable', 'cannot write'),
   ],

@@ -391,7 +391,7 @@ def test_which_observation_is_the_image():
   env = make(dictionary(left=small, image=PIXELS, speed=S.Box(-1, 1, (2,))))
   assert env.about == [
     "The agent sees the observation 'image', 64x64x3.",
-    "Not used: the observation 'left' (uint8 [32, 32, 3]), "
+    "Not used: the observation 'left' (image_2), "
     "the observation 'speed' (float32 [2]).",
   ]
   env = make(dictionary(left=small, goal=S.Discrete(4)))

@@ -553,6 +553,21 @@ def test_ray_without_egl_uses_osmesa():
 
 
 @pytest.mark.slow
+def test_ray_imported_before():
+  """Its token is read again."""
+  code = """
+    import ray
+    import test_wrappers
+    import wrappers
+    print(wrappers.Async(test_wrappers.Counting, 'ray').reset()['count'])
+  """
+  env = {k: v for k, v in os.environ.items() if not k.startswith('RAY_')}
+  env['PYTHONPATH'] = os.path.join(ROOT, 'tests')
+  done = run_script(code, env=env)
+  assert done.stdout == '0\n', done.stderr
+
+
+@pytest.mark.slow
 def test_cluster_of_two_hosts():
   """One CPU in all, on a host that goes away."""
   code = """
