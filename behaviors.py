@@ -68,7 +68,7 @@ class Planning(Behavior):
 
   def act(self, latent, seed, training):
     c = self._c
-    count = latent['deter'].shape[0]
+    count = distribute.dims(latent['deter'])[0]
     starts = {k: tf.repeat(v, c.plan_candidates, 0) for k, v in latent.items()}
     seeds = tf.random.experimental.stateless_split(seed, c.plan_horizon + 1)
 

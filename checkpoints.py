@@ -16,7 +16,7 @@ import tensorflow as tf
 
 import replay
 import tools
-from cli import UserError, atomic_write, warn
+from cli import UserError, atomic_write, nearest, warn
 
 
 class RunState(tf.train.experimental.PythonState):
@@ -231,6 +231,78 @@ class Checkpoints:
         path.unlink()
 
 
+def load_agent(config, make_agent, actspace, inputs):
+  """The agent of a logdir as its newest checkpoint has it, without optimizers.
+
+  Args:
+    config: from `configs.load_config`.
+    make_agent: class of the agent: `dreamer.Dreamer`.
+    actspace: its action space.
+    inputs: {name: shape} of what it sees.
+
+  Raises:
+    UserError: there is no checkpoint, or it is of other code.
+  """
+  agent = make_agent(config, actspace, inputs=inputs)
+  folder = config.logdir / 'checkpoints'
+  saved = Checkpoints(folder, **agent.knowledge())
+  for _ in range(3):  # a run beside us may replace all that we found
+    if saved.restore():
+      return agent
+  if saved.newest_trace():
+    raise UserError(f'no checkpoint in {folder} is whole')
+  raise UserError(
+    f'--logdir {config.logdir} has no checkpoint yet; a run saves its '
+    'first one within --save_every minutes of updates'
+  )
+
+
+def copy_weights(source, target, only=''):
+  """Copies the weights whose names and shapes agree.
+
+  Args:
+    source, target: {name in checkpoints: Keras layer}.
+    only: names of networks with commas between them, `encoder` and `decoder`
+      for all of these; '' for all.
+
+  Returns:
+    What was copied, and what not: lists of texts.
+
+  Raises:
+    UserError: `only` names a network that `target` lacks.
+  """
+  groups = {name: _group(name) for name in target}
+  chosen = only.split(',') if only else list(groups.values())
+  for word in chosen:
+    if word not in groups.values():
+      names = list(dict.fromkeys(groups.values()))
+      raise UserError(
+        f'--init_only {word}: there is no such network{nearest(word, names)}; '
+        f'this run has {", ".join(names)}'
+      )
+  taken, fresh = [], []
+  for name, layer in target.items():
+    wanted = name in source and groups[name] in chosen
+    known = {w.path: w for w in source[name].weights} if wanted else {}
+    fit = [
+      w
+      for w in layer.weights
+      if w.path in known and known[w.path].shape == w.shape
+    ]
+    for weight in fit:
+      weight.assign(known[weight.path])
+    count, total = len(fit), len(layer.weights)
+    part = f' ({count} of {total} arrays)' if 0 < count < total else ''
+    (taken if fit else fresh).append(f'{name}{part}')
+  return taken, fresh
+
+
+def _group(name):
+  """What users call a network: encode_2 is one of `encoder`."""
+  match = re.match('encode|decode', name)
+  return f'{match[0]}r' if match else name
+
+
 class Progress:
   """What a run has done: its checkpoints, and the evaluations made.
 
@@ -291,8 +363,13 @@ class Progress:
     return ''
 
   def evaluate_if_due(self, env):
-    """One episode without learning, exploration noise or stored rows."""
-    if not self._team.chief or not self._should_eval(self._learner.step):
+    """One episode without learning, exploration noise or stored rows.
+
+    Args:
+      env: for evaluations, or None where there is none.
+    """
+    due = self._team.chief and self._should_eval(self._learner.step)
+    if not due or not env:
       return
     env.number(self._evaluations)
     tools.simulate(self._learner.evaluate, [env], episodes=1)
@@ -398,7 +475,7 @@ class ExactProgress(Progress):
 def make_progress(run, learner):
   """`Progress`, or `ExactProgress` where a run can be exact."""
   alone = run.config.envs == run.team.workers == 1
-  exact = run.config.deterministic and alone
+  exact = run.config.deterministic and alone and not run.config.offline
   return (ExactProgress if exact else Progress)(run, learner)
 
 

@@ -392,6 +392,16 @@ class Path:
       raise Refused(' (there is no such user)') from None
 
 
+class Folder(Path):
+  """A folder, as text; none may be given."""
+
+  def __str__(self):
+    return 'a folder'
+
+  def parse(self, text):
+    return str(super().parse(text)) if text else ''
+
+
 class File(Path):
   """A file to be written, in a folder that may not be there yet."""
 

@@ -108,6 +108,16 @@ FLAGS = {
          'of networks, noise, replay and environments'),
     Flag('steps', Whole(), 5_000_000,
          'environment steps of the whole run', 'App. G'),
+    Flag('init_from', cli.Folder(), '',
+         'logdir of a run whose weights a new run begins with'),
+    Flag('init_only', cli.Names(empty=True), '',
+         'networks that --init_from is for: encoder, decoder, dynamics, '
+         'reward, pcont, vector, state, actor, value; the default is all'),
+    Flag('offline', cli.Folder(), '',
+         'folder of episodes to learn from, without collecting any',
+         fixed=FIXED),
+    Flag('updates', Whole(), 0,
+         'of a run with --offline; 0: as many as --steps would bring'),
     Flag('eval_every', POSITIVE, 10_000,
          'environment steps between evaluations', 'release'),
     Flag('log_every', POSITIVE, 1000,
@@ -356,6 +366,8 @@ def method_name(config):
   """What a run is called: dreamer, dreamer-contrastive, planet-state, ..."""
   arms = BEHAVIORS[config.behavior], REPRESENTATIONS[config.representation]
   parts = [arm.method for arm in arms]
+  if config.get('offline'):
+    parts.append('offline')
   if config.inputs != 'image':
     parts.append(re.sub(r'[^\w.]+', '-', config.inputs))
   return '-'.join(filter(None, parts))
@@ -430,6 +442,9 @@ def _check_config(config):
     raise UserError(
       f'--cameras are of the control suite; {config.task} has none to choose'
     )
+  if config.init_only and not config.init_from:
+    raise UserError('--init_only says what of --init_from is taken: give both')
+  _check_offline(config)
   if config.env_args and not config.task.startswith('gym_'):
     raise UserError(
       f'--env_args is for gym_ tasks; {config.task} takes no arguments'
@@ -449,6 +464,21 @@ def _check_config(config):
       f'{config.time_limit} environment steps with action repeat '
       f'{config.action_repeat} make {rows} rows. {hint}.'
     )
+
+
+def _check_offline(config):
+  """The number of updates of a run without collecting follows from flags."""
+  if not config.offline:
+    if config.updates:
+      raise UserError(
+        '--updates is for --offline; else updates follow from --steps, '
+        '--train_every and --train_steps'
+      )
+    return
+  if not config.train_steps:
+    raise UserError('--offline needs --train_steps of 1 or more')
+  if config.strategy == 'multiworker':
+    raise UserError('--offline runs in one process: --strategy mirrored')
 
 
 def resolve_actions(config, actspace):
@@ -580,14 +610,38 @@ def _saved_flags(path):
   }
 
 
-def write_config(config):
-  """Writes config.json: flags, versions, and when the run first started."""
+def load_spaces(logdir):
+  """What the agent of a run sees and does, as config.json says.
+
+  Returns:
+    {name: shape} of its inputs, and its action space; None twice where the
+    file does not say, as those of older code.
+  """
+  record = _read_config(pathlib.Path(logdir) / 'config.json')
+  try:
+    inputs = {k: tuple(map(int, v)) for k, v in record['observations'].items()}
+    return inputs, spaces.action_space(record['actions'])
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return None, None
+
+
+def write_config(config, inputs=None, actions=None):
+  """Writes config.json: flags, versions, and when the run first started.
+
+  Args:
+    config: from `parse_flags`.
+    inputs: {name: shape} of what the agent sees, where it is known.
+    actions: its action space, likewise.
+  """
   path = config.logdir / 'config.json'
   now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
   record = _read_config(path) if path.exists() else dict(started=now)
   record.update(method=method_name(config), format=FORMAT)
   record['config'] = {k: _plain(v) for k, v in config.items()}
   record['versions'] = versions()
+  if inputs:
+    record['observations'] = {k: list(v) for k, v in inputs.items()}
+    record['actions'] = spaces.action_record(actions)
   with cli.atomic_write(path) as file:
     file.write((json.dumps(record, indent=2) + '\n').encode())
 

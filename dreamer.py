@@ -38,6 +38,7 @@ import behaviors
 import cli
 import configs
 import distribute
+import library
 import models
 import representations
 import spaces
@@ -325,13 +326,15 @@ class Dreamer:
   Attributes:
     world, behavior: `WorldModel`, and one of behaviors.py.
     optimizers: {name: `tools.Adam`}: model, and each network of the behavior.
+    config, action_space: as they were given.
     actions: A.
     step, updates: environment steps and updates so far, variables int64.
   """
 
   def __init__(self, config, actspace, team=None, inputs=IMAGE):
     configs.resolve_actions(config, actspace)
-    self._c = config
+    self.config = self._c = config
+    self.action_space = actspace
     self._team = team or distribute.Team()
     self.actions = actspace.shape[0]
     self._choices = getattr(actspace, 'choices', None)  # of discrete actions
@@ -399,6 +402,11 @@ class Dreamer:
     counters = dict(step=self.step, updates=self.updates, random=self._random)
     return {**counters, **weights, **optimizers}
 
+  def knowledge(self):
+    """What of `trackable` acting, imagining and exporting need."""
+    names = {'step', 'updates', *self.networks()}
+    return {k: v for k, v in self.trackable().items() if k in names}
+
   def count_parameters(self):
     """Number of parameters of the optimizers, by name."""
     return {
@@ -449,13 +457,24 @@ class Dreamer:
       Action [E, A] and the new state.
     """
     keep = tf.cast(tf.logical_not(reset), tf.float32)[:, None]
-    latent, action = tf.nest.map_structure(lambda x: x * keep, state)
+    state = tf.nest.map_structure(lambda x: x * keep, state)
     seeds = tools.make_seeds(3, self._random)
-    embed = self.world.embed(self.world.preprocess(obs))
-    latent, _ = self.world.dynamics.obs_step(latent, action, embed, seeds[0])
+    latent = self.observe(obs, *state, seeds[0])
     action = self.behavior.act(latent, seeds[1], training)
     action = self.explore(action, noise, seeds[2])
     return action, (latent, action)
+
+  def observe(self, obs, latent, action, seed):
+    """Posterior states {...: [E, ...]} from those before, and an action.
+
+    Args:
+      obs: the inputs, as in `policy`.
+      latent: model states {...: [E, ...]}.
+      action: the last, [E, A].
+      seed: int32 [2].
+    """
+    embed = self.world.embed(self.world.preprocess(obs))
+    return self.world.dynamics.obs_step(latent, action, embed, seed)[0]
 
   def noise(self, training):
     """Exploration amount at this step, a float32 number."""
@@ -556,6 +575,40 @@ def watch(variables):
     for variable in variables:
       tape.watch(variable.value)
     yield tape
+
+
+# --- The library, and the command -------------------------------------------
+
+
+def load(logdir):
+  """The agent of a run as its newest checkpoint has it, a `library.Agent`.
+
+  Args:
+    logdir: folder of the run; only config.json and checkpoints are read.
+
+  Raises:
+    cli.UserError: there is no such run, or it is of other code.
+  """
+  return library.load(logdir, Dreamer)
+
+
+def train(make_env, logdir, **flags):
+  """Trains on environments of the user; resumes what is in the logdir.
+
+  Args:
+    make_env: function without arguments that makes an environment of Gymnasium
+      or Gym. It is called in other processes, so it must pickle (cloudpickle).
+    logdir: folder of the run.
+    flags: those of the command line, without dashes: `steps=100_000`,
+      `preset='cpu'`, `inputs='state'`; docs/usage.md has all.
+
+  Returns:
+    The trained agent, a `library.Agent`.
+
+  Raises:
+    cli.Failure: as the command line would end, with its message.
+  """
+  return library.train(make_env, logdir, Dreamer, **flags)
 
 
 def main(argv=None):

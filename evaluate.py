@@ -6,6 +6,9 @@ Needs nothing but the logdir, of which it reads config.json and the newest
 checkpoint and changes nothing: training may go on there meanwhile. The policy
 acts without noise, by the mode of the action model (or its plan).
 
+With --export it writes a SavedModel instead of an evaluation, which acts with
+TensorFlow alone (docs/library.md).
+
 With --outdir it writes behavior.gif and .mp4, the first episodes side by side,
 and prediction.gif, .mp4 and .png (Figure 5): the truth, what the model imagines
 from 5 images of context and the actions alone, and the difference. A model of
@@ -24,10 +27,10 @@ import quiet  # noqa: F401  (before TensorFlow)
 import imageio.v3 as imageio
 import numpy as np
 
-import checkpoints
 import cli
 import configs
 import dreamer
+import library
 import logger
 import spaces
 import tools
@@ -84,28 +87,6 @@ class Recorder:
     return {k: np.stack([w[k][:length] for w in self.windows]) for k in keys}
 
 
-def load_agent(config, actspace, inputs=dreamer.IMAGE):
-  """The agent of a logdir as its newest checkpoint has it.
-
-  Raises:
-    UserError: there is no checkpoint, or it is of other code.
-  """
-  agent = dreamer.Dreamer(config, actspace, inputs=inputs)
-  objects = agent.trackable()
-  del objects['random']  # from --seed instead
-  folder = config.logdir / 'checkpoints'
-  saved = checkpoints.Checkpoints(folder, **objects)
-  for _ in range(3):  # a run beside us may replace all that we found
-    if saved.restore():
-      return agent
-  if saved.newest_trace():
-    raise UserError(f'no checkpoint in {folder} is whole')
-  raise UserError(
-    f'--logdir {config.logdir} has no checkpoint yet; a run saves its '
-    'first one within --save_every minutes of updates'
-  )
-
-
 def evaluate(config, episodes, outdir=None):
   """Runs whole episodes; returns figures as --json writes them.
 
@@ -117,8 +98,7 @@ def evaluate(config, episodes, outdir=None):
   recorder = Recorder(episodes, config.action_repeat, config.seed)
   env = training.make_env(config, 0, 'test', [recorder], lost=_report)
   try:
-    inputs = training.input_shapes(config, env.observation_space)
-    agent = load_agent(config, env.action_space, inputs)
+    agent = library.load_dreamer(config, dreamer.Dreamer, env)
     print(
       f'{config.logdir}: {config.task}, {configs.method_name(config)}, '
       f'step {int(agent.step)}, {int(agent.updates.numpy())} updates.',
@@ -246,18 +226,24 @@ def parse_flags(argv):
   parser.flag('--seed', cli.Whole(0, 2**32 - 1), 0, 'of the environment (0)')
   parser.flag('--outdir', cli.Path(), help='folder for videos')
   parser.flag('--json', cli.File(), help='file for the figures')
+  parser.flag('--export', cli.Path(), help='folder for a SavedModel')
   return parser.parse(argv)
 
 
 def run(argv):
   args = parse_flags(argv)
-  cli.make_folders(args.outdir, args.json and args.json.parent)
+  cli.make_folders(args.outdir, args.json and args.json.parent, args.export)
   config = configs.load_config(args.logdir)
   config.update(seed=args.seed, eval_noise=0.0)
   if args.outdir and not spaces.names_image(config.inputs):
     config.record = 'image'  # for the video alone
-  training.setup_precision(config.precision)
+  # An exported agent may run where there is no bfloat16.
+  training.setup_precision('32' if args.export else config.precision)
   try:
+    if args.export:
+      library.export(library.load_dreamer(config, dreamer.Dreamer), args.export)
+      _wrote(args.export)
+      return
     figures = evaluate(config, args.episodes, args.outdir)
     if args.json:
       args.json.write_text(json.dumps(figures, indent=2) + '\n')

@@ -1,4 +1,4 @@
-"""Environments that are registered with Gym or Gymnasium.
+"""Environments of Gym or Gymnasium: registered ones, or made by a function.
 
 These are the users' own: nothing is taken for granted but `reset` and `step`.
 What an environment shows is looked at once, when it is made, and `about` says
@@ -59,7 +59,7 @@ def _package(key):
 
 
 class GymEnv:
-  """An environment that is registered with Gymnasium, or else with Gym.
+  """An environment of Gymnasium, or else of Gym.
 
   `image` is the observation or a part of it, where there is one that is an
   image (see `spaces.image_layout`), else what the environment renders; further
@@ -71,9 +71,10 @@ class GymEnv:
 
   Args:
     name: the id; 'module:id' imports the module first.
+    function: makes the environment, of any name; None for a registered one.
     size: height and width of the image in pixels.
     seed: int or None.
-    args: arguments of the constructor, by name.
+    args: arguments of the constructor of a registered one, by name.
     inputs, record: see `spaces.View`.
 
   Attributes:
@@ -92,10 +93,16 @@ class GymEnv:
     args=None,
     inputs='image',
     record='',
+    function=None,
   ):
-    self._name, self._size, self._seed = name, tuple(size), seed
+    self._task = f'custom_{name}' if function else f'gym_{name}'
+    self._size, self._seed = tuple(size), seed
     wanted = f'{inputs},{record}'
-    self._env, self._limit = make(name, args or {}, spaces.names_image(wanted))
+    if function:
+      self._env, self._limit = _call(function, self._task), None
+    else:
+      draws = spaces.names_image(wanted)
+      self._env, self._limit = make(name, args or {}, draws)
     self._plain_render = False
     self._seeding = _seeding(self._env)
     parts = _flatten(self._env.observation_space)
@@ -107,7 +114,7 @@ class GymEnv:
     self._reset(np.random.SeedSequence().entropy % 2**31)
     words = wanted.split(',')
     offers = {k: self._offer(k, words) for k in self._sources}
-    view = spaces.View(f'gym_{name}', offers, inputs, record)
+    view = spaces.View(self._task, offers, inputs, record)
     self._names, self.observation_space = view.names, view.space
     self.about = self._describe(view.about, others)
 
@@ -182,7 +189,7 @@ class GymEnv:
       if layout:
         found[path] = layout
     if reason and not found and spaces.names_image(wanted):
-      raise TaskError(f'gym_{self._name}: {reason}.')
+      raise TaskError(f'{self._task}: {reason}.')
     paths = sorted(found, key=lambda path: path[-1:] != ('image',))
     images = {
       spaces.image_name(i): Source(path, _called(path), layout=found[path])
@@ -255,7 +262,7 @@ class GymEnv:
 
   def _no_images(self, reason):
     return TaskError(
-      f'gym_{self._name} has no images. Its observations are '
+      f'{self._task} has no images. Its observations are '
       f'{self._env.observation_space}, and what it renders cannot be used: '
       f'{str(reason).rstrip(".")}.'
     )
@@ -285,7 +292,7 @@ class GymEnv:
       low, high = np.ravel(space.low), np.ravel(space.high)
       return gym.spaces.Box(low, high, dtype=space.dtype)
     raise TaskError(
-      f'gym_{self._name} has actions {space}; they must be Discrete, '
+      f'{self._task} has actions {space}; they must be Discrete, '
       'MultiDiscrete, MultiBinary or a Box.'
     )
 
@@ -304,9 +311,22 @@ class GymEnv:
     if array.size != 1 or array.dtype.kind not in 'biuf':
       shown = f'of shape {array.shape}' if array.size != 1 else repr(reward)
       raise TaskError(
-        f'gym_{self._name} gave a reward {shown}; a reward is one number.'
+        f'{self._task} gave a reward {shown}; a reward is one number.'
       )
     return float(array.reshape(()))
+
+
+def _call(function, task):
+  """The environment that a user's function makes."""
+  env = function()
+  needed = 'observation_space', 'action_space', 'reset', 'step'
+  missing = [name for name in needed if not hasattr(env, name)]
+  if missing:
+    raise TaskError(
+      f'{task}: its function gave a {type(env).__name__} without '
+      f'{", ".join(missing)}; it must be an environment of Gymnasium or Gym.'
+    )
+  return env
 
 
 def make(name, args, draws=True):

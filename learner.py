@@ -143,6 +143,15 @@ class Learner:
     if self._should_log(self.step):
       self._write_summaries()
 
+  def learn(self, count):
+    """Makes updates without acting; steps follow (`OfflineRun`)."""
+    for _ in range(count):
+      self._pending.assign_add(1)
+      self._make_updates(1)
+      self.step = self._run.steps()
+      if self._should_log(self.step):
+        self._write_summaries()
+
   def _make_updates(self, count):
     for _ in range(count):
       if self._team.any(self._run.stop.requested):

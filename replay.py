@@ -214,12 +214,15 @@ class Replay:
     directory: folder of episode files; `rescan` looks for new ones.
     capacity: agent steps to draw from, the newest; 0 for all.
     shapes: {key: shape of a row} that all episodes must have.
+    repair: rename broken files to *.broken; else they stay, unused.
   """
 
-  def __init__(self, directory, capacity=0, shapes=None):
+  def __init__(self, directory, capacity=0, shapes=None, repair=True):
     self._directory = pathlib.Path(directory)
     self._capacity = capacity
     self._shapes = shapes
+    self._repair = repair
+    self._unused = set()
     self._episodes = {}
     self._recent = []
     self._changed = None
@@ -229,7 +232,8 @@ class Replay:
     if changed == self._changed:
       return
     self._changed = changed
-    names = sorted(p.name for p in self._directory.glob('*.npz'))
+    names = {p.name for p in self._directory.glob('*.npz')} - self._unused
+    names = sorted(names)
     known = self._episodes
     self._episodes = {
       n: known.get(n) or EpisodeFile(self._directory / n, self._shapes)
@@ -297,10 +301,14 @@ class Replay:
         self._set_aside(episode, error)
 
   def _set_aside(self, episode, error):
-    target = episode.path.with_suffix('.npz.broken')
-    with contextlib.suppress(FileNotFoundError):
-      episode.path.rename(target)
-    warn(f'set aside the broken episode {target}: {error}')
+    if self._repair:
+      target = episode.path.with_suffix('.npz.broken')
+      with contextlib.suppress(FileNotFoundError):
+        episode.path.rename(target)
+      warn(f'set aside the broken episode {target}: {error}')
+    else:
+      self._unused.add(episode.path.name)
+      warn(f'leaving out the broken episode {episode.path}: {error}')
     self._changed = None
     self.rescan()
 
@@ -315,6 +323,7 @@ def load_episodes(
   start=0,
   shapes=None,
   stream=0,
+  repair=True,
 ):
   """Yields windows of episodes for ever.
 
@@ -329,18 +338,36 @@ def load_episodes(
     balance: see `Replay.window`.
     seed, start: of the random stream.
     capacity: agent steps to draw from, the newest; 0 for all.
-    shapes: see `Replay`.
+    shapes, repair: see `Replay`.
     stream: number of the reader, where several draw from one folder.
 
   Raises:
     UserError: no episode is long enough.
   """
-  replay = Replay(directory, capacity, shapes)
+  replay = Replay(directory, capacity, shapes, repair)
   for block in itertools.count(start):
     replay.rescan()
     rng = np.random.default_rng([seed, block, stream])
     for _ in range(rescan):
       yield replay.window(rng, length, balance)
+
+
+def describe(directory):
+  """What the episodes of a folder hold, by the first that is whole.
+
+  Returns:
+    {key: (shape of a row, dtype)}, and whether their actions are one-hot; {}
+    and False where there is none.
+  """
+  for path in sorted(pathlib.Path(directory).glob('*.npz')):
+    episode = EpisodeFile(path)
+    with contextlib.suppress(ValueError):
+      rows = episode.read(0, episode.length)
+      actions = rows['action'][1:]  # the first is none
+      onehot = np.isin(actions, (0, 1)).all() and (actions.sum(-1) == 1).all()
+      parts = {k: (v.shape[1:], v.dtype) for k, v in rows.items()}
+      return parts, bool(onehot and actions.size)
+  return {}, False
 
 
 def count_steps(datadir, config, folders=1):
@@ -367,7 +394,7 @@ def load_dataset(
   Args:
     directory: folder of episodes.
     config: `batch_size` B, `batch_length` T, `dataset_balance`, `seed`,
-      `replay_capacity`.
+      `replay_capacity`; with `offline` the folder is left as it is.
     start: index of the first batch; batch number n is the same however often
       the run was interrupted, as long as the episodes are.
     actions: A, if episodes with other actions are to be set aside.
@@ -387,6 +414,7 @@ def load_dataset(
     capacity=capacity,
     start=start,
     shapes={**inputs, **(dict(action=(actions,)) if actions else {})},
+    repair=not config.get('offline'),
   )
   while True:
     batch = [next(windows) for _ in range(share)]

@@ -38,6 +38,7 @@ setuptools.setup(
     'gym_env',
     'layers',
     'learner',
+    'library',
     'logger',
     'models',
     'quiet',
@@ -68,6 +69,7 @@ setuptools.setup(
     'matplotlib>=3.9,<4',
     'scipy>=1.14',
     'tqdm>=4.66,<5',
+    'cloudpickle>=3,<4',
     'tensorboard>=2.18,<2.22',
   ],
   extras_require={

@@ -273,6 +273,20 @@ class BoxMap:
     return np.clip(value.astype(dtype), self._box.low, self._box.high)
 
 
+def action_record(space):
+  """An action space of the agent as config.json keeps it."""
+  if getattr(space, 'discrete', False):
+    return dict(choices=list(space.choices))
+  return dict(size=int(space.shape[0]))
+
+
+def action_space(record):
+  """The space that `action_record` wrote."""
+  if 'choices' in record:
+    return OneHotBox(record['choices'])
+  return gym.spaces.Box(-1.0, 1.0, (record['size'],), np.float32)
+
+
 class OneHotBox(gym.spaces.Box):
   """Space of one-hot vectors, or of several side by side, float32.
 

@@ -82,6 +82,7 @@ class Options:
   inputs: str = 'image'
   record: str = ''
   cameras: tuple = ()
+  function: typing.Callable | None = None
 
 
 class Suite(typing.NamedTuple):
@@ -152,10 +153,25 @@ def _gym(name, opts):
   return wrappers.ActionRepeat(env, opts.action_repeat)
 
 
+def _custom(name, opts):
+  require_function(f'custom_{name}', opts.function)
+  env = GymEnv(
+    name,
+    seed=opts.seed,
+    inputs=opts.inputs,
+    record=opts.record,
+    function=opts.function,
+  )
+  return wrappers.ActionRepeat(env, opts.action_repeat)
+
+
 def _toy(name, opts):
   env = wrappers.TOYS[name](opts.seed, opts.inputs, opts.record)
   return wrappers.ActionRepeat(env, opts.action_repeat)
 
+
+# Gym marks the ends of episodes, so that they can be predicted.
+GYM = dict(action_repeat=1, pcont=True)
 
 SUITES = dict(
   dmc=Suite(
@@ -181,7 +197,13 @@ SUITES = dict(
   gym=Suite(
     _gym,
     'gym_<id>',
-    defaults={'': dict(action_repeat=1, pcont=True)},
+    defaults={'': GYM},
+    renders=True,
+  ),
+  custom=Suite(
+    _custom,
+    'custom_<name> (of dreamer.train)',
+    defaults={'': GYM},
     renders=True,
   ),
   toy=Suite(
@@ -237,6 +259,15 @@ def check_task(task):
   raise TaskError(f'There is no task {task!r}{hint}')
 
 
+def require_function(task, function):
+  """Raises TaskError where a custom task has no function that makes it."""
+  if task.startswith('custom_') and not function:
+    raise TaskError(
+      f'{task} is made by a function: train it with dreamer.train(make_env, '
+      'logdir), and load it with dreamer.load(logdir) (docs/library.md)'
+    )
+
+
 def check_parallel(task, strategy, inputs='image'):
   """Raises TaskError where `strategy` is unknown or would crash for `task`.
 
@@ -276,6 +307,7 @@ def make_task(task, *args, **kwargs):
       `state` stands for all vectors.
     record: observations to be stored besides, likewise; '' for none.
     cameras: of the control suite: indices, in the order of the images.
+    function: makes the environment of a custom_<name>.
 
   Returns:
     An environment with actions in [-1, 1], or one-hot where they are discrete,

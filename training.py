@@ -1,10 +1,12 @@
 """A run: collecting, learning, evaluating, saving (Algorithm 1), and resuming.
 
     run                  one call a run: what it needs, then
-      _train             the loop of Algorithm 1
+      _train             begins, resumes and ends it
         prefill          episodes of random actions
-        Learner          acts, and makes the updates that are due beside it
-        Progress         checkpoints, evaluations, resuming
+        _collect         the loop of Algorithm 1; without environments
+        _learn_offline   updates alone (`--offline`)
+          Learner        acts, and makes the updates that are due beside it
+          Progress       checkpoints, evaluations, resuming
 
 Steps are environment steps; gradient steps are called updates. E environments.
 """
@@ -14,6 +16,7 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
+import typing
 
 import keras
 import numpy as np
@@ -43,6 +46,7 @@ class Run:
   team: distribute.Team
   stop: cli.StopSignal
   logger: Logger
+  function: typing.Callable | None = None  # makes custom environments
 
   @property
   def datadir(self):
@@ -53,23 +57,85 @@ class Run:
     """Environment steps in the replay, of all processes."""
     return replay.count_steps(self.datadir, self.config, self.team.folders)
 
+  def follow(self, learner):
+    """Called when there is a learner."""
+
   def say(self, line):
     self.logger.say(line)
+
+
+@dataclasses.dataclass
+class OfflineRun(Run):
+  """A run on the episodes of a folder, whose steps follow from its updates."""
+
+  updates: typing.Callable = lambda: 0
+
+  @property
+  def datadir(self):
+    folder = pathlib.Path(self.config.offline)
+    inner = folder / 'episodes'  # of a logdir
+    return inner if inner.is_dir() else folder
+
+  def steps(self):
+    """Environment steps in which a run that collects has as many updates."""
+    c = self.config
+    return self.updates() * c.train_every // c.train_steps
+
+  def follow(self, learner):
+    self.updates = lambda: learner.updates
+
+  @property
+  def total(self):
+    """Updates of the whole run."""
+    c = self.config
+    return c.updates or -(-c.steps * c.train_steps // c.train_every)
+
+
+class Spec(typing.NamedTuple):
+  """What an agent sees and does.
+
+  Attributes:
+    inputs: {name: shape} of the observations that it sees.
+    actions: its action space.
+    about: the same in words, a list of sentences.
+  """
+
+  inputs: dict
+  actions: object
+  about: list
 
 
 # --- Environments -----------------------------------------------------------
 
 
 def make_env(
-  config, index=0, prefix='train', callbacks=(), lost=None, log=None
+  config,
+  index=0,
+  prefix='train',
+  callbacks=(),
+  lost=None,
+  log=None,
+  function=None,
 ):
   """Environment number `index` in its worker, recording episodes.
 
+  `lost` is called with the error of a worker that had to be replaced; for the
+  rest see `make_worker`.
+  """
+  env = make_worker(config, index, prefix, log, function)
+  tolerant = config.env_errors == 'drop'
+  return replay.Collect(env, list(callbacks), lost=lost, tolerant=tolerant)
+
+
+def make_worker(config, index=0, prefix='train', log=None, function=None):
+  """Environment number `index` in its worker, a `workers.Async`.
+
   Each has random streams of its own, from (seed, index) and the number of the
   episode; those of evaluations (`prefix` test) differ from those of training.
-  `lost` is called with the error of a worker that had to be replaced; what
-  workers print goes to `log`, from `workers.open_log`.
+  What workers print goes to `log`, from `workers.open_log`. `function` makes
+  the environment of a custom task.
   """
+  suites.require_function(config.task, function)
   stream = [config.seed, index, int(prefix == 'test')]
   seed = int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
   make = functools.partial(
@@ -83,8 +149,9 @@ def make_env(
     config.inputs,
     config.record,
     tuple(map(int, filter(None, config.cameras.split(',')))),
+    function,
   )
-  env = workers.Async(
+  return workers.Async(
     make,
     config.parallel,
     config.worker_timeout,
@@ -92,25 +159,27 @@ def make_env(
     log,
     f'{prefix} {index}',
   )
-  tolerant = config.env_errors == 'drop'
-  return replay.Collect(env, list(callbacks), lost=lost, tolerant=tolerant)
 
 
 @contextlib.contextmanager
 def environments(run):
   """Yields training environments, and one for evaluations (the chief's).
 
-  Their episodes are stored and logged.
+  Their episodes are stored and logged. A run that does not collect has none of
+  the first kind, and of the second only if its task can run here.
   """
   config, team, envs = run.config, run.team, []
   log = workers.open_log(config.logdir / f'workers{team.suffix}.log')
-  make = functools.partial(make_env, config, lost=Replacements(run), log=log)
+  make = functools.partial(
+    make_env, config, lost=Replacements(run), log=log, function=run.function
+  )
   summarize = functools.partial(
     summarize_episode,
     config=config,
     datadir=run.datadir,
     logger=run.logger,
     folders=team.folders,
+    count=run.steps,
   )
   store = [
     lambda episode: replay.save_episodes(run.datadir, [episode]),
@@ -119,10 +188,14 @@ def environments(run):
   ]
   test = None
   try:
-    for index in range(config.envs):
+    for index in range(0 if config.offline else config.envs):
       envs.append(make(team.index * config.envs + index, 'train', store))
     if team.chief:
-      test = make(0, 'test', [functools.partial(summarize, prefix='test')])
+      evaluated = [functools.partial(summarize, prefix='test')]
+      optional = contextlib.nullcontext() if envs else _without(run)
+      with optional:
+        test = make(0, 'test', evaluated)
+        _ = envs or test.about  # waits
     yield envs, test
   finally:
     for env in [*envs, test] if test else envs:
@@ -130,10 +203,24 @@ def environments(run):
     log.close()
 
 
-def summarize_episode(episode, config, datadir, logger, prefix, folders=1):
-  """Logs a finished episode; `prefix` is train or test."""
+@contextlib.contextmanager
+def _without(run):
+  """Lets a run go on without evaluations where its task cannot run."""
+  try:
+    yield
+  except (workers.TaskError, workers.RenderError, workers.WorkerError) as error:
+    run.say(f'No evaluations: {error}')
+
+
+def summarize_episode(
+  episode, config, datadir, logger, prefix, folders=1, count=None
+):
+  """Logs a finished episode; `prefix` is train or test.
+
+  The step is that of `count()`, or that of the replay.
+  """
   episodes = replay.count_episodes(datadir)[0] * folders
-  steps = replay.count_steps(datadir, config, folders)
+  steps = (count or (lambda: replay.count_steps(datadir, config, folders)))()
   length = (len(episode['reward']) - 1) * config.action_repeat
   score = float(episode['reward'].astype(np.float64).sum())
   name = dict(train='Episode', test='Evaluation')[prefix]
@@ -348,16 +435,19 @@ class Estimate:
     )
 
 
-def run(config, make_agent):
+def run(config, make_agent, function=None):
   """Trains, from an empty logdir or from where the last run stopped.
 
   Args:
     config: from `configs.parse_flags`.
     make_agent: class of the agent: `dreamer.Dreamer`.
+    function: makes the environment of a custom task.
 
   Raises:
     cli.Failure: with a message for the user and an exit code.
   """
+  if not config.offline:
+    suites.require_function(config.task, function)
   with _failures():
     team = setup_devices(config)
     with team.chief_first():
@@ -370,7 +460,8 @@ def run(config, make_agent):
     datadir = config.logdir / 'episodes'
     step = replay.count_steps(datadir, config, team.folders)
     logger = Logger(config.logdir, config.steps, step, team.index)
-    this = Run(config, team, stop, logger)
+    kind = OfflineRun if config.offline else Run
+    this = kind(config, team, stop, logger, function)
     try:
       with environments(this) as (envs, test_env):
         _train(this, make_agent, envs, test_env)
@@ -398,33 +489,33 @@ def _failures():
 
 
 def _train(run, make_agent, envs, test_env):
-  """The loop of Algorithm 1: collect, learn, evaluate, save.
+  """Begins or resumes a run, and ends it.
 
   Of several processes only the chief evaluates and saves; the updates are made
   together, in which the others wait for it.
   """
   config = run.config
-  _prepare(run, envs)
-  prefill(run, envs)
+  spec = _prepare(run, envs, test_env)
+  if envs:
+    prefill(run, envs)
   with run.stop.immediate():
-    inputs = input_shapes(config, envs[0].observation_space)
-    agent = make_agent(config, envs[0].action_space, run.team, inputs)
+    agent = make_agent(config, spec.actions, run.team, spec.inputs)
     for name, count in agent.count_parameters().items():
       run.say(f'Found {count} {name} parameters.')
+    if config.init_from and _begins(config):
+      _initialize(run, agent, make_agent, spec)
     learner = Learner(agent, run)
+    run.follow(learner)
     progress = checkpoints.make_progress(run, learner)
     progress.resume()
     number_episodes(run, envs)
   before, estimate = learner.updates, Estimate(run, learner)
   learner.after_update = lambda: (estimate(), progress.save_if_due())
   try:
-    state = None
-    while learner.step < config.steps:
-      progress.evaluate_if_due(test_env)
-      state = tools.simulate(learner, envs, state=state, **progress.portion())
-      learner.catch_up()
-      progress.save()
-    progress.evaluate_if_due(test_env)
+    if envs:
+      _collect(run, learner, progress, envs, test_env)
+    else:
+      _learn_offline(run, learner, progress, test_env)
     progress.save_at_end()
     run.say(_ending(learner, before))
     run.team.wait()  # to leave together
@@ -440,22 +531,99 @@ def _train(run, make_agent, envs, test_env):
     learner.halt()
 
 
-def _prepare(run, envs):
-  """What must be known before anything is collected."""
-  config, space = run.config, envs[0].action_space
+def _collect(run, learner, progress, envs, test_env):
+  """The loop of Algorithm 1: collect, learn, evaluate, save."""
+  state = None
+  while learner.step < run.config.steps:
+    progress.evaluate_if_due(test_env)
+    state = tools.simulate(learner, envs, state=state, **progress.portion())
+    learner.catch_up()
+    progress.save()
+  progress.evaluate_if_due(test_env)
+
+
+def _learn_offline(run, learner, progress, test_env):
+  """The same without collecting: updates alone, as far apart in steps."""
+  c = run.config
+  portion = max(1, c.eval_every * c.train_steps // c.train_every)
+  while learner.updates < run.total:
+    progress.evaluate_if_due(test_env)
+    learner.learn(min(portion, run.total - learner.updates))
+    progress.save()
+  progress.evaluate_if_due(test_env)
+
+
+def _prepare(run, envs, test_env):
+  """What must be known before anything is collected; returns a `Spec`."""
+  config = run.config
   keras.utils.set_random_seed(config.seed)
   policy = setup_precision(config.precision)
-  configs.resolve_actions(config, space)
-  shapes = input_shapes(config, envs[0].observation_space)
-  shapes['action'] = space.shape
-  replay.Replay(run.datadir, shapes=shapes).check()
+  env = next(iter([*envs, test_env]), None)
+  spec = env_spec(config, env) if env else _replay_spec(run)
+  configs.resolve_actions(config, spec.actions)
+  if config.init_from and _begins(config):
+    configs.load_config(config.init_from)  # or an error, before the work
+  shapes = {**spec.inputs, 'action': spec.actions.shape}
+  replay.Replay(run.datadir, shapes=shapes, repair=bool(envs)).check()
   if run.team.chief:
-    configs.write_config(config)
+    configs.write_config(config, spec.inputs, spec.actions)
     _announce(run, policy)
-    for line in envs[0].about:
+    for line in spec.about:
       run.say(line)
   run.say(f'Training on {run.team}.')
   number_episodes(run, envs)
+  return spec
+
+
+def env_spec(config, env):
+  """`Spec` of an agent for an environment."""
+  inputs = input_shapes(config, env.observation_space)
+  return Spec(inputs, env.action_space, env.about)
+
+
+def _replay_spec(run):
+  """`Spec` of an agent for the episodes of a folder."""
+  parts, onehot = replay.describe(run.datadir)
+  if not parts:
+    raise UserError(f'--offline {run.config.offline} holds no whole episode')
+  (size,), _ = parts['action']
+  record = dict(choices=[size]) if onehot else dict(size=size)
+  offers = {
+    name: spaces.gym.spaces.Box(-np.inf, np.inf, shape, dtype)
+    for name, (shape, dtype) in parts.items()
+    if name not in ('action', 'reward', 'discount')
+  }
+  space = spaces.gym.spaces.Dict(offers)
+  inputs = input_shapes(run.config, space)
+  about = [f'The agent sees {", ".join(inputs)}, of the episodes.']
+  return Spec(inputs, spaces.action_space(record), about)
+
+
+def _begins(config):
+  """Whether there is no checkpoint to go on from."""
+  return not any(config.logdir.glob('checkpoints/ckpt-*.index'))
+
+
+def _initialize(run, agent, make_agent, spec):
+  """Takes the weights of another run that fit (`--init_from`)."""
+  c = run.config
+  other = configs.load_config(c.init_from)
+  inputs, actions = configs.load_spaces(c.init_from)
+  actions = actions or spec.actions
+  source = checkpoints.load_agent(
+    other, make_agent, actions, inputs or spec.inputs
+  )
+  taken, fresh = checkpoints.copy_weights(
+    source.networks(), agent.networks(), c.init_only
+  )
+  if not taken:
+    raise UserError(
+      f'--init_from {c.init_from}: none of its weights fits this run '
+      f'({", ".join(fresh)})'
+    )
+  run.say(f'Weights of {c.init_from}: {", ".join(taken)}.')
+  if fresh:
+    run.say(f'New weights: {", ".join(fresh)}.')
 
 
 def _announce(run, policy):

@@ -32,6 +32,8 @@ import typing
 import weakref
 from multiprocessing import connection as mp_connection
 
+import cloudpickle
+
 from cli import Failure, UserError
 from cli import quiet_stderr as quiet_stderr
 
@@ -89,7 +91,8 @@ class Async:
 
   Args:
     constructor: makes the environment; a function without arguments, which
-      must pickle for 'process' and 'ray': `partial(make_task, 'toy_reach')`.
+      must pickle (as cloudpickle does) for 'process' and 'ray':
+      `partial(make_task, 'toy_reach')`.
     strategy: 'process', 'thread', 'none' or 'ray'.
     timeout: seconds that a caller waits for a reset or step, until the process
       is killed; 0 waits for ever.
@@ -324,7 +327,7 @@ class _ProcessWorker:
     order = tempfile.TemporaryFile()
     with other, order:
       pickle.dump(sys.path, order)
-      pickle.dump(constructor, order)
+      cloudpickle.dump(constructor, order)
       order.seek(0)
       self._process = _start_worker(other, order)
     self._reader = threading.Thread(

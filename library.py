@@ -1,0 +1,381 @@
+"""The agent as a library: NumPy in and out, and a SavedModel for elsewhere.
+
+    agent = dreamer.load('./logdir/walker')
+    action = agent.act(obs, reset=True)
+
+`dreamer.load` and `dreamer.train` call this; docs/library.md shows how.
+
+Letters in shapes: E environments, A action, H steps of imagination.
+"""
+
+import json
+import pathlib
+import re
+import signal
+
+import cloudpickle
+import numpy as np
+import tensorflow as tf
+
+import checkpoints
+import configs
+import spaces
+import training
+from cli import AttrDict, UserError
+
+
+class Policy(tf.Module):
+  """Acting as pure functions of tensors, which a SavedModel can hold.
+
+  A state is a dictionary of what the agent remembers: the model state, its last
+  action, and the seed of its next noise, int32 [2].
+
+  Args:
+    agent: `dreamer.Dreamer`.
+  """
+
+  def __init__(self, agent):
+    super().__init__()
+    self.agent = agent
+    layers = agent.networks().values()
+    self.weights = [w.value for layer in layers for w in layer.weights]
+
+  def start(self, batch, seed):
+    """The state before an episode.
+
+    Args:
+      batch: E, int32 scalar.
+      seed: int32 [2], of the noise.
+    """
+    latent = self.agent.world.dynamics.initial(batch)
+    action = tf.zeros([batch, self.agent.actions])
+    return dict(latent, action=action, seed=seed)
+
+  def act(self, obs, state, sample=False):
+    """An action for each environment; no exploration noise.
+
+    Args:
+      obs: the inputs: images uint8 [E, 64, 64, 3], vectors float32 [E, ...].
+      state: from `start`, or of the last call.
+      sample: draw from the action model, else take its mode.
+
+    Returns:
+      Actions [E, A] in [-1, 1] or one-hot, and the new state.
+    """
+    seeds = tf.random.experimental.stateless_split(state['seed'], 3)
+    latent = self._observe(obs, state, seeds[0])
+    action = self.agent.behavior.act(latent, seeds[1], sample)
+    return action, dict(latent, action=action, seed=seeds[2])
+
+  def imagine(self, obs, state, actions):
+    """What the model predicts after `obs` for actions [E, H, A].
+
+    Args:
+      obs: as in `act`; None to go on from `state` itself.
+      state: as in `act`.
+
+    Returns:
+      {name: [E, H, ...]}: reward, discount where it is predicted, images in
+      [0, 1], and `vector`, as the model sees it.
+    """
+    world = self.agent.world
+    seeds = tf.random.experimental.stateless_split(state['seed'], 2)
+    latent = {k: v for k, v in state.items() if k not in ('action', 'seed')}
+    if obs is not None:
+      latent = self._observe(obs, state, seeds[0])
+    steps = tf.random.experimental.stateless_split(seeds[1], actions.shape[1])
+    feat = world.dynamics.get_feat(
+      world.dynamics.imagine(actions, latent, steps)
+    )
+    told = {k: head(feat).mean() for k, head in world.heads.items()}
+    if 'pcont' in told:
+      told['discount'] = told.pop('pcont')
+    for name, decoder in world.representation.decoders.items():
+      told[name] = decoder(feat).mean() + 0.5
+    return told
+
+  def _observe(self, obs, state, seed):
+    latent = {k: v for k, v in state.items() if k not in ('action', 'seed')}
+    return self.agent.observe(obs, latent, state['action'], seed)
+
+
+class Agent:
+  """A trained agent that acts in one environment, or in a batch of them.
+
+  It remembers what it has seen of the episode: call `act` once for each agent
+  step (--action_repeat environment steps), with `reset` at the first.
+
+  Attributes:
+    config: the flags of its run.
+    inputs: {name: shape} of the observations that it sees.
+    action_space: of its actions, in [-1, 1] or one-hot.
+    step, updates: what it has learned from.
+  """
+
+  def __init__(self, agent):
+    self._policy = Policy(agent)
+    self._act = tf.function(self._policy.act, autograph=False)
+    self._imagine = tf.function(self._policy.imagine, autograph=False)
+    self.config = agent.config
+    self.inputs = dict(agent.world.inputs)
+    self.action_space = agent.action_space
+    self.step, self.updates = int(agent.step), int(agent.updates.numpy())
+    self.reset(self.config.seed)
+
+  def reset(self, seed=None):
+    """Forgets the episode; with a seed it begins that stream of noise."""
+    if seed is not None:
+      self._seed = np.array([seed & 0x7FFFFFFF, 0], np.int32)
+    self._state = None
+
+  def act(self, obs, reset=False, sample=False):
+    """The action after an observation.
+
+    Args:
+      obs: {name: array}, of shapes `inputs` or [E, ...] with an axis in front;
+        of one input the array alone will do. Other names are ignored. Images
+        are uint8.
+      reset: whether an episode begins: bool, or bool [E].
+      sample: draw from the action model, else take its mode.
+
+    Returns:
+      float32 [A] or [E, A], in [-1, 1] or one-hot.
+
+    Raises:
+      ValueError: an observation is missing, or of another shape or type.
+    """
+    obs, single = self._read(obs)
+    state = self._before(len(next(iter(obs.values()))), reset)
+    action, self._state = self._act(obs, state, bool(sample))
+    self._seed = self._state['seed'].numpy()
+    return action.numpy()[0] if single else action.numpy()
+
+  def imagine(self, obs, actions):
+    """What the agent expects of actions; it changes nothing that it remembers.
+
+    Args:
+      obs: the present observation, as for `act`, before it was acted on; None
+        to go on from the last that was.
+      actions: [H, A] or [E, H, A], as `act` gives them.
+
+    Returns:
+      {name: array [H, ...] or [E, H, ...]}: `reward`; `discount` where the run
+      predicts it; images uint8; vectors by their names, float32.
+    """
+    actions = np.asarray(actions, np.float32)
+    wanted = self.action_space.shape[0]
+    if actions.ndim not in (2, 3) or actions.shape[-1] != wanted:
+      raise ValueError(
+        f'Actions are [H, {wanted}] or [E, H, {wanted}], not {actions.shape}.'
+      )
+    single = actions.ndim == 2
+    actions = actions[None] if single else actions
+    if obs is not None:
+      obs, _ = self._read(obs)
+    if obs is None and self._state is None:
+      raise ValueError('There is no observation yet: give one, or act first.')
+    told = self._imagine(obs, self._before(len(actions), False), actions)
+    told = {k: v.numpy() for k, v in told.items()}
+    told.update(self._split(told.pop('vector', None)))
+    for name in filter(spaces.is_image, told):
+      told[name] = np.clip(255 * told[name] + 0.5, 0, 255).astype(np.uint8)
+    return {k: v[0] for k, v in told.items()} if single else told
+
+  def make_env(self, seed=None, function=None):
+    """The environment of the run in a worker of its own, a `workers.Async`.
+
+    Its `reset()` gives observations as `act` takes them, and `step(action)`
+    observation, reward, whether the episode has ended, and a dictionary. To be
+    closed with `close()`. `function` is that of `dreamer.train`, if it was.
+    """
+    config = AttrDict(self.config)
+    config.seed = config.seed if seed is None else seed
+    return training.make_worker(config, 0, 'test', function=function)
+
+  def _read(self, obs):
+    """Observations {name: [E, ...]}, and whether there was no such axis."""
+    if not isinstance(obs, dict):
+      if len(self.inputs) > 1:
+        raise ValueError(f'The agent sees {", ".join(self.inputs)}: give all.')
+      obs = dict.fromkeys(self.inputs, obs)
+    missing = [name for name in self.inputs if name not in obs]
+    if missing:
+      raise ValueError(
+        f'The agent sees {", ".join(self.inputs)}; the observation lacks '
+        f'{", ".join(missing)}.'
+      )
+    arrays = {k: self._array(k, obs[k]) for k in self.inputs}
+    extra = {v.ndim - len(self.inputs[k]) for k, v in arrays.items()}
+    if len(extra) > 1:
+      raise ValueError('Only some observations have an axis of environments.')
+    single = extra == {0}
+    arrays = {k: v[None] if single else v for k, v in arrays.items()}
+    if len({len(v) for v in arrays.values()}) > 1:
+      raise ValueError('Observations are of different numbers of environments.')
+    return arrays, single
+
+  def _array(self, name, value):
+    array, shape = np.asarray(value), self.inputs[name]
+    if spaces.is_image(name):
+      if array.dtype != np.uint8:
+        raise ValueError(f'{name} is {array.dtype}; images are uint8.')
+    else:
+      array = array.astype(np.float32)
+    if shape not in (array.shape, array.shape[1:]):
+      raise ValueError(
+        f'{name} has shape {array.shape}, not {shape} or (E, '
+        f'{", ".join(map(str, shape))}).'
+      )
+    return array
+
+  def _before(self, count, reset):
+    """The state before this step, anew where an episode begins."""
+    start = self._policy.start(count, tf.constant(self._seed))
+    if self._state is None or np.all(reset):
+      return start
+    if len(self._state['action']) != count:
+      raise ValueError(
+        f'There were {len(self._state["action"])} environments, not {count}: '
+        'call agent.reset() first.'
+      )
+    keep = 1.0 - np.broadcast_to(np.float32(reset), [count])[:, None]
+    kept = {k: v * keep for k, v in self._state.items() if k != 'seed'}
+    return dict(start, **kept)
+
+  def _split(self, vector):
+    """Vectors by their names, as the environment gives them."""
+    if vector is None:
+      return {}
+    if self.config.vector_scale == 'symlog':
+      vector = np.sign(vector) * np.expm1(np.abs(vector))
+    parts, start = {}, 0
+    for name, shape in self.inputs.items():
+      if not spaces.is_image(name):
+        size = int(np.prod(shape))
+        part = vector[..., start : start + size]
+        parts[name] = part.reshape(*vector.shape[:-1], *shape)
+        start += size
+    return parts
+
+
+def load(logdir, make_agent):
+  """The agent of a run, or of a folder of scores/trained.
+
+  Raises:
+    UserError: there is none, or it is of other code.
+  """
+  config = configs.load_config(logdir)
+  training.setup_precision(config.precision)
+  return Agent(load_dreamer(config, make_agent))
+
+
+def load_dreamer(config, make_agent, env=None):
+  """`checkpoints.load_agent`, asking the environment where config.json is old.
+
+  Args:
+    config: from `configs.load_config`.
+    make_agent: class of the agent.
+    env: of the run's task; None to make one, if it is needed.
+  """
+  inputs, actions = configs.load_spaces(config.logdir)
+  if inputs is None:
+    asked = env or training.make_env(config, 0, 'test')
+    try:
+      inputs, actions, _ = training.env_spec(config, asked)
+    finally:
+      if not env:
+        asked.close()
+  return checkpoints.load_agent(config, make_agent, actions, inputs)
+
+
+def train(make_env, logdir, make_agent, **flags):
+  """Trains on environments that a function makes; see `dreamer.train`."""
+  name = re.sub(r'\W+', '', getattr(make_env, '__name__', 'env'))
+  flags = {'task': f'custom_{name}', **flags, 'logdir': logdir}
+  config = configs.parse_flags([f'--{k}={_text(v)}' for k, v in flags.items()])
+  try:
+    cloudpickle.dumps(make_env)
+  except Exception as error:  # whatever its parts raise
+    raise UserError(
+      f'make_env cannot be sent to another process ({error}): it must be a '
+      'function that makes the environment, and not hold one'
+    ) from error
+  numbers = signal.SIGINT, signal.SIGTERM
+  before = {number: signal.getsignal(number) for number in numbers}
+  try:
+    training.run(config, make_agent, make_env)
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  return load(logdir, make_agent)
+
+
+def _text(value):
+  """A value as it is written on a command line."""
+  if isinstance(value, dict):
+    return json.dumps(value)
+  if isinstance(value, (list, tuple)):
+    return ','.join(map(str, value))
+  return str(value)
+
+
+# --- The SavedModel ---------------------------------------------------------
+
+
+def export(agent, folder):
+  """Writes a SavedModel that acts with TensorFlow alone.
+
+  Its signatures, with the names and shapes of their tensors:
+
+    reset  batch int32 [], seed int32 [2]        -> memory_*
+    act    the inputs [E, ...], and memory_*      -> action [E, A], and memory_*
+
+  Args:
+    agent: `dreamer.Dreamer`.
+    folder: which it makes.
+  """
+  policy = Policy(agent)
+  state = policy.start(1, tf.zeros([2], tf.int32))
+
+  @tf.function(autograph=False)
+  def reset(batch, seed):
+    return _prefixed(policy.start(batch, seed))
+
+  @tf.function(autograph=False)
+  def act(**tensors):
+    before = {k: tensors[f'memory_{k}'] for k in state}
+    obs = {k: tensors[_plain(k)] for k in agent.world.inputs}
+    action, after = policy.act(obs, before)
+    return dict(_prefixed(after), action=action)
+
+  specs = {}
+  for name, shape in agent.world.inputs.items():
+    dtype = tf.uint8 if spaces.is_image(name) else tf.float32
+    specs[_plain(name)] = tf.TensorSpec([None, *shape], dtype, _plain(name))
+  for name, value in _prefixed(state).items():
+    shape = value.shape if name == 'memory_seed' else [None, *value.shape[1:]]
+    specs[name] = tf.TensorSpec(shape, value.dtype, name)
+  policy.reset = reset.get_concrete_function(
+    tf.TensorSpec([], tf.int32, 'batch'), tf.TensorSpec([2], tf.int32, 'seed')
+  )
+  policy.step = act.get_concrete_function(**specs)
+  signatures = dict(reset=policy.reset, act=policy.step)
+  tf.saved_model.save(policy, str(folder), signatures)
+  about = dict(
+    task=agent.config.task,
+    method=configs.method_name(agent.config),
+    action_repeat=agent.config.action_repeat,
+    inputs={k: [_plain(k), list(v)] for k, v in agent.world.inputs.items()},
+    actions=spaces.action_record(agent.action_space),
+  )
+  path = pathlib.Path(folder) / 'agent.json'
+  path.write_text(json.dumps(about, indent=2) + '\n')
+
+
+def _prefixed(state):
+  return {f'memory_{k}': v for k, v in state.items()}
+
+
+def _plain(name):
+  """The name of an observation as one of a tensor."""
+  return re.sub(r'\W+', '_', name)

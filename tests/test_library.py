@@ -1,0 +1,414 @@
+"""The agent as a library: acting, imagining, training, a SavedModel."""
+
+import functools
+import json
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import gym
+import gymnasium
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import cli
+import dreamer
+import evaluate
+import workers
+from gym_env import GymEnv
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = dict(preset='debug', precision='32', steps=500, batch_length=5)
+SOFT = dict(SMALL, action_init_std=0.3)  # tanh does not hide differences
+
+
+def cartpole():
+  return gymnasium.make('CartPole-v1')
+
+
+def words(logdir, **flags):
+  flags = {**SOFT, 'logdir': logdir, **flags}
+  return [f'--{k}={v}' for k, v in flags.items()]
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """{name: logdir} of small runs, made when they are asked for."""
+  folder = tmp_path_factory.mktemp('runs')
+
+  @functools.cache
+  def make(name):
+    flags = dict(
+      reach=dict(task='toy_reach', inputs='image,state'),
+      catch=dict(task='toy_catch'),
+      planet=dict(
+        task='toy_reach', inputs='state', behavior='planning', plan_horizon=3
+      ),
+    )[name]
+    assert dreamer.main(words(folder / name, **flags)) == 0
+    return folder / name
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def mine(tmp_path_factory):
+  """A run on an environment of our own: vectors and discrete actions."""
+  logdir = tmp_path_factory.mktemp('mine') / 'run'
+  dreamer.train(cartpole, logdir, inputs='state', **SMALL)
+  return logdir
+
+
+@functools.cache
+def load(logdir):
+  return dreamer.load(logdir)
+
+
+def observations(agent, count, envs=None):
+  """Random observations as `act` takes them, one for each step."""
+  rng = np.random.default_rng(0)
+  batch = [] if envs is None else [envs]
+  found = []
+  for _ in range(count):
+    obs = {}
+    for name, shape in agent.inputs.items():
+      if name == 'image':
+        obs[name] = rng.integers(0, 256, [*batch, *shape], np.uint8)
+      else:
+        obs[name] = rng.normal(size=[*batch, *shape]).astype(np.float32)
+    found.append(obs)
+  return found
+
+
+# --- Acting -----------------------------------------------------------------
+
+
+def test_acts_as_the_agent_does_with_the_same_noise(runs):
+  agent = load(runs('reach'))
+  agent.reset(seed=0)
+  inner = agent._policy.agent
+  memory = inner.world.dynamics.initial(1), tf.zeros([1, 2])
+  seed = agent._policy.start(1, tf.constant(agent._seed))['seed']
+  for time, obs in enumerate(observations(agent, 3)):
+    seeds = tf.random.experimental.stateless_split(seed, 3)
+    latent = inner.observe(
+      {k: v[None] for k, v in obs.items()}, *memory, seeds[0]
+    )
+    feat = inner.world.dynamics.get_feat(latent)
+    expected = inner.behavior.actor(feat).mode(seed=seeds[1])
+    action = agent.act(obs, reset=time == 0)
+    assert action.shape == (2,) and action.dtype == np.float32
+    np.testing.assert_allclose(action, expected[0], atol=1e-5)
+    memory, seed = (latent, expected), seeds[2]
+
+
+def test_rows_of_a_batch_begin_and_go_on_alone(runs):
+  agent = load(runs('reach'))
+  agent.reset(seed=0)
+  first, second = observations(agent, 2, envs=3)
+
+  def last(*resets):
+    agent.reset(seed=5)
+    agent.act(first, resets[0])
+    action = agent.act(second, resets[1])
+    return np.concatenate([action, agent._state['deter']], 1)
+
+  both = last(True, [False, True, False])
+  kept, begun = last(True, False), last(True, True)
+  assert (kept != begun).any(1).all()
+  np.testing.assert_array_equal(both[[0, 2]], kept[[0, 2]])
+  np.testing.assert_array_equal(both[1], begun[1])
+  # The first needs no reset; and nothing of another episode is left by it.
+  np.testing.assert_array_equal(last(False, False), kept)
+
+
+def test_sampling_draws_and_the_same_seed_repeats(runs):
+  agent = load(runs('catch'))
+  (obs,) = observations(agent, 1, envs=300)
+
+  def act(seed, sample):
+    agent.reset(seed)
+    return agent.act(obs, sample=sample)
+
+  drawn, mode = act(3, True), act(3, False)
+  latent = {
+    k: v for k, v in agent._state.items() if k not in ('action', 'seed')
+  }
+  inner = agent._policy.agent
+  dist = inner.behavior.actor(inner.world.dynamics.get_feat(latent))
+  chances = np.exp([dist.log_prob(np.tile(x, (300, 1))) for x in np.eye(3)])
+  np.testing.assert_array_equal(mode.argmax(1), chances.argmax(0))
+  np.testing.assert_allclose(drawn.mean(0), chances.mean(1), atol=0.12)
+  assert drawn.mean(0).min() > 0.1  # the mode alone would not do
+  np.testing.assert_array_equal(act(3, True), drawn)
+  assert (act(4, True) != drawn).any()
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda obs: {'image': obs['image']}, 'the observation lacks state'),
+    (lambda obs: obs['image'], 'The agent sees image, state: give all'),
+    (lambda obs: {**obs, 'image': obs['image'] / 255}, 'images are uint8'),
+    (lambda obs: {**obs, 'state': np.zeros(5)}, r'not \(4,\) or \(E, 4\)'),
+    (lambda obs: {**obs, 'state': np.zeros((2, 4))}, 'Only some observations'),
+  ],
+)
+def test_wrong_observations(runs, change, message):
+  agent = load(runs('reach'))
+  agent.reset(seed=0)
+  (obs,) = observations(agent, 1)
+  with pytest.raises(ValueError, match=message):
+    agent.act(change(obs))
+
+
+def test_another_number_of_environments_needs_a_reset(runs):
+  agent = load(runs('reach'))
+  agent.reset(seed=0)
+  agent.act(observations(agent, 1, envs=2)[0])
+  (obs,) = observations(agent, 1, envs=3)
+  with pytest.raises(ValueError, match='There were 2 environments, not 3'):
+    agent.act(obs)
+  agent.reset()
+  assert agent.act(obs).shape == (3, 2)
+
+
+# --- Imagining --------------------------------------------------------------
+
+
+def test_imagines_step_by_step_what_the_model_predicts(runs):
+  agent = load(runs('reach'))
+  agent.reset(seed=0)
+  first, second = observations(agent, 2)
+  agent.act(first, reset=True)
+  before = {k: np.array(v) for k, v in agent._state.items()}
+  actions = np.random.default_rng(1).uniform(-1, 1, (4, 2)).astype(np.float32)
+  told = agent.imagine(second, actions)
+  shapes = {k: (v.shape, v.dtype.name) for k, v in told.items()}
+  assert shapes == dict(
+    reward=((4,), 'float32'),
+    image=((4, 64, 64, 3), 'uint8'),
+    state=((4, 4), 'float32'),
+  )
+  for name, value in before.items():  # it remembers what it did
+    np.testing.assert_array_equal(value, agent._state[name])
+  # The same, a step at a time.
+  world, seed = agent._policy.agent.world, before.pop('seed')
+  seeds = tf.random.experimental.stateless_split(seed, 2)
+  steps = tf.random.experimental.stateless_split(seeds[1], 4)
+  action = before.pop('action')
+  second = {k: v[None] for k, v in second.items()}
+  latent = agent._policy.agent.observe(second, before, action, seeds[0])
+  for time in range(4):
+    latent = world.dynamics.img_step(latent, actions[None, time], steps[time])
+    feat = world.dynamics.get_feat(latent)
+    reward = world.reward(feat).mean()[0]
+    np.testing.assert_allclose(told['reward'][time], reward, atol=1e-5)
+    vector = world.vector(feat).mean()[0].numpy()
+    vector = np.sign(vector) * (np.exp(np.abs(vector)) - 1)
+    np.testing.assert_allclose(told['state'][time], vector, atol=1e-4)
+    image = world.representation.decoders['image'](feat).mean()[0] + 0.5
+    image = np.clip(255 * image.numpy(), 0, 255)
+    assert np.abs(told['image'][time] - image).max() < 0.51
+
+
+def test_imagining_needs_an_observation_and_actions_of_its_size(mine):
+  agent = load(mine)
+  agent.reset(seed=0)
+  with pytest.raises(ValueError, match='There is no observation yet'):
+    agent.imagine(None, np.eye(2))
+  with pytest.raises(ValueError, match=r'Actions are \[H, 2\]'):
+    agent.imagine(np.zeros(4), np.zeros((3, 1)))
+  told = agent.imagine(np.zeros(4), np.eye(2))
+  assert set(told) == {'reward', 'discount', 'state'}
+  batch = agent.imagine(np.zeros((3, 4)), np.zeros((3, 5, 2)))
+  assert batch['discount'].shape == (3, 5)
+  assert (batch['discount'] >= 0).all() and (batch['discount'] <= 1).all()
+
+
+# --- Loading and training ---------------------------------------------------
+
+
+def test_a_run_of_older_code_asks_its_environment(runs, tmp_path):
+  logdir = shutil.copytree(runs('reach'), tmp_path / 'old')
+  path = logdir / 'config.json'
+  record = json.loads(path.read_text())
+  del record['observations'], record['actions']
+  path.write_text(json.dumps(record))
+  agent, other = dreamer.load(logdir), load(runs('reach'))
+  assert (agent.inputs, agent.step) == (other.inputs, other.step)
+  (obs,) = observations(agent, 1)
+  other.reset(seed=0)
+  np.testing.assert_array_equal(agent.act(obs), other.act(obs))
+
+
+def test_trains_on_a_function_and_resumes(mine, tmp_path, capsys):
+  logdir = shutil.copytree(mine, tmp_path / 'run')
+  agent = dreamer.load(logdir)
+  assert agent.config.task == 'custom_cartpole'
+  assert agent.inputs == dict(state=(4,)) and agent.step >= 500
+  handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  flags = dict(SMALL, steps=agent.step + 100)
+  later = dreamer.train(cartpole, logdir, inputs='state', **flags)
+  assert f'Resumed at step {agent.step}' in capsys.readouterr().out
+  assert later.step >= agent.step + 100 and later.updates > agent.updates
+  assert handlers == [
+    signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)
+  ]
+  env = later.make_env(seed=3, function=cartpole)
+  try:
+    obs = env.reset()
+    obs, reward, done, info = env.step(later.act(obs, reset=True))
+    assert (reward, done, float(info['discount'])) == (1.0, False, 1.0)
+  finally:
+    env.close()
+
+
+def test_lambdas_reach_the_workers():
+  kind = 'CartPole-v1'
+  env = workers.Async(
+    lambda: GymEnv('x', inputs='state', function=lambda: gymnasium.make(kind))
+  )
+  try:
+    assert env.reset()['state'].shape == (4,)
+  finally:
+    env.close()
+
+
+@pytest.mark.parametrize(
+  'make_env, flags, message',
+  [
+    (lambda: 3, {}, 'gave a int without observation_space, action_space'),
+    (cartpole, dict(inputs='image'), 'custom_cartpole has no images'),
+    (cartpole, dict(inputs='pose'), '--inputs pose: custom_cartpole has no'),
+    (cartpole, dict(prest='cpu'), 'did you mean --preset'),
+    (cartpole, dict(steps=-3), '--steps takes a whole number'),
+    (None, dict(task='custom_x'), 'custom_x is made by a function'),
+  ],
+)
+def test_bad_input(tmp_path, make_env, flags, message):
+  flags = {'inputs': 'state', **SMALL, **flags}
+  with pytest.raises(cli.UserError, match=re.escape(message)):
+    dreamer.train(make_env, tmp_path / 'run', **flags)
+
+
+def test_a_function_that_holds_what_cannot_be_sent(tmp_path):
+  error = pytest.raises(cli.UserError, match='make_env cannot be sent')
+  with (tmp_path / 'file').open('w') as file, error:
+    dreamer.train(lambda: file, tmp_path / 'run', **SMALL)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_commands_say_what_custom_tasks_need(mine, capsys):
+  flags = dict(task='custom_cartpole', inputs='state')
+  assert dreamer.main(words(mine, **flags)) == 2
+  assert 'dreamer.train(make_env' in capsys.readouterr().err
+  assert evaluate.main([f'--logdir={mine}']) == 2
+  assert 'dreamer.load(logdir)' in capsys.readouterr().err
+
+
+def test_gym_is_understood_like_gymnasium(tmp_path):
+  class Old(gym.Env):
+    observation_space = gym.spaces.Dict(
+      {'speed': gym.spaces.Box(-9, 9, (2,)), 'gear': gym.spaces.Discrete(3)}
+    )
+    action_space = gym.spaces.Box(-2, 2, (1,))
+
+    def reset(self):
+      self.time = 0
+      return dict(speed=np.zeros(2, np.float32), gear=1)
+
+    def step(self, action):
+      self.time += 1
+      obs = dict(speed=np.full(2, action[0], np.float32), gear=2)
+      return obs, float(action[0]), self.time == 20, {}
+
+  env = GymEnv('old', inputs='state', function=Old)
+  assert env.about[0].startswith('The agent sees the observation')
+  env.reset()
+  obs, reward, _, _ = env.step(np.float32([0.5]))
+  assert reward == 0.5 and obs['speed'].tolist() == [0.5, 0.5]
+  assert obs['gear'].tolist() == [0.0, 0.0, 1.0]
+
+
+# --- Export -----------------------------------------------------------------
+
+USE = """
+import json, sys
+import numpy as np
+import tensorflow as tf
+
+model = tf.saved_model.load('exported')
+reset, act = model.signatures['reset'], model.signatures['act']
+data = dict(np.load('observations.npz'))
+memory = reset(batch=tf.constant(2), seed=tf.constant([7, 0]))
+actions = []
+for time in range(4):
+  obs = {k: tf.constant(v[time]) for k, v in data.items()}
+  memory = dict(act(**obs, **memory))
+  actions.append(memory.pop('action').numpy().tolist())
+ours = {'dreamer', 'models', 'keras', 'tensorflow_probability'}
+print(json.dumps([actions, sorted(ours & set(sys.modules))]))
+"""
+
+
+@pytest.mark.parametrize('name', ['reach', 'catch', 'planet'])
+def test_a_saved_model_acts_alike_with_tensorflow_alone(runs, name, tmp_path):
+  logdir, folder = runs(name), tmp_path / 'exported'
+  assert evaluate.main([f'--logdir={logdir}', f'--export={folder}']) == 0
+  agent = load(logdir)
+  data = observations(agent, 4, envs=2)
+  stacked = {k: np.stack([obs[k] for obs in data]) for k in agent.inputs}
+  np.savez(tmp_path / 'observations.npz', **stacked)
+  done = subprocess.run(
+    [sys.executable, '-I', '-c', USE],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  actions, modules = json.loads(done.stdout.splitlines()[-1])
+  assert not {'dreamer', 'models'} & set(modules)
+  agent.reset(seed=7)
+  for time, obs in enumerate(data):
+    expected = agent.act(obs, reset=time == 0)
+    np.testing.assert_allclose(actions[time], expected, atol=2e-5)
+  about = json.loads((folder / 'agent.json').read_text())
+  assert about['task'] == agent.config.task
+  assert about['inputs'] == {k: [k, list(v)] for k, v in agent.inputs.items()}
+
+
+# --- The page ---------------------------------------------------------------
+
+
+def test_the_page_runs_as_it_is(tmp_path):
+  """Its blocks of Python are one script, with the command of export between."""
+  text = (ROOT / 'docs/library.md').read_text()
+  script = []
+  for kind, block in re.findall(r'```(python|bash)\n(.*?)```', text, re.DOTALL):
+    if kind == 'python':
+      script.append(block)
+    elif 'evaluate.py' in block:
+      command = block.replace('python evaluate.py', f'{ROOT}/evaluate.py')
+      script.append(
+        'import subprocess, sys\n'
+        f'subprocess.run([sys.executable, *{command.split()!r}], check=True)\n'
+      )
+  assert len(script) > 5
+  path = tmp_path / 'page.py'
+  path.write_text('\n'.join(script))
+  done = subprocess.run(
+    [sys.executable, str(path)],
+    cwd=tmp_path,
+    env={'PYTHONPATH': str(ROOT), 'PATH': ''},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / 'exported/saved_model.pb').exists()
