@@ -120,10 +120,9 @@ def train(config, repeats):
 def _agent(config):
   training.setup_precision(config.precision)
   env = training.make_env(config)
-  space = env.action_space
-  inputs = training.input_shapes(config, env.observation_space)
+  spec = training.env_spec(config, env)
   env.close()
-  return dreamer.Dreamer(config, space, inputs=inputs)
+  return dreamer.Dreamer(config, spec.actions, inputs=spec.inputs)
 
 
 def _wait(tensors):

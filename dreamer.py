@@ -45,14 +45,13 @@ import spaces
 import tools
 import training
 from configs import define_config as define_config
-from replay import IMAGE
+from replay import IMAGE, OTHERS
 from replay import count_steps as count_steps
 from replay import load_dataset as load_dataset
 from training import make_env as make_env
 from training import summarize_episode as summarize_episode
 
 CONTEXT = 5  # images that a prediction sees
-KEYS = ('action', 'reward', 'discount')  # of a batch, besides the inputs
 
 
 def preprocess(obs, config, inputs=IMAGE):
@@ -67,7 +66,7 @@ def preprocess(obs, config, inputs=IMAGE):
     Images in [-0.5, 0.5], all vectors as one, float32 `vector` [..., D], and
     action, reward and discount where they are in `obs`.
   """
-  data = {k: tf.convert_to_tensor(obs[k]) for k in KEYS if k in obs}
+  data = {k: tf.convert_to_tensor(obs[k]) for k in OTHERS if k in obs}
   if 'reward' in data:
     clip = dict(none=lambda x: x, tanh=tf.tanh)[config.clip_rewards]
     data['reward'] = clip(tf.cast(data['reward'], tf.float32))

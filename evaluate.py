@@ -37,6 +37,7 @@ import tools
 import training
 from cli import UserError
 from dreamer import CONTEXT
+from replay import OTHERS
 
 LENGTH = 50  # rows of a prediction, the context included
 SEQUENCES = 6  # predictions, one of an episode
@@ -83,7 +84,7 @@ class Recorder:
   def batch(self, inputs):
     """Sequences for `WorldModel.open_loop`, [B, T, ...], of equal length."""
     length = min(len(window['reward']) for window in self.windows)
-    keys = (*inputs, *dreamer.KEYS)
+    keys = (*inputs, *OTHERS)
     return {k: np.stack([w[k][:length] for w in self.windows]) for k in keys}
 
 

@@ -111,7 +111,7 @@ class EpisodeFile:
             key: self._read(file, start, stop, *member)
             for key, member in self._members.items()
           }
-      for key in ('action', 'reward', 'discount', *self._shapes):
+      for key in (*OTHERS, *self._shapes):
         if not spaces.is_image(key) and not np.isfinite(rows[key]).all():
           raise ValueError(f'{key} is not finite')
       return rows
@@ -356,8 +356,8 @@ def describe(directory):
   """What the episodes of a folder hold, by the first that is whole.
 
   Returns:
-    {key: (shape of a row, dtype)}, and whether their actions are one-hot; {}
-    and False where there is none.
+    {key: shape of a row}, and whether their actions are one-hot; {} and False
+    where there is none.
   """
   for path in sorted(pathlib.Path(directory).glob('*.npz')):
     episode = EpisodeFile(path)
@@ -365,8 +365,8 @@ def describe(directory):
       rows = episode.read(0, episode.length)
       actions = rows['action'][1:]  # the first is none
       onehot = np.isin(actions, (0, 1)).all() and (actions.sum(-1) == 1).all()
-      parts = {k: (v.shape[1:], v.dtype) for k, v in rows.items()}
-      return parts, bool(onehot and actions.size)
+      shapes = {k: v.shape[1:] for k, v in rows.items()}
+      return shapes, bool(onehot and actions.size)
   return {}, False
 
 
@@ -375,6 +375,7 @@ def count_steps(datadir, config, folders=1):
   return count_episodes(datadir)[1] * config.action_repeat * folders
 
 
+OTHERS = ('action', 'reward', 'discount')  # what is no observation
 IMAGE = types.MappingProxyType(dict(image=(64, 64, 3)))
 
 
@@ -419,7 +420,7 @@ def load_dataset(
   while True:
     batch = [next(windows) for _ in range(share)]
     data = {}
-    for key in (*inputs, 'action', 'reward', 'discount'):
+    for key in (*inputs, *OTHERS):
       data[key] = np.stack([x[key] for x in batch])
       if not spaces.is_image(key):
         data[key] = data[key].astype(np.float32)

@@ -231,11 +231,11 @@ def summarize_episode(
     logger.video(steps, 'test/policy', episode['image'][None, :VIDEO])
 
 
-def input_shapes(config, space):
-  """{name: shape} of what the agent sees, of an environment's observations."""
-  offers = {k: v for k, v in space.spaces.items() if k != 'reward'}
+def input_shapes(config, shapes):
+  """{name: shape} of what the agent sees, of all observations'."""
+  offers = {k: v for k, v in shapes.items() if k not in replay.OTHERS}
   names = spaces.choose(config.task, offers, config.inputs)
-  return {name: offers[name].shape for name in names}
+  return {name: offers[name] for name in names}
 
 
 class Replacements:
@@ -558,7 +558,9 @@ def _prepare(run, envs, test_env):
   config = run.config
   keras.utils.set_random_seed(config.seed)
   policy = setup_precision(config.precision)
-  env = next(iter([*envs, test_env]), None)
+  if config.offline and not replay.describe(run.datadir)[0]:
+    raise UserError(f'--offline {config.offline} holds no whole episode')
+  env = envs[0] if envs else test_env
   spec = env_spec(config, env) if env else _replay_spec(run)
   configs.resolve_actions(config, spec.actions)
   if config.init_from and _begins(config):
@@ -577,24 +579,16 @@ def _prepare(run, envs, test_env):
 
 def env_spec(config, env):
   """`Spec` of an agent for an environment."""
-  inputs = input_shapes(config, env.observation_space)
-  return Spec(inputs, env.action_space, env.about)
+  shapes = {k: v.shape for k, v in env.observation_space.spaces.items()}
+  return Spec(input_shapes(config, shapes), env.action_space, env.about)
 
 
 def _replay_spec(run):
   """`Spec` of an agent for the episodes of a folder."""
-  parts, onehot = replay.describe(run.datadir)
-  if not parts:
-    raise UserError(f'--offline {run.config.offline} holds no whole episode')
-  (size,), _ = parts['action']
+  shapes, onehot = replay.describe(run.datadir)
+  size = shapes['action'][0]
   record = dict(choices=[size]) if onehot else dict(size=size)
-  offers = {
-    name: spaces.gym.spaces.Box(-np.inf, np.inf, shape, dtype)
-    for name, (shape, dtype) in parts.items()
-    if name not in ('action', 'reward', 'discount')
-  }
-  space = spaces.gym.spaces.Dict(offers)
-  inputs = input_shapes(run.config, space)
+  inputs = input_shapes(run.config, shapes)
   about = [f'The agent sees {", ".join(inputs)}, of the episodes.']
   return Spec(inputs, spaces.action_space(record), about)
 

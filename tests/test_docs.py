@@ -14,7 +14,7 @@ PAGES = [README, *sorted((ROOT / 'docs').glob('*.md'))]
 LINK = re.compile(r'\]\(([^)\s]+)\)')
 FILE = re.compile(r'`((?:[\w.-]+/)*[\w-]+\.(?:py|md|txt|json|toml))`')
 # Files that a run or a user makes, and those of the recipes.
-MADE = {'config.json', 'behavior.gif', 'line.py', 'run.json'}
+MADE = {'config.json', 'agent.json', 'behavior.gif', 'line.py', 'run.json'}
 
 pages = pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
 

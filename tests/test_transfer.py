@@ -1,0 +1,253 @@
+"""Weights of another run (`--init_from`), and episodes that are there."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import checkpoints
+import configs
+import dreamer
+import replay
+import training
+
+pytestmark = pytest.mark.slow
+
+OTHER = ['--num_units=7', '--deter_size=9', '--stoch_size=3']
+SMALL = ['--preset=debug', '--precision=32', '--batch_length=5', '--steps=500']
+
+
+def run(logdir, *words):
+  return dreamer.main([f'--logdir={logdir}', *SMALL, *words])
+
+
+@pytest.fixture(scope='module')
+def reach(tmp_path_factory):
+  """A run whose images and vectors are learned from."""
+  folder = tmp_path_factory.mktemp('transfer') / 'reach'
+  assert run(folder, '--task=toy_reach', '--inputs=image,state') == 0
+  return folder
+
+
+def weights(logdir):
+  """{network: arrays} of a run's newest checkpoint."""
+  agent = dreamer.load(logdir)._policy.agent
+  return {
+    name: [w.numpy() for w in layer.weights]
+    for name, layer in agent.networks().items()
+  }
+
+
+def equal(left, right):
+  pairs = zip(left, right, strict=True)
+  return [a.shape == b.shape and (a == b).all() for a, b in pairs]
+
+
+# --- Weights ----------------------------------------------------------------
+
+
+def test_a_new_run_begins_with_weights_that_fit(reach, tmp_path, capsys):
+  """Of another task: images alone, another number of actions."""
+  logdir = tmp_path / 'catch'
+  flags = ['--task=toy_catch', f'--init_from={reach}', '--pretrain=0']
+  # No updates: what is saved is what it began with.
+  assert run(logdir, *flags, '--train_steps=0', '--steps=420') == 0
+  out = capsys.readouterr().out
+  line = next(x for x in out.splitlines() if x.startswith('Weights of'))
+  assert f'Weights of {reach}: encode, dynamics (' in line
+  assert 'New weights: pcont' in out
+  before, after = weights(reach), weights(logdir)
+  for name in ('encode', 'decode', 'reward', 'value'):
+    assert all(equal(before[name], after[name])), name
+  # Of the dynamics: what takes the action, or the embedding of two inputs.
+  fits = equal(before['dynamics'], after['dynamics'])
+  assert fits.count(False) == 2
+  # Of the actor: all but the layer that gives the actions.
+  assert equal(before['actor'], after['actor']) == [True] * 8 + [False] * 2
+  assert run(logdir, *flags) == 0  # resumes with its own
+  assert 'Weights of' not in capsys.readouterr().out
+
+
+def test_of_chosen_networks_alone(reach, tmp_path, capsys):
+  logdir = tmp_path / 'run'
+  flags = ['--task=toy_reach', '--inputs=image,state', f'--init_from={reach}']
+  flags += ['--init_only=encoder,reward', '--pretrain=0', '--seed=1']
+  assert run(logdir, *flags, '--train_steps=0', '--steps=420') == 0
+  before, after = weights(reach), weights(logdir)
+  taken = {name for name in before if all(equal(before[name], after[name]))}
+  assert taken == {'encode', 'encode_vector', 'reward'}
+  line = 'New weights: dynamics, decode, vector, actor, value.'
+  assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--init_only=encodr'], 'did you mean encoder'),
+    (['--init_only=pcont'], 'this run has encoder, dynamics, decoder'),
+    (
+      ['--num_units=7', '--deter_size=9', '--init_only=dynamics'],
+      'none of its weights fits',
+    ),
+  ],
+)
+def test_nothing_to_take(reach, tmp_path, flags, message, capsys):
+  words = ['--task=toy_reach', f'--init_from={reach}', *flags]
+  assert run(tmp_path / 'run', *words) == 2
+  assert message in capsys.readouterr().err
+  # Nothing is lost: without the mistake it goes on.
+  assert len(list((tmp_path / 'run/episodes').glob('*.npz'))) >= 8
+  assert not checkpoints.Checkpoints(tmp_path / 'run').newest_trace()
+
+
+def test_a_folder_without_a_run(tmp_path, capsys):
+  words = ['--task=toy_reach', f'--init_from={tmp_path}/nowhere']
+  assert run(tmp_path / 'run', *words) == 2
+  assert 'nowhere is not the logdir of a run' in capsys.readouterr().err
+  assert not list((tmp_path / 'run/episodes').glob('*.npz'))  # before the work
+
+
+def test_only_needs_from(capsys):
+  assert run('x', '--init_only=encoder') == 2
+  assert '--init_only says what of --init_from' in capsys.readouterr().err
+
+
+# --- Episodes that are there ------------------------------------------------
+
+
+def contents(folder):
+  return {
+    path.name: (path.stat().st_mtime_ns, path.read_bytes())
+    for path in folder.iterdir()
+  }
+
+
+def metrics(logdir):
+  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_learns_from_a_folder_and_leaves_it_as_it_is(reach, tmp_path, capsys):
+  """With a broken episode in it, and without collecting; and resumes."""
+  source, logdir = tmp_path / 'data', tmp_path / 'run'
+  source.mkdir()
+  for path in sorted((reach / 'episodes').glob('*.npz')):
+    (source / path.name).write_bytes(path.read_bytes())
+  (source / f'{path.stem[:-3]}-51.npz').write_bytes(b'broken')
+  before = contents(source)
+  words = ['--task=toy_reach', f'--offline={source}', '--inputs=image,state']
+  words += ['--steps=1000', '--deterministic=True']
+  assert run(logdir, *words, '--updates=20') == 0
+  out = capsys.readouterr().out
+  assert contents(source) == before
+  assert 'leaving out the broken episode' in out
+  assert 'Finished at step 400, 20 updates.' in out  # 5 in 100 steps
+  assert out.count('Evaluation: ') == 2  # at 0 and 400
+  assert not list((logdir / 'episodes').iterdir())
+  assert run(logdir, *words) == 0  # as many as --steps brings
+  out = capsys.readouterr().out
+  assert 'Resumed at step 400, 20 updates.' in out
+  assert 'Finished at step 1000, 50 updates.' in out
+  assert contents(source) == before
+  record = json.loads((logdir / 'config.json').read_text())
+  assert record['method'] == 'dreamer-offline-image-state'
+  logged = [x['step'] for x in metrics(logdir) if 'model_loss' in x]
+  assert logged == sorted(logged) and logged[-1] == 1000 and len(logged) >= 5
+
+
+def test_without_an_environment(reach, tmp_path, capsys):
+  """The spaces are those of the episodes; one-hot actions are found."""
+  logdir = tmp_path / 'run'
+  words = [f'--offline={reach}', '--task=custom_robot', '--inputs=state']
+  assert run(logdir, *words, '--updates=3') == 0
+  out = capsys.readouterr().out
+  assert 'No evaluations: custom_robot is made by a function' in out
+  assert 'Evaluation: ' not in out
+  agent = dreamer.load(logdir)
+  assert agent.inputs == dict(state=(4,)) and agent.action_space.shape == (2,)
+  assert not hasattr(agent.action_space, 'discrete')
+  catch = tmp_path / 'catch'
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    actions = np.eye(3, dtype=np.float32)[rng.integers(3, size=9)]
+    actions[0] = 0
+    rows = dict(
+      action=actions,
+      reward=np.zeros(9, np.float32),
+      discount=np.ones(9, np.float32),
+      image=rng.integers(0, 256, (9, 64, 64, 3), np.uint8),
+    )
+    # As the release writes them.
+    catch.mkdir(exist_ok=True)
+    path = catch / f'20200101T000000-{rng.integers(1e9)}-9.npz'
+    np.savez_compressed(path, **rows)
+  words = [f'--offline={catch}', '--task=custom_robot', '--updates=3']
+  assert run(tmp_path / 'discrete', *words) == 0
+  space = dreamer.load(tmp_path / 'discrete').action_space
+  assert space.discrete and space.choices == (3,)
+
+
+@pytest.mark.parametrize(
+  'words, message',
+  [
+    (['--offline={}/nothing'], 'holds no whole episode'),
+    (['--updates=5'], '--updates is for --offline'),
+    (['--offline={}', '--train_steps=0'], 'needs --train_steps of 1 or more'),
+    (['--offline={}', '--strategy=multiworker'], '--strategy mirrored'),
+    (['--offline={reach}', '--inputs=pose'], 'it has image, state'),
+    (['--offline={reach}', '--task=toy_catch'], 'are of another task'),
+  ],
+)
+def test_bad_input(reach, tmp_path, words, message, capsys):
+  words = [w.format(tmp_path, reach=reach) for w in words]
+  (tmp_path / 'nothing').mkdir()
+  task = [] if any('--task' in w for w in words) else ['--task=toy_reach']
+  assert run(tmp_path / 'run', *task, *words) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_collects_or_not_for_good(reach, tmp_path, capsys):
+  logdir = tmp_path / 'run'
+  words = ['--task=toy_reach', '--inputs=state', '--updates=2']
+  assert run(logdir, *words, f'--offline={reach}') == 0
+  assert run(logdir, *words[:2]) == 2
+  message = rf'holds a run with --offline {re.escape(str(reach))}, not'
+  assert re.search(message, capsys.readouterr().err)
+
+
+def test_learns_from_random_and_mixed_episodes(tmp_path):
+  """To 1.5 times the return of the random ones, without acting once."""
+  folder = tmp_path / 'data'
+  flags = ['--task=toy_reach', '--inputs=state', '--precision=32']
+  config = configs.parse_flags([*flags, '--logdir=x', '--parallel=thread'])
+  env = training.make_worker(config)
+  rng, returns = np.random.default_rng(0), []
+  for number in range(60):
+    skill = 0.0 if number < 40 else 0.4  # share of steps towards the goal
+    rows = [dict(obs=env.reset(), action=np.zeros(2))]
+    done = False
+    while not done:
+      action = rng.uniform(-1, 1, 2)
+      if rng.uniform() < skill:
+        x, y, goal_x, goal_y = rows[-1]['obs']['state']
+        action = np.clip([goal_x - x, goal_y - y], -1, 1)
+      obs, _, done, _ = env.step(action.astype(np.float32))
+      rows.append(dict(obs=obs, action=action))
+    episode = dict(
+      action=np.float32([row['action'] for row in rows]),
+      state=np.float32([row['obs']['state'] for row in rows]),
+      reward=np.float32([row['obs']['reward'] for row in rows]),
+      discount=np.ones(len(rows), np.float32),
+    )
+    replay.save_episodes(folder, [episode])
+    returns.append(episode['reward'].sum())
+  env.close()
+  random = np.mean(returns[:40])
+  words = [*flags, f'--offline={folder}', '--updates=500', '--eval_every=100']
+  assert dreamer.main([f'--logdir={tmp_path / "run"}', *words]) == 0
+  found = [
+    x['test/return'] for x in metrics(tmp_path / 'run') if 'test/return' in x
+  ]
+  print(random, np.mean(returns[40:]), found)
+  assert np.mean(found[-10:]) > 1.5 * random
