@@ -86,10 +86,7 @@ def test_of_chosen_networks_alone(reach, tmp_path, capsys):
   [
     (['--init_only=encodr'], 'did you mean encoder'),
     (['--init_only=pcont'], 'this run has encoder, dynamics, decoder'),
-    (
-      ['--num_units=7', '--deter_size=9', '--init_only=dynamics'],
-      'none of its weights fits',
-    ),
+    ([*OTHER, '--init_only=dynamics'], 'none of its weights fits'),
   ],
 )
 def test_nothing_to_take(reach, tmp_path, flags, message, capsys):
