@@ -107,3 +107,37 @@ def test_tables_of_flags_that_differ_are_noticed(tmp_path):
   assert subprocess.run([*script, '--check']).returncode == 1
   subprocess.run(script, check=True)
   assert page.read_text() == before
+
+
+def test_the_container_has_the_commands_of_the_readme():
+  """Its packages, what pip installs, and what it runs."""
+  text = (ROOT / 'Dockerfile').read_text()
+  steps = re.sub(r'^#.*\n', '', text, flags=re.M).replace('\\\n', ' ')
+  instructions = [line.split(None, 1) for line in steps.splitlines() if line]
+  done = ' ; '.join(rest for name, rest in instructions if name == 'RUN')
+  done = re.sub(r'\s+', ' ', done).replace('"', '')
+  given = [
+    ' '.join(ast.literal_eval(rest))
+    for name, rest in instructions
+    if name in ('ENTRYPOINT', 'CMD')
+  ]
+  blocks = re.findall(
+    r'<!-- \w+ command -->\n```bash\n(.*)\n', README.read_text()
+  )
+  assert len(blocks) == 2
+  for block in blocks:
+    packages = re.match(r'P="([^"]*)"', block)[1]
+    assert f'--no-install-recommends {packages} ' in done
+    for step in re.findall(r'"\$VENV/bin/pip" install ([^&]*)', block):
+      for part in step.strip().replace('-e ', ' -e ').split('  -e '):
+        assert part in done, part
+  train, test = (b.rpartition('"$VENV/bin/python" ')[2] for b in blocks)
+  assert f'python {test}' in given
+  script, _, flags = train.partition(' ')
+  assert f'python {script}' in given
+  assert flags.replace('./logdir', '/logdir') in given
+  for name, rest in instructions:
+    if name == 'COPY':
+      assert all((ROOT / source).exists() for source in rest.split()[:-1])
+    if name == 'RUN':
+      subprocess.run(['bash', '-n', '-c', rest], check=True)

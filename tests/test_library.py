@@ -412,3 +412,20 @@ def test_the_page_runs_as_it_is(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert (tmp_path / 'exported/saved_model.pb').exists()
+
+
+# --- The trained agent of the repository --------------------------------------
+
+
+def test_the_trained_agent_acts_and_dreams(tmp_path):
+  """And nothing in its folder changes."""
+  folder = ROOT / 'scores/trained/walker_walk'
+  before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
+  assert sum(p.stat().st_size for p in before) < 5e6
+  words = [f'--logdir={folder}', '--episodes=1', f'--outdir={tmp_path}']
+  assert evaluate.main([*words, f'--json={tmp_path / "figures.json"}']) == 0
+  assert {p: p.stat().st_mtime_ns for p in folder.rglob('*')} == before
+  figures = json.loads((tmp_path / 'figures.json').read_text())
+  assert figures['mean'] > 750
+  pictures = {'behavior.gif', 'prediction_reward.png', 'prediction_vector.png'}
+  assert pictures <= {p.name for p in tmp_path.iterdir()}
