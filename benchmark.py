@@ -34,6 +34,7 @@ import cli
 import configs
 import distribute
 import dreamer
+import environments
 import replay
 import tools
 import training
@@ -119,8 +120,8 @@ def train(config, repeats):
 
 def _agent(config):
   training.setup_precision(config.precision)
-  env = training.make_env(config)
-  spec = training.env_spec(config, env)
+  env = environments.make_env(config)
+  spec = environments.env_spec(config, env)
   env.close()
   return dreamer.Dreamer(config, spec.actions, inputs=spec.inputs)
 
@@ -296,7 +297,7 @@ def env(config, repeats):
 @contextlib.contextmanager
 def _environments(config, count):
   """Yields `count` environments in their workers, and closes them."""
-  envs = [training.make_env(config, i) for i in range(count)]
+  envs = [environments.make_env(config, i) for i in range(count)]
   try:
     yield envs
   finally:
@@ -368,7 +369,7 @@ def work(part, config, repeats):
 
 def collect(config):
   """Episodes of random actions, for all parts to learn from."""
-  env = training.make_env(
+  env = environments.make_env(
     config,
     0,
     'train',

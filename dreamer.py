@@ -45,11 +45,11 @@ import spaces
 import tools
 import training
 from configs import define_config as define_config
+from environments import make_env as make_env
+from environments import summarize_episode as summarize_episode
 from replay import IMAGE, OTHERS
 from replay import count_steps as count_steps
 from replay import load_dataset as load_dataset
-from training import make_env as make_env
-from training import summarize_episode as summarize_episode
 
 CONTEXT = 5  # images that a prediction sees
 

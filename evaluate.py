@@ -30,6 +30,7 @@ import numpy as np
 import cli
 import configs
 import dreamer
+import environments
 import library
 import logger
 import spaces
@@ -73,7 +74,7 @@ class Recorder:
     )
     if len(self.videos) < SHOWN:
       images = [episode[k] for k in sorted(episode) if spaces.is_image(k)]
-      images = [x[: training.VIDEO] for x in images]
+      images = [x[: environments.VIDEO] for x in images]
       self.videos += [np.concatenate(images, 2)] if images else []
     if len(self.windows) < SEQUENCES:
       start = int(self._rng.integers(max(1, rows - LENGTH + 1)))
@@ -97,7 +98,7 @@ def evaluate(config, episodes, outdir=None):
     outdir: folder for videos, or None.
   """
   recorder = Recorder(episodes, config.action_repeat, config.seed)
-  env = training.make_env(config, 0, 'test', [recorder], lost=_report)
+  env = environments.make_env(config, 0, 'test', [recorder], lost=_report)
   try:
     agent = library.load_dreamer(config, dreamer.Dreamer, env)
     print(

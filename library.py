@@ -19,6 +19,7 @@ import tensorflow as tf
 
 import checkpoints
 import configs
+import environments
 import spaces
 import training
 from cli import AttrDict, UserError
@@ -190,7 +191,7 @@ class Agent:
     """
     config = AttrDict(self.config)
     config.seed = config.seed if seed is None else seed
-    return training.make_worker(config, 0, 'test', function=function)
+    return environments.make_worker(config, 0, 'test', function=function)
 
   def _read(self, obs):
     """Observations {name: [E, ...]}, and whether there was no such axis."""
@@ -279,9 +280,9 @@ def load_dreamer(config, make_agent, env=None):
   """
   inputs, actions = configs.load_spaces(config.logdir)
   if inputs is None:
-    asked = env or training.make_env(config, 0, 'test')
+    asked = env or environments.make_env(config, 0, 'test')
     try:
-      inputs, actions, _ = training.env_spec(config, asked)
+      inputs, actions, _ = environments.env_spec(config, asked)
     finally:
       if not env:
         asked.close()

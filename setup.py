@@ -35,6 +35,7 @@ setuptools.setup(
     'configs',
     'distribute',
     'dreamer',
+    'environments',
     'gym_env',
     'layers',
     'learner',

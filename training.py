@@ -13,7 +13,6 @@ Steps are environment steps; gradient steps are called updates. E environments.
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import tempfile
 import typing
@@ -26,16 +25,14 @@ import checkpoints
 import cli
 import configs
 import distribute
+import environments
 import replay
 import spaces
 import suites
 import tools
-import workers
 from cli import UserError
 from learner import Learner
 from logger import Logger
-
-VIDEO = 1000  # images of an evaluation that are logged, at most
 
 
 @dataclasses.dataclass
@@ -91,197 +88,7 @@ class OfflineRun(Run):
     return c.updates or -(-c.steps * c.train_steps // c.train_every)
 
 
-class Spec(typing.NamedTuple):
-  """What an agent sees and does.
-
-  Attributes:
-    inputs: {name: shape} of the observations that it sees.
-    actions: its action space.
-    about: the same in words, a list of sentences.
-  """
-
-  inputs: dict
-  actions: object
-  about: list
-
-
-# --- Environments -----------------------------------------------------------
-
-
-def make_env(
-  config,
-  index=0,
-  prefix='train',
-  callbacks=(),
-  lost=None,
-  log=None,
-  function=None,
-):
-  """Environment number `index` in its worker, recording episodes.
-
-  `lost` is called with the error of a worker that had to be replaced; for the
-  rest see `make_worker`.
-  """
-  env = make_worker(config, index, prefix, log, function)
-  tolerant = config.env_errors == 'drop'
-  return replay.Collect(env, list(callbacks), lost=lost, tolerant=tolerant)
-
-
-def make_worker(config, index=0, prefix='train', log=None, function=None):
-  """Environment number `index` in its worker, a `workers.Async`.
-
-  Each has random streams of its own, from (seed, index) and the number of the
-  episode; those of evaluations (`prefix` test) differ from those of training.
-  What workers print goes to `log`, from `workers.open_log`. `function` makes
-  the environment of a custom task.
-  """
-  suites.require_function(config.task, function)
-  stream = [config.seed, index, int(prefix == 'test')]
-  seed = int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
-  make = functools.partial(
-    suites.make_task,
-    config.task,
-    config.action_repeat,
-    config.time_limit,
-    seed,
-    prefix == 'test',
-    config.env_args,
-    config.inputs,
-    config.record,
-    tuple(map(int, filter(None, config.cameras.split(',')))),
-    function,
-  )
-  return workers.Async(
-    make,
-    config.parallel,
-    config.worker_timeout,
-    config.start_timeout,
-    log,
-    f'{prefix} {index}',
-  )
-
-
-@contextlib.contextmanager
-def environments(run):
-  """Yields training environments, and one for evaluations (the chief's).
-
-  Their episodes are stored and logged. A run that does not collect has none of
-  the first kind, and of the second only if its task can run here.
-  """
-  config, team, envs = run.config, run.team, []
-  log = workers.open_log(config.logdir / f'workers{team.suffix}.log')
-  make = functools.partial(
-    make_env, config, lost=Replacements(run), log=log, function=run.function
-  )
-  summarize = functools.partial(
-    summarize_episode,
-    config=config,
-    datadir=run.datadir,
-    logger=run.logger,
-    folders=team.folders,
-    count=run.steps,
-  )
-  store = [
-    lambda episode: replay.save_episodes(run.datadir, [episode]),
-    functools.partial(summarize, prefix='train'),
-    ShortEpisodes(run),
-  ]
-  test = None
-  try:
-    for index in range(0 if config.offline else config.envs):
-      envs.append(make(team.index * config.envs + index, 'train', store))
-    if team.chief:
-      evaluated = [functools.partial(summarize, prefix='test')]
-      optional = contextlib.nullcontext() if envs else _without(run)
-      with optional:
-        test = make(0, 'test', evaluated)
-        _ = envs or test.about  # waits
-    yield envs, test
-  finally:
-    for env in [*envs, test] if test else envs:
-      env.close()
-    log.close()
-
-
-@contextlib.contextmanager
-def _without(run):
-  """Lets a run go on without evaluations where its task cannot run."""
-  try:
-    yield
-  except (workers.TaskError, workers.RenderError, workers.WorkerError) as error:
-    run.say(f'No evaluations: {error}')
-
-
-def summarize_episode(
-  episode, config, datadir, logger, prefix, folders=1, count=None
-):
-  """Logs a finished episode; `prefix` is train or test.
-
-  The step is that of `count()`, or that of the replay.
-  """
-  episodes = replay.count_episodes(datadir)[0] * folders
-  steps = (count or (lambda: replay.count_steps(datadir, config, folders)))()
-  length = (len(episode['reward']) - 1) * config.action_repeat
-  score = float(episode['reward'].astype(np.float64).sum())
-  name = dict(train='Episode', test='Evaluation')[prefix]
-  logger.say(f'{name}: return {score:.1f} in {length} steps, at step {steps}.')
-  metrics = {f'{prefix}/return': score, f'{prefix}/length': length}
-  logger.scalars(steps, dict(metrics, episodes=episodes))
-  if prefix == 'test' and config.log_images and 'image' in episode:
-    logger.video(steps, 'test/policy', episode['image'][None, :VIDEO])
-
-
-def input_shapes(config, shapes):
-  """{name: shape} of what the agent sees, of all observations'."""
-  offers = {k: v for k, v in shapes.items() if k not in replay.OTHERS}
-  names = spaces.choose(config.task, offers, config.inputs)
-  return {name: offers[name] for name in names}
-
-
-class Replacements:
-  """Reports environments that were replaced, and counts them.
-
-  Their workers died or hung, or they raised an error.
-  """
-
-  def __init__(self, run):
-    self._run = run
-    self._count = 0
-
-  def __call__(self, error):
-    self._count += 1
-    text = str(error)
-    if not isinstance(error, workers.WorkerLost):
-      text = f'The environment failed: {error}\n{error.traceback.rstrip()}'
-    self._run.say(
-      f'Warning: {text}\nIts episode is dropped; a fresh worker takes over.'
-    )
-    self._run.logger.scalars(self._run.steps(), {'env_restarts': self._count})
-
-
-class ShortEpisodes:
-  """Says once, after the prefill, that episodes are too short to learn from."""
-
-  def __init__(self, run):
-    self._run = run
-    self._said = False
-
-  def __call__(self, episode):
-    """To be called after an episode was stored."""
-    config = self._run.config
-    if self._said or self._run.steps() < config.prefill:
-      return
-    paths = self._run.datadir.glob('*.npz')
-    rows = [replay.episode_length(path) for path in paths]
-    short = sum(n < config.batch_length for n in rows)
-    if 0 < short < len(rows):
-      self._said = True
-      self._run.say(
-        f'Warning: {short} of {len(rows)} episodes have fewer rows than '
-        f'--batch_length {config.batch_length}. These, and others so short, '
-        'are not learned from; a smaller --batch_length may be given when the '
-        'run resumes.'
-      )
+# --- Prefill -----------------------------------------------------------------
 
 
 def random_agent(actspace, seed, number=0):
@@ -463,7 +270,7 @@ def run(config, make_agent, function=None):
     kind = OfflineRun if config.offline else Run
     this = kind(config, team, stop, logger, function)
     try:
-      with environments(this) as (envs, test_env):
+      with environments.running(this) as (envs, test_env):
         _train(this, make_agent, envs, test_env)
     finally:
       logger.close()
@@ -561,7 +368,7 @@ def _prepare(run, envs, test_env):
   if config.offline and not replay.describe(run.datadir)[0]:
     raise UserError(f'--offline {config.offline} holds no whole episode')
   env = envs[0] if envs else test_env
-  spec = env_spec(config, env) if env else _replay_spec(run)
+  spec = environments.env_spec(config, env) if env else _replay_spec(run)
   configs.resolve_actions(config, spec.actions)
   if config.init_from and _begins(config):
     configs.load_config(config.init_from)  # or an error, before the work
@@ -577,20 +384,14 @@ def _prepare(run, envs, test_env):
   return spec
 
 
-def env_spec(config, env):
-  """`Spec` of an agent for an environment."""
-  shapes = {k: v.shape for k, v in env.observation_space.spaces.items()}
-  return Spec(input_shapes(config, shapes), env.action_space, env.about)
-
-
 def _replay_spec(run):
   """`Spec` of an agent for the episodes of a folder."""
   shapes, onehot = replay.describe(run.datadir)
   size = shapes['action'][0]
   record = dict(choices=[size]) if onehot else dict(size=size)
-  inputs = input_shapes(run.config, shapes)
+  inputs = environments.input_shapes(run.config, shapes)
   about = [f'The agent sees {", ".join(inputs)}, of the episodes.']
-  return Spec(inputs, spaces.action_space(record), about)
+  return environments.Spec(inputs, spaces.action_space(record), about)
 
 
 def _begins(config):

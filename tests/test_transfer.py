@@ -9,8 +9,8 @@ import pytest
 import checkpoints
 import configs
 import dreamer
+import environments
 import replay
-import training
 
 pytestmark = pytest.mark.slow
 
@@ -218,7 +218,7 @@ def test_learns_from_random_and_mixed_episodes(tmp_path):
   folder = tmp_path / 'data'
   flags = ['--task=toy_reach', '--inputs=state', '--precision=32']
   config = configs.parse_flags([*flags, '--logdir=x', '--parallel=thread'])
-  env = training.make_worker(config)
+  env = environments.make_worker(config)
   rng, returns = np.random.default_rng(0), []
   for number in range(60):
     skill = 0.0 if number < 40 else 0.4  # share of steps towards the goal
