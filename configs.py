@@ -151,6 +151,9 @@ FLAGS = {
     Flag('cameras', cli.Names(cli.Whole(0, 1000), empty=True), '',
          'of the control suite, for image, image_2, ...; the default is 0, or '
          '2 for the quadruped', fixed=FIXED),
+    Flag('render_detail', Choice('auto', 'full', 'low'), 'auto',
+         'of images of the control suite; low: smaller shadow map and coarser '
+         'spheres, auto: low where OpenGL renders in software', 'suite: full'),
     Flag('env_errors', Choice('drop', 'stop'), 'drop',
          'what an error ends, after a whole episode: the episode, or the run'),
     Flag('parallel', PARALLEL, 'process',

@@ -91,6 +91,7 @@ def make_worker(config, index=0, prefix='train', log=None, function=None):
     config.inputs,
     config.record,
     tuple(map(int, filter(None, config.cameras.split(',')))),
+    config.render_detail,
     function,
   )
   return workers.Async(

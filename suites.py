@@ -82,6 +82,7 @@ class Options:
   inputs: str = 'image'
   record: str = ''
   cameras: tuple = ()
+  detail: str = 'auto'
   function: typing.Callable | None = None
 
 
@@ -118,6 +119,7 @@ def _dmc(name, opts):
     seed=opts.seed,
     inputs=opts.inputs,
     record=record,
+    detail=opts.detail,
   )
   return wrappers.ActionRepeat(env, opts.action_repeat)
 
@@ -307,6 +309,7 @@ def make_task(task, *args, **kwargs):
       `state` stands for all vectors.
     record: observations to be stored besides, likewise; '' for none.
     cameras: of the control suite: indices, in the order of the images.
+    detail: of images of the control suite: auto, full or low.
     function: makes the environment of a custom_<name>.
 
   Returns:

@@ -118,6 +118,8 @@ class DeepMindControl:
       or 2 for the quadruped, whose camera 0 does not follow it.
     seed: int or None, for the start states and whatever else is random.
     inputs, record: see `spaces.View`.
+    detail: of images: 'full' as the suite draws them, 'low' (see `LOW_DETAIL`),
+      or 'auto': low where OpenGL renders in software.
 
   Raises:
     TaskError: no such task, camera or observation, or TensorFlow lives in this
@@ -133,6 +135,7 @@ class DeepMindControl:
     seed=None,
     inputs='image',
     record='state',
+    detail='auto',
   ):
     check_name(name, DMC_TASKS, 'dmc_')
     renders = spaces.names_image(f'{inputs},{record}')
@@ -151,10 +154,12 @@ class DeepMindControl:
     self._names, self.about = view.names, view.about
     self.observation_space = view.space
     self.action_space = self._action_space()
-    try:
-      self._images()
-    except Exception as error:
-      raise _render_error(error) from error
+    if renders:
+      try:
+        self._set_detail(detail)
+        self._images()
+      except Exception as error:
+        raise _render_error(error) from error
 
   def reseed(self, seed):
     self._env.task.random.seed(seed)
@@ -192,6 +197,15 @@ class DeepMindControl:
   def close(self):
     self._env.close()
 
+  def _set_detail(self, detail):
+    """Before the first image, which fixes it."""
+    view = self._env.physics.model.vis
+    # The buffer's default, 640x480, costs time and changes no pixel.
+    view.global_.offheight, view.global_.offwidth = self._size
+    if detail == 'low' or (detail == 'auto' and renders_in_software()):
+      for name, value in LOW_DETAIL.items():
+        setattr(view.quality, name, value)
+
   def _images(self):
     return {
       name: self.render(camera)
@@ -227,6 +241,27 @@ class DeepMindControl:
     low = np.where(low <= -1e9, -np.inf, low).astype(np.float32)
     high = np.where(high >= 1e9, np.inf, high).astype(np.float32)
     return gym.spaces.Box(low, high, dtype=np.float32)
+
+
+# Software spends most of an image's time on a shadow map of 2048x2048 pixels and
+# on spheres of 16 stacks (docs/performance.md).
+LOW_DETAIL = dict(shadowsize=512, numstacks=8)
+
+
+@functools.cache
+def renders_in_software():
+  """Whether OpenGL draws on the CPU, by what it calls itself."""
+  from dm_control import _render
+  from OpenGL import GL
+
+  renderer = _render.Renderer(1, 1)
+  try:
+    with renderer.make_current() as context:
+      name = context.call(GL.glGetString, GL.GL_RENDERER).decode().lower()
+  finally:
+    renderer.free()
+  words = 'llvmpipe', 'softpipe', 'swrast', 'software', 'swr'
+  return any(word in name for word in words)
 
 
 def _import_suite(renders):
