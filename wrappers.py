@@ -243,7 +243,7 @@ class DeepMindControl:
     return gym.spaces.Box(low, high, dtype=np.float32)
 
 
-# Software spends most of an image's time on a shadow map of 2048x2048 pixels and
+# Software spends most of an image's time on a shadow map of 2048x2048 and
 # on spheres of 16 stacks (docs/performance.md).
 LOW_DETAIL = dict(shadowsize=512, numstacks=8)
 
