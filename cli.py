@@ -118,8 +118,7 @@ def quiet_stderr():
 def interruptible():
   """Ctrl-C ends the program at once, without a traceback: while it loads."""
   handler = signal.getsignal(signal.SIGINT)
-  main = threading.current_thread() is threading.main_thread()
-  if not main or handler is not signal.default_int_handler:
+  if not _in_main_thread() or handler is not signal.default_int_handler:
     yield
     return
   signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -192,6 +191,25 @@ def remove_temporary_files(directory):
 # --- Signals ----------------------------------------------------------------
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+def _in_main_thread():
+  return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def kept_signals():
+  """What takes signals is afterwards what it was, for a caller's program."""
+  before = {number: signal.getsignal(number) for number in SIGNALS}
+  try:
+    yield
+  finally:
+    if _in_main_thread():
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class StopSignal:
   """Lets a run end at a safe place after Ctrl-C or SIGTERM.
 
@@ -209,8 +227,10 @@ class StopSignal:
     return self._requested
 
   def install(self):
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, self._handle)
+    """Takes both signals; in other threads than the main one it cannot."""
+    if _in_main_thread():
+      for number in SIGNALS:
+        signal.signal(number, self._handle)
 
   def check(self):
     if self._requested:

@@ -11,7 +11,6 @@ Letters in shapes: E environments, A action, H steps of imagination.
 import json
 import pathlib
 import re
-import signal
 
 import cloudpickle
 import numpy as np
@@ -22,7 +21,7 @@ import configs
 import environments
 import spaces
 import training
-from cli import AttrDict, UserError
+from cli import AttrDict, UserError, kept_signals
 
 
 class Policy(tf.Module):
@@ -301,13 +300,8 @@ def train(make_env, logdir, make_agent, **flags):
       f'make_env cannot be sent to another process ({error}): it must be a '
       'function that makes the environment, and not hold one'
     ) from error
-  numbers = signal.SIGINT, signal.SIGTERM
-  before = {number: signal.getsignal(number) for number in numbers}
-  try:
+  with kept_signals():
     training.run(config, make_agent, make_env)
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
   return load(logdir, make_agent)
 
 
