@@ -42,10 +42,13 @@ SMALL = dict(
 
 CASES = {
   'plain': dict(free_nats=0.0),
-  # Between what the two halves of a batch have: decided by their mean.
-  'free nats': dict(free_nats=0.58),
-  'contrastive': dict(representation='contrastive'),
-  'discrete': dict(action_dist='onehot', pcont=True),
+  'contrastive': dict(
+    representation='contrastive',
+    action_dist='onehot',
+    pcont=True,
+    # Between what the two halves of a batch have: decided by their mean.
+    free_nats=0.58,
+  ),
   'float16': dict(precision='16'),
   'jit': dict(jit='True'),  # the last, as it replaces the noise
 }
