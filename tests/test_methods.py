@@ -285,8 +285,10 @@ def test_whole_run_without_decoder_and_value(tmp_path, capsys):
   words = [f'--logdir={logdir}', '--preset=debug', '--task=toy_reach']
   words += ['--behavior=actor', '--representation=contrastive']
   words += ['--precision=32', '--pretrain=1', '--train_steps=1']
+  words += ['--time_limit=30', '--prefill=60', '--eval_every=60']
+  words += ['--train_every=30', '--log_every=30']
   name = 'method dreamer-actor-contrastive'
-  for steps, text in ((600, name), (800, 'Resumed')):
+  for steps, text in ((90, name), (120, 'Resumed')):
     assert run_here([*words, f'--steps={steps}']) == 0
     assert text in capsys.readouterr().out
   events = [

@@ -341,7 +341,7 @@ def main(tmp_path, capsys):
 
   def call(*flags, task='toy_reach'):
     words = ['--logdir', str(tmp_path / 'run'), f'--task={task}']
-    words += ['--preset=debug', '--precision=32', *flags]
+    words += ['--preset=debug', '--precision=32', '--time_limit=50', *flags]
     words += ['--eval_every=1000', '--log_images=False']
     return run_here(words), ''.join(capsys.readouterr())
 
