@@ -172,7 +172,8 @@ def spread(folder, strategy, cases):
   """Weights after the updates, and their metrics, by process and case."""
   count = 2 if strategy == 'multiworker' else 1
   command = [__file__, str(folder), strategy, *cases]
-  for code, out, error in finish(start_all(command, count)):
+  processes = start_all(command, count)
+  for code, out, error in finish(processes, timeout=900):
     assert code == 0, (out, error)
   results = {}
   for index in range(count):
