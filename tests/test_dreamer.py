@@ -1,6 +1,8 @@
 """The agent: its losses by hand, what moves what, whole runs."""
 
+import contextlib
 import pathlib
+import signal
 
 import gym
 import keras
@@ -48,6 +50,27 @@ def precision():
   before = keras.config.dtype_policy()
   yield training.setup_precision
   keras.config.set_dtype_policy(before)
+
+
+@contextlib.contextmanager
+def eagerly():
+  """Without graphs, which take longer to make than ten small updates."""
+  tf.config.run_functions_eagerly(True)
+  try:
+    yield
+  finally:
+    tf.config.run_functions_eagerly(False)
+
+
+def run_here(words):
+  """Exit code of `dreamer.main`, for a run of few updates."""
+  handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    with eagerly():
+      return dreamer.main(words)
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
 
 
 def random_episode(rng, rows=12, size=2):
@@ -349,11 +372,12 @@ def test_xla_computes_the_same(tmp_path, monkeypatch):
   for jit in ('False', 'True'):
     agent = make_agent(tmp_path / jit, jit=jit, action_init_std=1e-4)
     batch = batch_of(agent)
-    metrics = agent.train(batch)
     obs = {'image': batch['image'][0, :1]}
     start = agent.world.dynamics.initial(1), tf.zeros([1, 2])
     args = (obs, np.array([True]), start, np.float32(0), True)
-    results.append(dict(metrics, action=agent.policy(*args)[0]))
+    with eagerly() if jit == 'False' else contextlib.nullcontext():
+      metrics = agent.train(batch)
+      results.append(dict(metrics, action=agent.policy(*args)[0]))
   plain, compiled = results
   for key in plain.keys() - {'action_ent'}:  # that is of the noise
     np.testing.assert_allclose(
@@ -447,6 +471,7 @@ def test_exploration_noise(tmp_path):
 
 
 @pytest.mark.slow
+@eagerly()
 def test_same_seed_same_updates(tmp_path):
   results = []
   for name in ('a', 'b'):
@@ -468,7 +493,8 @@ def test_same_seed_same_updates(tmp_path):
 def test_reduced_precision_learns_finitely(tmp_path, precision, name):
   reference = make_agent(tmp_path / '32')
   batch = batch_of(reference)
-  expected = reference.train(batch)
+  with eagerly():
+    expected = reference.train(batch)
   policy = precision(name)
   agent = make_agent(tmp_path / name)
   metrics = agent.train(batch)
@@ -507,7 +533,8 @@ def test_resume_in_another_precision(tmp_path, precision):
   last = first.optimizers['model'].optimizer.dynamic_scale.numpy()
   checkpoints.Checkpoints(tmp_path / '16', **first.trackable()).save(1)
   same, _ = restored('16', '16')
-  assert same.train(batch)['model_loss_scale'] == last
+  with eagerly():
+    assert same.train(batch)['model_loss_scale'] == last
   plain, saver = restored('32', '16')
   for a, b in zip(
     first.trackable().values(), plain.trackable().values(), strict=True
@@ -518,11 +545,13 @@ def test_resume_in_another_precision(tmp_path, precision):
     for x, y in zip(*lists, strict=True):
       np.testing.assert_array_equal(x.numpy(), y.numpy())
   before = weights(plain.optimizers['model'])
-  assert 'model_loss_scale' not in plain.train(batch)
+  with eagerly():
+    assert 'model_loss_scale' not in plain.train(batch)
   assert moved(plain.optimizers['model'], before)
   saver.save(2)
   back, _ = restored('16', '16')
-  assert np.isfinite(float(back.train(batch)['model_loss']))
+  with eagerly():
+    assert np.isfinite(float(back.train(batch)['model_loss']))
 
 
 def test_open_loop_keeps_the_truth_and_the_context(tmp_path):
@@ -567,6 +596,7 @@ def test_epsilon_goes_from_04_to_01_in_200000_updates(tmp_path):
   assert np.isclose(agent.noise(True), 0.2)
 
 
+@eagerly()
 def test_several_choices_are_acted_explored_and_learned(tmp_path):
   """Of 3 and 2: each action has one of each, in all three ways to explore."""
   config = dreamer.define_config('gym_Some-v0')

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / 'docs' / 'extend.md').read_text()
+REACH = ('--task', 'toy_reach', '--parallel', 'none')
 TITLE = re.compile(r'^## (?:A |An )?(.*)$', re.MULTILINE)
 BLOCK = re.compile(
   r'^```python\n# (\S+\.py)(?:, (before|after): ([^\n]*))?\n(.*?)^```$',
@@ -49,7 +50,8 @@ def apply(title, folder):
 def train(folder, *flags):
   """A debug run of the copy: its metrics, merged, and its method."""
   command = [sys.executable, 'dreamer.py', '--logdir', 'run']
-  flags = ['--preset', 'debug', '--precision', '32', *flags]
+  flags = ['--preset', 'debug', '--precision', '32', '--steps', '500', *flags]
+  flags += ['--pretrain', '2', '--train_steps', '1']
   done = subprocess.run(
     [*command, *flags], cwd=folder, capture_output=True, text=True, timeout=600
   )
@@ -72,7 +74,7 @@ def test_a_suite(tmp_path):
   assert names == {'line.py', 'suites.py'}
   check_style(tmp_path, names)
   metrics, _ = train(tmp_path, '--task', 'line_easy')
-  assert metrics['step'] == 800 and 0 < metrics['test/return'] < 100
+  assert metrics['step'] == 500 and 0 < metrics['test/return'] < 100
   command = [sys.executable, 'dreamer.py', '--logdir=other', '--task=line_eas']
   done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
   assert done.returncode == 2 and 'line_easy' in done.stderr
@@ -82,8 +84,8 @@ def test_a_representation(tmp_path):
   names = apply('representation', tmp_path)
   assert names == {'representations.py', 'configs.py'}
   check_style(tmp_path, names)
-  flags = '--task', 'toy_reach', '--representation', 'thumbnail'
-  metrics, method = train(tmp_path, *flags)
+  flags = '--representation', 'thumbnail'
+  metrics, method = train(tmp_path, *REACH, *flags)
   assert method == 'dreamer-thumbnail'
   assert metrics['thumbnail_loss'] > 0 and 'image_loss' not in metrics
 
@@ -93,7 +95,7 @@ def test_a_behavior(tmp_path):
   assert names == {'behaviors.py', 'configs.py'}
   check_style(tmp_path, names)
   flags = '--behavior', 'shooting', '--plan_candidates', '100'
-  metrics, method = train(tmp_path, '--task', 'toy_reach', *flags)
+  metrics, method = train(tmp_path, *REACH, *flags)
   assert method == 'shooting'
   assert metrics['test/return'] > 0 and 'actor_loss' not in metrics
 
@@ -102,7 +104,7 @@ def test_a_head(tmp_path):
   names = apply('head', tmp_path)
   assert names == {'dreamer.py'}
   check_style(tmp_path, names)
-  metrics, _ = train(tmp_path, '--task', 'toy_reach')
+  metrics, _ = train(tmp_path, *REACH)
   assert metrics['brightness_loss'] > 0
   newest = tf.train.latest_checkpoint(tmp_path / 'run' / 'checkpoints')
   saved = [name for name, _ in tf.train.list_variables(newest)]

@@ -1,9 +1,6 @@
 """Representations and behaviors: what the paper compares (Figures 4, 7, 8)."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ import scipy.stats
 import tensorflow as tf
 import test_dreamer
 from tensorflow_probability import distributions as tfd
-from test_dreamer import batch_of
+from test_dreamer import batch_of, run_here
 
 import cli
 import configs
@@ -22,7 +19,6 @@ import tools
 import training
 import wrappers
 
-ROOT = pathlib.Path(dreamer.__file__).parent
 SMALL = dict(batch_length=6, plan_horizon=5, plan_candidates=20, plan_best=4)
 SMALL.update(plan_iterations=3)
 
@@ -117,21 +113,36 @@ def test_negatives(tmp_path):
 # --- Representations ----------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  'name, terms',
-  [
-    ('reconstruction', {'image_loss', 'reward_loss'}),
-    ('contrastive', {'state_loss', 'reward_loss'}),
-    ('reward', {'reward_loss'}),
-  ],
-)
-def test_representation(tmp_path, name, terms):
-  """Each has its terms and networks, trains, and shows its predictions."""
-  agent = make_agent(tmp_path, representation=name)
-  losses = {'image_loss', 'state_loss', 'reward_loss'}
+# Each with one of the behaviors, so that one update shows both.
+METHODS = {
+  'reconstruction': ('actor_critic', {'model', 'actor', 'value'}),
+  'contrastive': ('actor', {'model', 'actor'}),
+  'reward': ('planning', {'model'}),
+}
+
+
+@pytest.fixture(scope='module', params=METHODS)
+def method(request, tmp_path_factory):
+  """An agent, what it was before one update, and what that update said."""
+  behavior, _ = METHODS[request.param]
+  folder = tmp_path_factory.mktemp(request.param)
+  agent = make_agent(folder, representation=request.param, behavior=behavior)
+  before = {
+    name: [v.numpy().copy() for v in opt.variables]
+    for name, opt in agent.optimizers.items()
+  }
   encoder = [v.numpy().copy() for v in agent.world.encoders['image'].variables]
   metrics = agent.train(batch_of(agent))
+  return request.param, agent, (before, encoder), metrics
+
+
+@pytest.mark.slow
+def test_representation(method):
+  """Each has its terms and networks, trains, and shows its predictions."""
+  name, agent, (_, encoder), metrics = method
+  terms = dict(reconstruction={'image_loss'}, contrastive={'state_loss'})
+  terms = terms.get(name, set()) | {'reward_loss'}
+  losses = {'image_loss', 'state_loss', 'reward_loss'}
   assert losses & set(metrics) == terms
   total = sum(float(metrics[k]) for k in terms)
   assert np.isclose(metrics['model_loss'], total + max(metrics['div'], 3))
@@ -175,22 +186,11 @@ def test_v_r_is_the_sum_of_rewards_to_the_horizon(tmp_path):
   np.testing.assert_allclose(returns, [[4, 18], [3, 16], [7, 11]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-  'behavior, opts',
-  [
-    ('actor_critic', {'model', 'actor', 'value'}),
-    ('actor', {'model', 'actor'}),
-    ('planning', {'model'}),
-  ],
-)
-def test_behavior_trains_what_it_has(tmp_path, behavior, opts):
-  agent = make_agent(tmp_path, behavior=behavior)
+@pytest.mark.slow
+def test_behavior_trains_what_it_has(method):
+  name, agent, (before, _), metrics = method
+  _, opts = METHODS[name]
   assert set(agent.count_parameters()) == opts
-  before = {
-    name: [v.numpy().copy() for v in opt.variables]
-    for name, opt in agent.optimizers.items()
-  }
-  metrics = agent.train(batch_of(agent))
   assert {k[: -len('_grad_norm')] for k in metrics if 'grad_norm' in k} == opts
   for name, opt in agent.optimizers.items():
     pairs = zip(opt.variables, before[name], strict=True)
@@ -279,19 +279,18 @@ def test_runs_name_their_method(tmp_path, flags, name):
 
 
 @pytest.mark.slow
-def test_whole_run_without_decoder_and_value(tmp_path):
-  """Runs, logs curves of rewards, and resumes; in real processes."""
+def test_whole_run_without_decoder_and_value(tmp_path, capsys):
+  """Runs, logs curves of rewards, and resumes."""
   logdir = tmp_path / 'run'
-  command = [sys.executable, str(ROOT / 'dreamer.py'), f'--logdir={logdir}']
-  command += ['--preset=debug', '--task=toy_reach', '--behavior=actor']
-  command += ['--representation=contrastive', '--precision=32']
+  words = [f'--logdir={logdir}', '--preset=debug', '--task=toy_reach']
+  words += ['--behavior=actor', '--representation=contrastive']
+  words += ['--precision=32', '--pretrain=1', '--train_steps=1']
+  words += ['--time_limit=30', '--prefill=60', '--eval_every=60']
+  words += ['--train_every=30', '--log_every=30']
   name = 'method dreamer-actor-contrastive'
-  for steps, words in ((600, name), (800, 'Resumed')):
-    result = subprocess.run(
-      [*command, f'--steps={steps}'], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert words in result.stdout
+  for steps, text in ((90, name), (120, 'Resumed')):
+    assert run_here([*words, f'--steps={steps}']) == 0
+    assert text in capsys.readouterr().out
   events = [
     value.tag
     for path in logdir.glob('events.*')

@@ -6,8 +6,6 @@ Without TensorFlow, as workers import this file.
 import functools
 import pathlib
 import re
-import subprocess
-import sys
 
 import gym
 import gymnasium
@@ -53,30 +51,6 @@ def test_a_wrong_name_is_an_error_with_those_that_exist():
   with pytest.raises(workers.TaskError, match='did you mean height') as info:
     spaces.View('task', offers(), 'image,hight')
   assert 'it has image, image_2, height, orientations, state' in str(info.value)
-
-
-# fmt: off
-@pytest.mark.parametrize(('flags', 'words'), [
-  (['--inputs', 'orientation'], 'orientations'),
-  (['--inputs', 'image_2'], 'it has image, height, orientations'),
-  (['--inputs', ''], '--inputs takes names'),
-  (['--inputs', 'image,,state'], '--inputs takes names'),
-  (['--cameras', '0,9'], 'has the cameras 0 to 1'),
-  (['--cameras', 'left'], '--cameras takes a whole number'),
-  (['--record', 'imag'], 'image'),
-])
-# fmt: on
-@pytest.mark.slow
-def test_bad_inputs_end_with_one_message(tmp_path, flags, words):
-  command = [sys.executable, 'dreamer.py', '--logdir', str(tmp_path / 'run')]
-  done = subprocess.run(
-    [*command, '--preset', 'debug', '--task', 'dmc_walker_walk', *flags],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 2, done.stderr
-  assert words in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_method_names_say_the_inputs():

@@ -14,13 +14,20 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_dreamer import make_agent, moved, random_episode, weights
+from test_dreamer import (
+  make_agent,
+  moved,
+  random_episode,
+  run_here,
+  weights,
+)
 
 import checkpoints
 import cli
 import compare
 import distribute
 import dreamer
+import evaluate
 import learner
 import logger
 import training
@@ -30,16 +37,42 @@ ROOT = pathlib.Path(dreamer.__file__).parent
 # --- Learning beside acting ---------------------------------------------------
 
 
-def make_learner(folder, **changes):
-  """A small agent that learns from three episodes, and its run."""
-  agent = make_agent(folder, **changes)
-  log = logger.Logger(folder, 100)
-  run = training.Run(agent._c, distribute.Team(), cli.StopSignal(), log)
-  return learner.Learner(agent, run)
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+  """A small agent, traced once for all tests, and its variables at first."""
+  agent = make_agent(tmp_path_factory.mktemp('small'))
+  return agent, dict(agent._c), [v.numpy() for v in variables(agent)]
+
+
+def variables(agent):
+  """All that changes in an agent."""
+  parts = agent.trackable()
+  parts['random'] = [parts['random'].state]
+  parts = {k: getattr(v, 'variables', v) for k, v in parts.items()}
+  return [v for part in parts.values() for v in tf.nest.flatten(part)]
+
+
+@pytest.fixture
+def make_learner(small):
+  """The small agent as it was made, three episodes, and its run."""
+  agent, config, values = small
+
+  def make(folder, **changes):
+    agent._c.clear()
+    agent._c.update(config, logdir=folder, **changes)
+    for variable, value in zip(variables(agent), values, strict=True):
+      variable.assign(value)
+    episodes = config['logdir'] / 'episodes'
+    shutil.copytree(episodes, folder / 'episodes', dirs_exist_ok=True)
+    log = logger.Logger(folder, 100)
+    run = training.Run(agent._c, distribute.Team(), cli.StopSignal(), log)
+    return learner.Learner(agent, run)
+
+  return make
 
 
 @pytest.mark.slow
-def test_acting_counts_environment_steps_and_learns(tmp_path):
+def test_acting_counts_environment_steps_and_learns(make_learner, tmp_path):
   agent = make_learner(tmp_path, pretrain=2, action_repeat=3)
   image = np.zeros((2, 64, 64, 3), np.uint8)
   agent({'image': image}, np.array([True, True]))
@@ -56,7 +89,9 @@ def act_once(agent):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('deterministic', [False, True])
-def test_updates_keep_their_ratio_to_steps(tmp_path, deterministic):
+def test_updates_keep_their_ratio_to_steps(
+  make_learner, tmp_path, deterministic
+):
   """Whether they overlap with acting or not."""
   agent = make_learner(
     tmp_path,
@@ -74,7 +109,7 @@ def test_updates_keep_their_ratio_to_steps(tmp_path, deterministic):
 
 
 @pytest.mark.slow
-def test_acting_goes_on_while_learning(tmp_path):
+def test_acting_goes_on_while_learning(make_learner, tmp_path):
   agent = make_learner(tmp_path, pretrain=1, train_every=2, train_steps=50)
   act_once(agent)  # waits for the first update, which traces
   assert agent.updates == 1
@@ -92,7 +127,7 @@ def test_acting_goes_on_while_learning(tmp_path):
 
 
 @pytest.mark.slow
-def test_failure_of_learning_reaches_the_caller(tmp_path):
+def test_failure_of_learning_reaches_the_caller(make_learner, tmp_path):
   agent = make_learner(tmp_path, pretrain=1, train_every=2, train_steps=5)
   act_once(agent)
   agent._agent.world.reward._out.bias.assign([np.nan])
@@ -103,16 +138,19 @@ def test_failure_of_learning_reaches_the_caller(tmp_path):
 
 
 @pytest.mark.slow
-def test_halt_ends_learning_and_what_is_due_is_remembered(tmp_path):
+def test_halt_ends_learning_and_what_is_due_is_remembered(
+  make_learner, tmp_path
+):
   agent = make_learner(tmp_path, pretrain=1, train_every=2, train_steps=50)
   act_once(agent)
   act_once(agent)
   agent.halt()
   assert agent.updates < 51
   assert agent.updates + int(agent._pending) == 51
-  other = make_learner(tmp_path)
   saver = checkpoints.Checkpoints(tmp_path / 'saved', **agent.trackable())
   saver.save(1)
+  other = make_learner(tmp_path)
+  assert (other.updates, int(other._pending)) == (0, 0)
   checkpoints.Checkpoints(tmp_path / 'saved', **other.trackable()).restore()
   other.catch_up()
   act_once(other)  # as after a resume, all that is due
@@ -120,7 +158,7 @@ def test_halt_ends_learning_and_what_is_due_is_remembered(tmp_path):
 
 
 @pytest.mark.slow
-def test_actor_delay_holds_the_actor_alone(tmp_path):
+def test_actor_delay_holds_the_actor_alone(make_learner, tmp_path):
   agent = make_learner(tmp_path, actor_delay=2)
   opts = agent._agent.optimizers
   for delayed in (True, True, False):
@@ -132,7 +170,7 @@ def test_actor_delay_holds_the_actor_alone(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('deterministic', [False, True])
-def test_non_finite_loss_stops_the_run(tmp_path, deterministic):
+def test_non_finite_loss_stops_the_run(make_learner, tmp_path, deterministic):
   agent = make_learner(tmp_path, deterministic=deterministic)
   agent._agent.behavior.value._out.bias.assign([np.nan])
   with pytest.raises(
@@ -206,7 +244,7 @@ def read_metrics(logdir):
 
 
 @pytest.mark.slow
-def test_debug_run_is_stopped_killed_and_resumed(tmp_path):
+def test_debug_run_is_stopped_killed_and_resumed(tmp_path, capfd):
   """On a real control suite task, in a folder with all that names may have."""
   logdir = tmp_path / 'a [1]*? ~ü:%s.zip'
   flags = ('--preset', 'debug', '--task', 'dmc_cartpole_balance')
@@ -250,13 +288,8 @@ def test_debug_run_is_stopped_killed_and_resumed(tmp_path):
   check_logdir(logdir)
   # Evaluated, with pictures there too, and compared.
   words = ['--logdir', logdir, '--episodes=1', '--outdir', logdir / 'videos']
-  process = subprocess.run(
-    [sys.executable, ROOT / 'evaluate.py', *words],
-    capture_output=True,
-    text=True,
-  )
-  assert (process.returncode, process.stderr) == (0, '')
-  assert f'step {before + 300}, ' in process.stdout
+  assert evaluate.main([str(word) for word in words]) == 0
+  assert f'step {before + 300}, ' in capfd.readouterr().out
   names = {path.name for path in (logdir / 'videos').iterdir()}
   assert {'behavior.gif', 'behavior.mp4', 'prediction.png'} <= names
   (run,) = compare.find_runs([logdir])
@@ -305,19 +338,14 @@ def check_logdir(logdir):
 @pytest.fixture
 def main(tmp_path, capsys):
   """Calls `dreamer.main` on a small run; returns exit code and output."""
-  handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-  tf.config.run_functions_eagerly(True)  # few updates: tracing takes longer
 
   def call(*flags, task='toy_reach'):
     words = ['--logdir', str(tmp_path / 'run'), f'--task={task}']
-    words += ['--preset=debug', '--precision=32', *flags]
+    words += ['--preset=debug', '--precision=32', '--time_limit=50', *flags]
     words += ['--eval_every=1000', '--log_images=False']
-    return dreamer.main(words), ''.join(capsys.readouterr())
+    return run_here(words), ''.join(capsys.readouterr())
 
-  yield call
-  tf.config.run_functions_eagerly(False)
-  for number, handler in handlers.items():
-    signal.signal(number, handler)
+  return call
 
 
 # Updates, where a test is of none of them in particular.
@@ -418,24 +446,44 @@ def test_what_only_the_environment_knows_is_a_clear_error(main, flags, words):
   assert words in text and 'Traceback' not in text
 
 
+# fmt: off
+@pytest.mark.parametrize(('flags', 'words'), [
+  (['--inputs', 'orientation'], 'orientations'),
+  (['--inputs', 'image_2'], 'it has image, height, orientations'),
+  (['--inputs', ''], '--inputs takes names'),
+  (['--inputs', 'image,,state'], '--inputs takes names'),
+  (['--cameras', '0,9'], 'has the cameras 0 to 1'),
+  (['--cameras', 'left'], '--cameras takes a whole number'),
+  (['--record', 'imag'], 'image'),
+])
+# fmt: on
+@pytest.mark.slow
+def test_bad_inputs_end_with_one_message(main, flags, words):
+  code, text = main(*flags, task='dmc_walker_walk')
+  assert code == 2, text
+  assert words in text and 'Traceback' not in text
+
+
 @pytest.mark.slow
 def test_flags_that_cannot_be_are_not_kept(main, tmp_path):
   """A mistake in the first command is no hindrance to the second."""
   code, error = main('--behavior=planning', task='toy_catch')
   assert code == 2 and '--behavior' in error
-  code, error = main('--batch_length=8', *FEW, task='toy_catch')
+  few = (*FEW, '--prefill=100', '--steps=120')
+  code, error = main('--batch_length=8', *few, task='toy_catch')
   assert code == 0, error
 
 
 @pytest.mark.slow
 def test_episodes_of_another_task_are_left_alone(main, tmp_path):
   """Though the config.json that says so is broken."""
-  assert main('--steps=500', *FEW, task='toy_reach')[0] == 0
+  few = (*FEW, '--time_limit=40', '--prefill=40')
+  assert main('--steps=80', *few, task='toy_reach')[0] == 0
   path = next(tmp_path.rglob('config.json'))
   path.write_text(path.read_text()[:100])
   episodes = sorted(path.parent.glob('episodes/*.npz'))
-  code, error = main('--steps=500', task='toy_catch')
+  code, error = main('--steps=80', task='toy_catch')
   assert code == 2 and 'are of another task' in error
   assert sorted(path.parent.glob('episodes/*.npz')) == episodes
-  code, error = main('--steps=600', *FEW, task='toy_reach')
+  code, error = main('--steps=120', *few, task='toy_reach')
   assert code == 0, error
