@@ -148,11 +148,12 @@ def _pieces(agent, batch, config):
     @tf.function(autograph=False)
     def run():
       given = [tf.identity(x) for x in inputs]
-      with dreamer.watch(variables) as tape:
+      with dreamer.watch(all=variables) as tapes:
         for tensor in given:
-          tape.watch(tensor)
+          tapes['all'].watch(tensor)
         result = loss(*given)
-      return tape.gradient(result, [*given, *(v.value for v in variables)])
+      wanted = [*given, *(v.value for v in variables)]
+      return tapes['all'].gradient(result, wanted)
 
     return run
 

@@ -533,9 +533,9 @@ class Dreamer:
     """As `train`, with the rows of the batch that this replica has."""
     data = self.world.preprocess(data)
     seeds = self.seeds(data['action'].shape[1], 0)
-    with watch(self.optimizers['model'].variables) as tape:
+    with watch(model=self.optimizers['model'].variables) as tapes:
       losses, metrics, post = self.world.losses(data, seeds)
-    grads = self._gradients(tape, losses)
+    grads = self._gradients(tapes, losses)
     behavior_grads, behavior_metrics = self._behavior_gradients(post)
     grads = distribute.sum_({**grads, **behavior_grads})
     metrics = distribute.mean({**metrics, **behavior_metrics})
@@ -545,16 +545,16 @@ class Dreamer:
 
   def _behavior_gradients(self, post):
     """Gradients of the behavior's networks, by name, and metrics."""
-    opts = [self.optimizers[name] for name in self.behavior.networks]
-    with watch([v for opt in opts for v in opt.variables]) as tape:
+    names = self.behavior.networks
+    with watch(**{k: self.optimizers[k].variables for k in names}) as tapes:
       seeds = self.seeds(2 * self._c.horizon, 1)
       losses, metrics = self.behavior.losses(post, seeds)
-    return self._gradients(tape, losses), metrics
+    return self._gradients(tapes, losses), metrics
 
-  def _gradients(self, tape, losses):
+  def _gradients(self, tapes, losses):
     """Of each loss by the variables of its optimizer, by name."""
     return {
-      name: self.optimizers[name].gradient(tape, loss)
+      name: self.optimizers[name].gradient(tapes[name], loss)
       for name, loss in losses.items()
     }
 
@@ -568,12 +568,20 @@ class Dreamer:
 
 
 @contextlib.contextmanager
-def watch(variables):
-  """A gradient tape on these variables alone, for several losses."""
-  with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-    for variable in variables:
-      tape.watch(variable.value)
-    yield tape
+def watch(**variables):
+  """Gradient tapes, one for each loss, on its variables alone.
+
+  For a persistent tape TensorFlow would also prepare the gradients of the
+  gradients of every loop, in half of the time that tracing takes.
+  """
+  with contextlib.ExitStack() as stack:
+    tapes = {}
+    for name, own in variables.items():
+      tape = tf.GradientTape(watch_accessed_variables=False)
+      tapes[name] = stack.enter_context(tape)
+      for variable in own:
+        tape.watch(variable.value)
+    yield tapes
 
 
 # --- The library, and the command -------------------------------------------

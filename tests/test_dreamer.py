@@ -335,9 +335,9 @@ def test_update_beside_stock_layers(tmp_path, size):
   agent = make_agent(tmp_path, **changes)
   data = dreamer.preprocess(batch_of(agent), agent._c)
   losses, expected, _ = reference.Reference(agent).gradients(data)
-  with dreamer.watch(agent.optimizers['model'].variables) as tape:
+  with dreamer.watch(model=agent.optimizers['model'].variables) as tapes:
     model, metrics, post = agent.world.losses(data, agent.seeds(5, 0))
-  grads = agent._gradients(tape, model)
+  grads = agent._gradients(tapes, model)
   behavior = agent._behavior_gradients(post)
   grads.update(behavior[0])
   metrics.update(behavior[1])
