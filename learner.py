@@ -65,6 +65,7 @@ class Learner:
     self._timer = Stopwatch()
     self._last_log = None
     self._batches = None
+    self._latest = None  # batch drawn, on the host
     self._lock = threading.RLock()  # held while counters and metrics change
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'learner')
     self._learning = None  # future of the updates under way
@@ -205,9 +206,13 @@ class Learner:
       part=(self._team.index, self._team.workers),
       inputs=self._agent.world.inputs,
     )
-    place = self._team.place
-    placed = ((batch.pop('source'), place(batch)) for batch in batches)
+    placed = self._place(batches)
     return placed if self._c.deterministic else replay.prefetch(placed)
+
+  def _place(self, batches):
+    for batch in batches:
+      source, self._latest = batch.pop('source'), batch
+      yield source, self._team.place(batch)
 
   def _tracing(self, first):
     """Lets a signal end the first update, which can take a minute."""
@@ -261,22 +266,18 @@ class Learner:
       metrics['fps'] = (step - self._last_log[1]) / (now - self._last_log[0])
     self._last_log = (now, step)
     self._run.logger.scalars(step, dict(metrics, updates=self.updates))
-    if images and self._c.log_images and self._team.chief:
+    if images and self._c.log_images and self._team.chief and self._latest:
       self._write_prediction(step)
     self._run.logger.flush()
 
   def _write_prediction(self, step):
     """Logs predictions of six windows: a video, and curves of numbers.
 
-    The curves are for models that tell vectors, or no images.
+    The windows are of the batch drawn last. The curves are for models that tell
+    vectors, or no images.
     """
     world = self._agent.world
-    batch = next(
-      replay.load_dataset(
-        self._run.datadir, self._c, self.updates, inputs=world.inputs
-      )
-    )
-    batch = {k: v[:6] for k, v in batch.items()}
+    batch = {k: v[:6] for k, v in self._latest.items()}
     if world.representation.decoders:
       video = world.open_loop(batch).numpy()
       self._run.logger.video(step, 'agent/openl', video)

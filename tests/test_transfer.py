@@ -142,6 +142,9 @@ def test_learns_from_a_folder_and_leaves_it_as_it_is(reach, tmp_path, capsys):
   assert 'Finished at step 400, 20 updates.' in out  # 5 in 100 steps
   assert out.count('Evaluation: ') == 2  # at 0 and 400
   assert not list((logdir / 'episodes').iterdir())
+  # What is added stays, though the run has not seen it.
+  (source / path.name.replace('T', 'U')).write_bytes(path.read_bytes())
+  before = contents(source)
   assert run(logdir, *words) == 0  # as many as --steps brings
   out = capsys.readouterr().out
   assert 'Resumed at step 400, 20 updates.' in out
