@@ -23,6 +23,8 @@ import sys
 import tempfile
 import weakref
 
+import cloudpickle
+
 from cli import quiet_stderr
 from workers import (
   ONE_THREAD,
@@ -53,7 +55,7 @@ class RayWorker:
   GRACE = 2  # seconds for an actor to say where it hangs, or to close
 
   def __init__(self, constructor, timeout, start_timeout, output):
-    self._order = pickle.dumps(constructor)
+    self._order = cloudpickle.dumps(constructor)
     self._limits = call_limit(timeout), start_limit(start_timeout)
     self._output = output
     self._pending = collections.deque()

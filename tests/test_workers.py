@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import numpy as np
@@ -126,8 +127,16 @@ class TestAsync:
 
   @remote
   def test_what_does_not_pickle_fails_at_once(self, strategy):
-    with pytest.raises((AttributeError, pickle.PicklingError)):
-      wrappers.Async(lambda: Counting(), strategy)
+    lock = threading.Lock()
+    with pytest.raises((TypeError, pickle.PicklingError)):
+      wrappers.Async(lambda: lock, strategy)
+
+  @remote
+  def test_lambdas_are_sent_whole(self, strategy):
+    made = Counting
+    env = wrappers.Async(lambda: made(), strategy)
+    assert env.reset()['count'] == 0
+    env.close()
 
   @remote
   def test_answers_that_do_not_pickle(self, strategy):
