@@ -40,6 +40,7 @@ SMALL = dict(
 )
 
 
+SHAPES = dict(image=(64, 64, 3), pose=(3,))
 CASES = {
   'plain': dict(free_nats=0.0),
   'contrastive': dict(
@@ -49,7 +50,9 @@ CASES = {
     # Between what the two halves of a batch have: decided by their mean.
     free_nats=0.58,
   ),
-  'float16': dict(precision='16'),
+  'float16': dict(
+    precision='16', inputs='image,pose', kl_balance=0.8, actor_entropy=0.01
+  ),
   'jit': dict(jit='True'),  # the last, as it replaces the noise
 }
 
@@ -93,7 +96,8 @@ def _update(folder, team, flags):
   space = gym.spaces.Box(-1, 1, (2,), np.float32)
   if config.action_dist == 'onehot':
     space = wrappers.OneHotBox(2)
-  agent = dreamer.Dreamer(config, space, team)
+  inputs = {k: SHAPES[k] for k in config.inputs.split(',')}
+  agent = dreamer.Dreamer(config, space, team, inputs)
   if team.chief:  # as if it had restored a checkpoint
     agent.updates.assign(7)
     for variable in agent.optimizers['model'].variables:
@@ -101,7 +105,7 @@ def _update(folder, team, flags):
   checkpoints.receive(team, agent.trackable(), config.seed)
   for opt in agent.optimizers.values():  # so that float16 does not overflow
     opt.optimizer.dynamic_scale.assign(16.0)
-  batches = dreamer.load_dataset(folder / 'episodes', config)
+  batches = dreamer.load_dataset(folder / 'episodes', config, inputs=inputs)
   metrics = []
   for _ in range(UPDATES):
     agent.set_learning_rates()
@@ -194,6 +198,8 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('updates')
   rng = np.random.default_rng(0)
   episodes = [random_episode(rng, 12, 2) for _ in range(3)]
+  for episode in episodes:
+    episode['pose'] = rng.normal(size=(12, 3)).astype(np.float32)
   tools.save_episodes(folder / 'episodes', episodes)
   return folder
 
