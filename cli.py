@@ -207,7 +207,8 @@ def kept_signals():
   finally:
     if _in_main_thread():
       for number, handler in before.items():
-        signal.signal(number, handler)
+        if handler is not None:  # else one that Python does not know
+          signal.signal(number, handler)
 
 
 class StopSignal:

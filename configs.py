@@ -445,6 +445,10 @@ def _check_config(config):
     raise UserError(
       f'--cameras are of the control suite; {config.task} has none to choose'
     )
+  if config.render_detail != 'auto' and not config.task.startswith('dmc_'):
+    raise UserError(
+      f'--render_detail is of the control suite; {config.task} has none'
+    )
   if config.init_only and not config.init_from:
     raise UserError('--init_only says what of --init_from is taken: give both')
   _check_offline(config)

@@ -77,22 +77,21 @@ def make_worker(config, index=0, prefix='train', log=None, function=None):
   What workers print goes to `log`, from `workers.open_log`. `function` makes
   the environment of a custom task.
   """
-  suites.require_function(config.task, function)
   stream = [config.seed, index, int(prefix == 'test')]
   seed = int(np.random.SeedSequence(stream).generate_state(1)[0] >> 1)
   make = functools.partial(
     suites.make_task,
     config.task,
-    config.action_repeat,
-    config.time_limit,
-    seed,
-    prefix == 'test',
-    config.env_args,
-    config.inputs,
-    config.record,
-    tuple(map(int, filter(None, config.cameras.split(',')))),
-    config.render_detail,
-    function,
+    action_repeat=config.action_repeat,
+    time_limit=config.time_limit,
+    seed=seed,
+    test=prefix == 'test',
+    args=config.env_args,
+    inputs=config.inputs,
+    record=config.record,
+    cameras=tuple(map(int, filter(None, config.cameras.split(',')))),
+    detail=config.render_detail,
+    function=function,
   )
   return workers.Async(
     make,
@@ -134,11 +133,9 @@ def running(run):
     for index in range(0 if config.offline else config.envs):
       envs.append(make(team.index * config.envs + index, 'train', store))
     if team.chief:
-      evaluated = [functools.partial(summarize, prefix='test')]
-      optional = contextlib.nullcontext() if envs else _without(run)
-      with optional:
-        test = make(0, 'test', evaluated)
-        _ = envs or test.about  # waits
+      test = make(0, 'test', [functools.partial(summarize, prefix='test')])
+      if not envs:
+        test = _if_it_runs(run, test)
     yield envs, test
   finally:
     for env in [*envs, test] if test else envs:
@@ -146,13 +143,15 @@ def running(run):
     log.close()
 
 
-@contextlib.contextmanager
-def _without(run):
-  """Lets a run go on without evaluations where its task cannot run."""
+def _if_it_runs(run, env):
+  """The environment, or None where its task cannot run here."""
   try:
-    yield
+    _ = env.about  # waits
+    return env
   except (workers.TaskError, workers.RenderError, workers.WorkerError) as error:
     run.say(f'No evaluations: {error}')
+    env.close()
+    return None
 
 
 def summarize_episode(

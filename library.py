@@ -80,7 +80,7 @@ class Policy(tf.Module):
     """
     world = self.agent.world
     seeds = tf.random.experimental.stateless_split(state['seed'], 2)
-    latent = {k: v for k, v in state.items() if k not in ('action', 'seed')}
+    latent = _latent(state)
     if obs is not None:
       latent = self._observe(obs, state, seeds[0])
     steps = tf.random.experimental.stateless_split(seeds[1], actions.shape[1])
@@ -95,8 +95,12 @@ class Policy(tf.Module):
     return told
 
   def _observe(self, obs, state, seed):
-    latent = {k: v for k, v in state.items() if k not in ('action', 'seed')}
-    return self.agent.observe(obs, latent, state['action'], seed)
+    return self.agent.observe(obs, _latent(state), state['action'], seed)
+
+
+def _latent(state):
+  """The model state within the state of a `Policy`."""
+  return {k: v for k, v in state.items() if k not in ('action', 'seed')}
 
 
 class Agent:
@@ -322,12 +326,15 @@ def export(agent, folder):
 
   Its signatures, with the names and shapes of their tensors:
 
-    reset  batch int32 [], seed int32 [2]        -> memory_*
-    act    the inputs [E, ...], and memory_*      -> action [E, A], and memory_*
+    reset  batch int32 [], seed int32 [2]    -> memory_*
+    act    the inputs [E, ...], and memory_*  -> action [E, A], and memory_*
 
   Args:
     agent: `dreamer.Dreamer`.
     folder: which it makes.
+
+  Raises:
+    UserError: two inputs would have one name.
   """
   policy = Policy(agent)
   state = policy.start(1, tf.zeros([2], tf.int32))
@@ -345,16 +352,20 @@ def export(agent, folder):
 
   specs = {}
   for name, shape in agent.world.inputs.items():
+    if _plain(name) in {*specs, *_prefixed(state)}:
+      raise UserError(f'--export: two inputs would be called {_plain(name)}')
     dtype = tf.uint8 if spaces.is_image(name) else tf.float32
     specs[_plain(name)] = tf.TensorSpec([None, *shape], dtype, _plain(name))
   for name, value in _prefixed(state).items():
     shape = value.shape if name == 'memory_seed' else [None, *value.shape[1:]]
     specs[name] = tf.TensorSpec(shape, value.dtype, name)
-  policy.reset = reset.get_concrete_function(
-    tf.TensorSpec([], tf.int32, 'batch'), tf.TensorSpec([2], tf.int32, 'seed')
+  start = dict(
+    batch=tf.TensorSpec([], tf.int32), seed=tf.TensorSpec([2], tf.int32)
   )
-  policy.step = act.get_concrete_function(**specs)
-  signatures = dict(reset=policy.reset, act=policy.step)
+  signatures = dict(
+    reset=reset.get_concrete_function(**start),
+    act=act.get_concrete_function(**specs),
+  )
   tf.saved_model.save(policy, str(folder), signatures)
   about = dict(
     task=agent.config.task,

@@ -151,17 +151,6 @@ def _gym(name, opts):
     args=opts.args,
     inputs=opts.inputs,
     record=opts.record,
-  )
-  return wrappers.ActionRepeat(env, opts.action_repeat)
-
-
-def _custom(name, opts):
-  require_function(f'custom_{name}', opts.function)
-  env = GymEnv(
-    name,
-    seed=opts.seed,
-    inputs=opts.inputs,
-    record=opts.record,
     function=opts.function,
   )
   return wrappers.ActionRepeat(env, opts.action_repeat)
@@ -203,7 +192,7 @@ SUITES = dict(
     renders=True,
   ),
   custom=Suite(
-    _custom,
+    _gym,
     'custom_<name> (of dreamer.train)',
     defaults={'': GYM},
     renders=True,
@@ -261,12 +250,18 @@ def check_task(task):
   raise TaskError(f'There is no task {task!r}{hint}')
 
 
-def require_function(task, function):
-  """Raises TaskError where a custom task has no function that makes it."""
-  if task.startswith('custom_') and not function:
+def check_function(task, function):
+  """Raises TaskError unless custom tasks, and no others, have a function."""
+  custom = task.startswith('custom_')
+  if custom and not function:
     raise TaskError(
       f'{task} is made by a function: train it with dreamer.train(make_env, '
       'logdir), and load it with dreamer.load(logdir) (docs/library.md)'
+    )
+  if function and not custom:
+    raise TaskError(
+      f'{task} has an environment of its own: give None for make_env, or '
+      'leave the task out'
     )
 
 
@@ -324,6 +319,7 @@ def make_task(task, *args, **kwargs):
   check_task(task)
   suite, name = find(task)
   opts = Options(*args, **kwargs)
+  check_function(task, opts.function)
   env = suite.make(name, opts)
   discrete = gym.spaces.Discrete, gym.spaces.MultiDiscrete
   if isinstance(env.action_space, discrete):

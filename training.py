@@ -253,8 +253,8 @@ def run(config, make_agent, function=None):
   Raises:
     cli.Failure: with a message for the user and an exit code.
   """
-  if not config.offline:
-    suites.require_function(config.task, function)
+  if function or not config.offline:
+    suites.check_function(config.task, function)
   with _failures():
     team = setup_devices(config)
     with team.chief_first():
@@ -324,7 +324,7 @@ def _train(run, make_agent, envs, test_env):
     else:
       _learn_offline(run, learner, progress, test_env)
     progress.save_at_end()
-    run.say(_ending(learner, before))
+    run.say(_ending(learner, before, config.updates))
     run.team.wait()  # to leave together
   except cli.Stopped:
     learner.halt()
@@ -437,12 +437,13 @@ def _announce(run, policy):
     run.say('Other than the defaults: ' + ', '.join(changed) + '.')
 
 
-def _ending(learner, before):
+def _ending(learner, before, updates):
   """What a run says when it has finished.
 
   Args:
     learner: as it is at the end.
     before: updates that it had at the start.
+    updates: as many as --updates asks for.
   """
   line = f'Finished at step {learner.step}, {learner.updates} updates.'
   if not learner.updates:
@@ -452,5 +453,6 @@ def _ending(learner, before):
       'the number of updates to begin with.'
     )
   if learner.updates == before:
-    line += ' Nothing was left to do; a larger --steps goes on.'
+    flag = '--updates' if updates else '--steps'
+    line += f' Nothing was left to do; a larger {flag} goes on.'
   return line

@@ -245,7 +245,7 @@ class DeepMindControl:
 
 # Software spends most of an image's time on a shadow map of 2048x2048 and
 # on spheres of 16 stacks (docs/performance.md).
-LOW_DETAIL = dict(shadowsize=512, numstacks=8)
+LOW_DETAIL = dict(shadowsize=512, numstacks=6)
 
 
 @functools.cache

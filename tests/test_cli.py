@@ -1,5 +1,6 @@
 """What all commands share: signals, names, small things."""
 
+import concurrent.futures
 import os
 import pathlib
 import signal
@@ -20,13 +21,22 @@ ROOT = pathlib.Path(cli.__file__).parent
 
 @pytest.fixture
 def stop():
-  numbers = signal.SIGINT, signal.SIGTERM
-  before = [signal.getsignal(n) for n in numbers]
   stop = cli.StopSignal()
-  stop.install()
-  yield stop
-  for number, handler in zip(numbers, before, strict=True):
-    signal.signal(number, handler)
+  with cli.kept_signals():
+    stop.install()
+    yield stop
+
+
+def test_signals_are_afterwards_what_they_were():
+  """And another thread, which may not take them, goes on without."""
+  before = [signal.getsignal(number) for number in cli.SIGNALS]
+  with cli.kept_signals():
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+      thread.submit(cli.StopSignal().install).result()
+    assert [signal.getsignal(number) for number in cli.SIGNALS] == before
+    cli.StopSignal().install()
+    assert signal.getsignal(signal.SIGINT) != before[0]
+  assert [signal.getsignal(number) for number in cli.SIGNALS] == before
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

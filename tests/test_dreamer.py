@@ -2,7 +2,6 @@
 
 import contextlib
 import pathlib
-import signal
 
 import gym
 import keras
@@ -12,6 +11,7 @@ import reference
 import tensorflow as tf
 
 import checkpoints
+import cli
 import dreamer
 import models
 import spaces
@@ -64,13 +64,8 @@ def eagerly():
 
 def run_here(words):
   """Exit code of `dreamer.main`, for a run of few updates."""
-  handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-  try:
-    with eagerly():
-      return dreamer.main(words)
-  finally:
-    for number, handler in handlers.items():
-      signal.signal(number, handler)
+  with cli.kept_signals(), eagerly():
+    return dreamer.main(words)
 
 
 def random_episode(rng, rows=12, size=2):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import cli
 import dreamer
+import library
 import spaces
 import tools
 
@@ -59,6 +61,13 @@ def batch_of(agent):
 def losses(agent):
   data = agent.world.preprocess(batch_of(agent))
   return agent.world.losses(data, agent.seeds(data['action'].shape[1], 0))
+
+
+def test_inputs_of_one_name_are_not_exported(tmp_path):
+  agent = make_agent(tmp_path, {'a/b': (), 'a_b': (2,)})
+  with pytest.raises(cli.UserError, match='two inputs would be called a_b'):
+    library.export(agent, tmp_path / 'exported')
+  assert not (tmp_path / 'exported').exists()
 
 
 # --- Losses -----------------------------------------------------------------

@@ -290,6 +290,7 @@ def test_lambdas_reach_the_workers():
     (cartpole, dict(prest='cpu'), 'did you mean --preset'),
     (cartpole, dict(steps=-3), '--steps takes a whole number'),
     (None, dict(task='custom_x'), 'custom_x is made by a function'),
+    (cartpole, dict(task='toy_reach'), 'toy_reach has an environment of its'),
   ],
 )
 def test_bad_input(tmp_path, make_env, flags, message):
@@ -415,6 +416,25 @@ def test_the_page_runs_as_it_is(tmp_path):
 
 
 # --- The trained agent of the repository --------------------------------------
+
+
+def test_a_trained_agent_is_a_run_without_its_optimizers(mine, tmp_path):
+  """As scores/trained/make.py makes it; and it is left as it is."""
+  folder = tmp_path / 'trained'
+  script = [sys.executable, str(ROOT / 'scores/trained/make.py')]
+  words = [f'--logdir={mine}', f'--outdir={folder}']
+  done = subprocess.run([*script, *words], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  size = {
+    path: sum(p.stat().st_size for p in path.glob('checkpoints/ckpt-*.data*'))
+    for path in (mine, folder)
+  }
+  assert size[folder] < size[mine] / 2
+  agent, other = dreamer.load(folder), load(mine)
+  other.reset(seed=0)
+  (obs,) = observations(agent, 1)
+  np.testing.assert_array_equal(agent.act(obs), other.act(obs))
+  assert (agent.step, agent.updates) == (other.step, other.updates)
 
 
 def test_the_trained_agent_acts_and_dreams(tmp_path):

@@ -156,17 +156,27 @@ def test_learns_from_a_folder_and_leaves_it_as_it_is(reach, tmp_path, capsys):
   assert logged == sorted(logged) and logged[-1] == 1000 and len(logged) >= 5
 
 
-def test_without_an_environment(reach, tmp_path, capsys):
-  """The spaces are those of the episodes; one-hot actions are found."""
+@pytest.mark.parametrize(
+  'task, reason',
+  [
+    ('custom_robot', 'custom_robot is made by a function'),
+    ('gym_Robot-v0', "There is no environment 'Robot-v0'"),
+  ],
+)
+def test_without_an_environment(reach, tmp_path, task, reason, capsys):
+  """The spaces are those of the episodes."""
   logdir = tmp_path / 'run'
-  words = [f'--offline={reach}', '--task=custom_robot', '--inputs=state']
+  words = [f'--offline={reach}', f'--task={task}', '--inputs=state']
   assert run(logdir, *words, '--updates=3') == 0
   out = capsys.readouterr().out
-  assert 'No evaluations: custom_robot is made by a function' in out
+  assert f'No evaluations: {reason}' in out
   assert 'Evaluation: ' not in out
   agent = dreamer.load(logdir)
   assert agent.inputs == dict(state=(4,)) and agent.action_space.shape == (2,)
   assert not hasattr(agent.action_space, 'discrete')
+
+
+def test_one_hot_actions_are_found_in_episodes(tmp_path):
   catch = tmp_path / 'catch'
   rng = np.random.default_rng(0)
   for _ in range(3):
