@@ -29,7 +29,8 @@ class Behavior:
   """
 
   def __init__(self, config, world, actions, choices=None):
-    self._c, self._world, self._actions = config, world, actions
+    self._c, self._world = config, world
+    self._actions, self._choices = actions, choices
     self.networks = {}
 
   def build(self, feat):
@@ -205,9 +206,11 @@ class ActorOnly(Behavior):
       acted = tf.concat([weights[:1], weights], 0)[: self._c.horizon]
       bonus = tf.reduce_mean(acted * entropy)  # of s_0 to s_{H-1}
       loss -= self._c.actor_entropy * bonus
+    action_ent = tf.reduce_mean(entropy)
     metrics = dict(
       actor_loss=loss,
-      action_ent=tf.reduce_mean(entropy),
+      action_ent=action_ent,
+      action_ent_each=action_ent / len(self._choices or range(self._actions)),
       imag_reward=tf.reduce_mean(reward),
       imag_return=tf.reduce_mean(returns),
     )

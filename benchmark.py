@@ -43,7 +43,10 @@ from logger import Logger
 
 ROOT = pathlib.Path(__file__).parent
 PARTS = ('startup', 'train', 'policy', 'replay', 'env', 'memory')
-FLAGS = ('task', 'preset', 'precision', 'representation', 'behavior', 'inputs')
+FLAGS = (
+  *('task', 'preset', 'precision', 'jit'),
+  *('representation', 'behavior', 'inputs'),
+)
 EPISODES = 5  # of random actions, which all parts learn from
 
 
@@ -132,6 +135,7 @@ def _wait(tensors):
 
 def _pieces(agent, batch, config):
   """The parts of an update as functions, on the same batch."""
+  graph = functools.partial(tf.function, autograph=False, jit_compile=agent.jit)
   world, behavior, networks = agent.world, agent.behavior, agent.networks()
   data = world.preprocess(batch)
   embed, action = world.embed(data), data['action']
@@ -145,7 +149,7 @@ def _pieces(agent, batch, config):
     layers = [networks[name] for name in names if name in networks]
     variables = [v for layer in layers for v in layer.trainable_variables]
 
-    @tf.function(autograph=False)
+    @graph
     def run():
       given = [tf.identity(x) for x in inputs]
       with dreamer.watch(all=variables) as tapes:
@@ -178,9 +182,8 @@ def _pieces(agent, batch, config):
     'encoder': gradient(encode, encoders),
     'observe': gradient(observe, ['dynamics'], embed),
     'decoder_heads': gradient(heads, decoders, feat),
-    'optimizers': tf.function(
-      lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)],
-      autograph=False,
+    'optimizers': graph(
+      lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)]
     ),
   }
   if 'actor' in networks:
@@ -387,6 +390,33 @@ def collect(config):
     env.close()
 
 
+def shares(report, config):
+  """Where the time of a run goes, one thing after the other.
+
+  Args:
+    report: of the parts train, policy and env.
+    config: of these.
+
+  Returns:
+    Seconds of 1,000 environment steps, by name: environment (simulation and
+    rendering), acting, updates.
+  """
+  updates = 1000 * config.train_steps / config.train_every
+  return dict(
+    environment=1000 / report['env_steps_per_s']['1'],
+    acting=report['policy_ms']['1'] / config.action_repeat,
+    updates=updates * report['update_s'],
+  )
+
+
+def verdict(seconds):
+  """The largest of the shares, and the others, as a line."""
+  whole = sum(seconds.values())
+  order = sorted(seconds, key=seconds.get, reverse=True)
+  parts = [f'{name} {seconds[name] / whole:.0%}' for name in order]
+  return f'Most of a run goes into: {", ".join(parts)}.'
+
+
 def table(report):
   """The report as lines for a terminal: name, figure, least to largest."""
   spread = report['spread']
@@ -399,6 +429,8 @@ def table(report):
       low, high = ranges.get(name, (None, None))
       around = '' if low is None else f'{low:10.4g} to {high:.4g}'
       lines.append(f'{key:22}{name:18}{value:10.4g}{around}')
+  if 'seconds_per_1000' in report:
+    lines.append(verdict(report['seconds_per_1000']))
   return '\n'.join(lines)
 
 
@@ -443,6 +475,8 @@ def run(argv):
       return
     collect(config)
     report = gather(args.what, words, args.repeats, logdir)
+    if {'train', 'policy', 'env'} <= set(args.what):
+      report['seconds_per_1000'] = shares(report, config)
   print(table(report))
   if args.json:
     with cli.atomic_write(args.json) as file:

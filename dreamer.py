@@ -377,17 +377,21 @@ class Dreamer:
     loop depends on a tensor; AutoGraph, which looks for these, would take a
     good part of the time until the first update.
     """
-    jit = self._c.jit == 'True'
-    if self._c.jit == 'auto':
-      jit = bool(tf.config.list_physical_devices('GPU'))
     several = self._team.replicas > 1
     graph = functools.partial(tf.function, autograph=False)
-    self.policy = graph(self.policy, jit_compile=jit)
-    self.train = graph(self.train, jit_compile=jit and not several)
-    if jit and several:
+    self.policy = graph(self.policy, jit_compile=self.jit)
+    self.train = graph(self.train, jit_compile=self.jit and not several)
+    if self.jit and several:
       self._behavior_gradients = graph(
         self._behavior_gradients, jit_compile=True
       )
+
+  @property
+  def jit(self):
+    """Whether XLA compiles (`--jit`)."""
+    if self._c.jit == 'auto':
+      return bool(tf.config.list_physical_devices('GPU'))
+    return self._c.jit == 'True'
 
   def networks(self):
     """All networks: {name in checkpoints: Keras layer}."""

@@ -168,9 +168,55 @@ def summarize_episode(
   name = dict(train='Episode', test='Evaluation')[prefix]
   logger.say(f'{name}: return {score:.1f} in {length} steps, at step {steps}.')
   metrics = {f'{prefix}/return': score, f'{prefix}/length': length}
+  about = describe_behavior(episode, config)
+  metrics.update(
+    {k if prefix == 'train' else f'test_{k}': about[k] for k in about}
+  )
   logger.scalars(steps, dict(metrics, episodes=episodes))
   if prefix == 'test' and config.log_images and 'image' in episode:
     logger.video(steps, 'test/policy', episode['image'][None, :VIDEO])
+
+
+def describe_behavior(episode, config):
+  """Numbers that show an action model which collapsed, or values too high.
+
+  Args:
+    episode: as stored, T + 1 rows.
+    config: from `configs.define_config`, actions resolved.
+
+  Returns:
+    saturated: share of numbers in actions beyond 0.99, if they are continuous.
+    changes: share of numbers with another sign than in the action before, or
+      of actions that are another choice.
+    real_value: mean discounted return of states 1 to T, as the value model
+      sees them: from its reward on. Where an episode is cut off, each state's
+      rewards stand for those that would have come.
+  """
+  action, reward = episode['action'][1:], episode['reward'][1:]
+  result = dict(real_value=_real_value(reward, episode['discount'][-1], config))
+  if config.action_dist == 'onehot':
+    changed = (action[1:] != action[:-1]).any(-1)
+  else:
+    result['saturated'] = float((np.abs(action) > 0.99).mean())
+    changed = np.sign(action[1:]) != np.sign(action[:-1])
+  if changed.size:
+    result['changes'] = float(changed.mean())
+  return result
+
+
+def _real_value(reward, last, config):
+  """Of rewards [T]; `last` is the discount of the last row."""
+  if config.clip_rewards == 'tanh':
+    reward = np.tanh(reward)
+  total, weight, values = 0.0, 0.0, []
+  for each in reward[::-1].astype(np.float64):
+    total = each + config.discount * total
+    weight = 1.0 + config.discount * weight
+    values.append((total, weight))
+  totals, weights = np.array(values).T
+  if last and config.discount < 1:
+    totals = totals / weights / (1.0 - config.discount)
+  return float(totals.mean())
 
 
 class Replacements:

@@ -39,6 +39,38 @@ class Stopwatch:
     return self.seconds / max(1, self.count - 1)
 
 
+class Profile:
+  """Records updates for TensorBoard's profiler, from the third on.
+
+  Args:
+    logdir: folder that gets `plugins/profile`.
+    count: updates to record; 0 records none.
+  """
+
+  def __init__(self, logdir, count):
+    self._logdir, self._count = logdir, count
+    self._updates = 0
+    self._running = False
+
+  @contextlib.contextmanager
+  def __call__(self):
+    begin, end = 2, 2 + self._count
+    if self._count and self._updates == begin:
+      tf.profiler.experimental.start(str(self._logdir))
+      self._running = True
+    self._updates += 1
+    with tf.profiler.experimental.Trace('update', step_num=self._updates):
+      yield
+    if self._updates == end:
+      self.stop()
+
+  def stop(self):
+    """Writes what was recorded."""
+    if self._running:
+      self._running = False
+      tf.profiler.experimental.stop()
+
+
 class Learner:
   """Acts in training, and makes the updates that are due beside it.
 
@@ -63,9 +95,11 @@ class Learner:
     self._should_log = tools.Every(self._c.log_every)
     self._metrics = {}
     self._timer = Stopwatch()
+    self._profile = Profile(self._c.logdir, self._c.profile)
     self._last_log = None
     self._batches = None
     self._latest = None  # batch drawn, on the host
+    self._next_picture = 0  # step
     self._lock = threading.RLock()  # held while counters and metrics change
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'learner')
     self._learning = None  # future of the updates under way
@@ -174,6 +208,7 @@ class Learner:
     """Ends learning, after the update under way."""
     self._halted = True
     self._thread.shutdown()
+    self._profile.stop()
 
   def _update(self):
     """Draws a batch and makes one update; checks that it is finite."""
@@ -181,7 +216,7 @@ class Learner:
     first = self._timer.count == 0
     self._agent.set_learning_rates()
     source, batch = next(self._batches)
-    with self._timer(), self._team.errors():
+    with self._timer(), self._profile(), self._team.errors():
       with self._tracing(first):
         metrics = self._agent.train(batch)
       metrics = {k: float(v) for k, v in metrics.items()}
@@ -266,7 +301,9 @@ class Learner:
       metrics['fps'] = (step - self._last_log[1]) / (now - self._last_log[0])
     self._last_log = (now, step)
     self._run.logger.scalars(step, dict(metrics, updates=self.updates))
-    if images and self._c.log_images and self._team.chief and self._latest:
+    images = images and self._c.log_images and self._team.chief
+    if images and self._latest and step >= self._next_picture:
+      self._next_picture = step + self._c.log_images_every
       self._write_prediction(step)
     self._run.logger.flush()
 

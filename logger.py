@@ -107,11 +107,23 @@ METRICS = {
   'agent/openl_reward': 'Rewards, true and from 5 images of context',
   'behavior/actor_loss': 'Imagined return, discounted and negated: Eq. 7',
   'behavior/action_ent': 'Nats: entropy of the action model, of one sample',
+  'behavior/action_ent_each': 'The same for each number or choice of an action',
   'behavior/value_loss': 'Nats for a state: Eq. 8',
   'behavior/imag_reward': 'Mean reward of imagined states',
   'behavior/imag_return': 'Mean return of imagined states: Eq. 6, or 4',
   'behavior/imag_value': 'Mean value of imagined states',
 }
+for _prefix, _of in (('', 'an episode'), ('test_', 'an evaluation')):
+  METRICS[f'behavior/{_prefix}saturated'] = (
+    f'Share of numbers in the actions of {_of} beyond 0.99'
+  )
+  METRICS[f'behavior/{_prefix}changes'] = (
+    f'Share of numbers in the actions of {_of} with another sign than in the '
+    'action before, or of actions that are another choice'
+  )
+  METRICS[f'behavior/{_prefix}real_value'] = (
+    f'Mean discounted return of the states of {_of}, beside imag_value'
+  )
 for _name in ('model', 'actor', 'value'):
   METRICS[f'optimizers/{_name}_grad_norm'] = 'Gradient norm before clipping'
   METRICS[f'optimizers/{_name}_loss_scale'] = 'Factor of the loss in float16'

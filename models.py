@@ -1,11 +1,14 @@
 """The networks of Dreamer (Appendix A), as Keras layers.
 
-Layers compute in the dtype of the Keras policy (`--precision`); what passes
-between networks (states, features, distribution parameters) is float32.
+Layers compute in the dtype of the Keras policy (`--precision`), the last ones,
+but for images, in float32. What passes between networks (states, features,
+distribution parameters) is float32.
 
 Letters in shapes: B batch, T time, A action; S = 30 stochastic, D = 200
 deterministic state size; feature = S + D.
 """
+
+import functools
 
 import keras
 import numpy as np
@@ -15,6 +18,10 @@ from tensorflow_probability import distributions as tfd
 import distribute
 import tools
 from layers import Conv, Deconv, Dense, GRUCell, add_bias, float32
+
+# The last layer of numbers, alike in every precision: in bfloat16, numbers near
+# 45, which a value may be, are 0.25 apart.
+Output = functools.partial(Dense, dtype='float32')
 
 
 class RSSM(keras.layers.Layer):
@@ -46,9 +53,9 @@ class RSSM(keras.layers.Layer):
     self._cell = GRUCell(deter, name='gru')
     self._img1 = Dense(hidden, act, name='img1')
     self._img2 = Dense(hidden, act, name='img2')
-    self._img3 = Dense(2 * stoch, name='img3')
+    self._img3 = Output(2 * stoch, name='img3')
     self._obs1 = Dense(hidden, act, name='obs1')
-    self._obs2 = Dense(2 * stoch, name='obs2')
+    self._obs2 = Output(2 * stoch, name='obs2')
 
   def initial(self, batch_size):
     """The state before an episode: zeros [B, ...]."""
@@ -269,7 +276,7 @@ class DenseDecoder(keras.layers.Layer):
     self._shape = shape
     self._dist, self._std = dist, std
     self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
-    self._out = Dense(int(np.prod(shape)), name='out')
+    self._out = Output(int(np.prod(shape)), name='out')
 
   def call(self, features):
     """Distribution with batch shape [...] for features [..., F]."""
@@ -320,7 +327,7 @@ class ActionDecoder(keras.layers.Layer):
     self._mean_scale = mean_scale
     self._choices = choices or (size,)
     self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
-    self._out = Dense(size if dist == 'onehot' else 2 * size, name='out')
+    self._out = Output(size if dist == 'onehot' else 2 * size, name='out')
 
   def call(self, features):
     """Distribution over actions [..., A] for features [..., F]."""
@@ -352,7 +359,7 @@ class StateModel(keras.layers.Layer):
   def __init__(self, size, units, act='elu', **kwargs):
     super().__init__(**kwargs)
     self._hidden = Dense(units, act, name='h1')
-    self._out = Dense(2 * size, name='out')
+    self._out = Output(2 * size, name='out')
 
   def call(self, embed):
     """(mean, std), float32 [..., F] each, for embeddings [..., E]."""

@@ -26,6 +26,7 @@ TOY = dict(
   steps=10_000,
   eval_every=1000,
   log_every=500,
+  log_images_every=2500,
   prefill=2500,
   deter_size=64,
   stoch_size=16,

@@ -32,6 +32,13 @@ def test_report_of_all_parts(tmp_path):
   assert set(report['peak_mb']) == parts
   assert 0 < report['update_s'] < report['startup_s']
   assert report['replay_windows_per_s']['cold'] > 0
+  seconds = report['seconds_per_1000']
+  assert seconds['acting'] == report['policy_ms']['1']
+  rate = report['env_steps_per_s']['1']
+  assert seconds['environment'] == pytest.approx(1000 / rate)
+  assert seconds['updates'] == pytest.approx(report['update_s'] * 50)
+  most = max(seconds, key=seconds.get)
+  assert f'\nMost of a run goes into: {most} ' in result.stdout
   low, high = report['spread']['run_env_steps_per_s']
   assert 0 < low <= report['run_env_steps_per_s'] <= high
   for key in ('update_s', 'startup_s'):

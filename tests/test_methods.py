@@ -286,18 +286,31 @@ def test_whole_run_without_decoder_and_value(tmp_path, capsys):
   words += ['--behavior=actor', '--representation=contrastive']
   words += ['--precision=32', '--pretrain=1', '--train_steps=1']
   words += ['--time_limit=30', '--prefill=60', '--eval_every=60']
-  words += ['--train_every=30', '--log_every=30']
+  words += ['--train_every=30', '--log_every=30', '--log_images_every=50']
   name = 'method dreamer-actor-contrastive'
-  for steps, text in ((90, name), (120, 'Resumed')):
+  for steps, text in ((90, name), (180, 'Resumed')):
     assert run_here([*words, f'--steps={steps}']) == 0
     assert text in capsys.readouterr().out
-  events = [
-    value.tag
-    for path in logdir.glob('events.*')
-    for event in tf.compat.v1.train.summary_iterator(str(path))
-    for value in event.summary.value
-  ]
-  assert 'agent/openl_reward' in events and 'agent/openl' not in events
+  steps = {}
+  for path in logdir.glob('events.*'):
+    for event in tf.compat.v1.train.summary_iterator(str(path)):
+      for value in event.summary.value:
+        steps.setdefault(value.tag, []).append(event.step)
+  assert 'agent/openl' not in steps
+  # The first log entry of each process has one, and then none for 50 steps.
+  assert sorted(steps['agent/openl_reward']) == [60, 90, 150]
+  assert {60, 90, 120, 150} <= set(steps['run/updates'])
+
+
+@pytest.mark.slow
+def test_updates_are_recorded_for_the_profiler(tmp_path):
+  logdir = tmp_path / 'run'
+  words = [f'--logdir={logdir}', '--preset=debug', '--task=toy_reach']
+  words += ['--inputs=state', '--precision=32', '--prefill=100']
+  assert run_here([*words, '--steps=150', '--profile=2']) == 0
+  (trace,) = logdir.glob('plugins/profile/*/*.xplane.pb')
+  content = trace.read_bytes()
+  assert b'update' in content and b'MatMul' in content
 
 
 def test_bad_plans_are_refused(tmp_path):

@@ -731,6 +731,33 @@ def test_heads_precision(policy, make, event):
     assert grad.dtype == tf.float32 and np.all(np.isfinite(grad))
 
 
+@every_policy
+def test_last_layers_are_exact(policy):
+  """45.1, as a bias, is 45 in bfloat16 and 45.09 in float16."""
+  value, state = models.DenseDecoder((), 1, 5), models.StateModel(4, 5)
+  actor = models.ActionDecoder(4, 1, 5, mean_scale=1e6)
+  onehot = models.ActionDecoder(4, 1, 5, 'onehot')
+  rssm = models.RSSM(4, 5, 5)
+
+  def outputs():
+    post, prior = rssm.obs_step(rssm.initial(1), tf.ones([1, 2]), feat)
+    gaussian = actor(feat)._dist.distribution.distribution
+    yield value(feat).mean()
+    yield from state(feat)[:1]
+    yield gaussian.mean()
+    yield onehot(feat).logits
+    yield from (post['mean'], prior['mean'])
+
+  feat = tf.ones([1, 3])
+  list(outputs())
+  last = [x._out for x in (value, state, actor, onehot)]
+  for layer in (*last, rssm._img3, rssm._obs2):
+    layer.kernel.assign(tf.zeros_like(layer.kernel))
+    layer.bias.assign(tf.fill(layer.bias.shape, 45.1))
+  for output in outputs():
+    np.testing.assert_allclose(output, 45.1, rtol=1e-6)
+
+
 # --- Sizes ------------------------------------------------------------------
 
 

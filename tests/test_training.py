@@ -27,6 +27,7 @@ import cli
 import compare
 import distribute
 import dreamer
+import environments
 import evaluate
 import learner
 import logger
@@ -228,6 +229,45 @@ def test_true_score_is_logged_though_the_model_sees_tanh(tmp_path):
   np.testing.assert_allclose(seen, np.tanh(5), rtol=1e-6)
 
 
+def test_what_shows_a_collapsed_action_model():
+  reward = np.array([0, 1, 2, 3], np.float32)
+  action = np.array([[0, 0], [1, -0.5], [1, 0.5], [-0.995, 0.9]], np.float32)
+  episode = dict(action=action, reward=reward, discount=np.ones(4))
+  config = dreamer.define_config()
+  config.update(action_dist='tanh_normal', discount=0.5)
+  about = environments.describe_behavior(episode, config)
+  assert about['saturated'] == 3 / 6  # 1, 1 and -0.995
+  assert about['changes'] == 2 / 4
+  # Cut off: means of the rewards that are left, weighted 1, 1/2, 1/4; times 2.
+  values = [2 * (1 + 1 + 3 / 4) / (7 / 4), 2 * (2 + 3 / 2) / (3 / 2), 6]
+  assert about['real_value'] == pytest.approx(np.mean(values))
+  episode['discount'] = np.array([1, 1, 1, 0])  # ended: these are all
+  about = environments.describe_behavior(episode, config)
+  assert about['real_value'] == pytest.approx(np.mean([2.75, 3.5, 3]))
+  # A constant reward is worth r / (1 - discount) in every state.
+  episode.update(reward=np.full(4, 0.7), discount=np.ones(4))
+  config.update(discount=0.99)
+  about = environments.describe_behavior(episode, config)
+  assert about['real_value'] == pytest.approx(70)
+  config.update(clip_rewards='tanh')
+  about = environments.describe_behavior(episode, config)
+  assert about['real_value'] == pytest.approx(100 * np.tanh(0.7))
+
+
+def test_changes_of_discrete_actions():
+  episode = dict(
+    action=np.eye(3, dtype=np.float32)[[0, 1, 1, 2, 2]],
+    reward=np.zeros(5, np.float32),
+    discount=np.ones(5),
+  )
+  config = dreamer.define_config()
+  config.update(action_dist='onehot')
+  about = environments.describe_behavior(episode, config)
+  assert about == dict(real_value=0, changes=1 / 3)
+  short = {k: v[:2] for k, v in episode.items()}  # one action: no change
+  assert environments.describe_behavior(short, config) == dict(real_value=0)
+
+
 # --- Whole runs -------------------------------------------------------------
 
 
@@ -322,6 +362,8 @@ def check_logdir(logdir):
     *('step', 'train/return', 'train/length', 'test/return', 'test/length'),
     *('episodes', 'model_loss', 'image_loss', 'reward_loss', 'div', 'fps'),
     *('actor_loss', 'value_loss', 'model_grad_norm', 'action_ent'),
+    *('action_ent_each', 'saturated', 'changes', 'real_value'),
+    *('test_saturated', 'test_changes', 'test_real_value'),
   } <= keys
   images = set()
   for path in logdir.glob('events.*'):
