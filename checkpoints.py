@@ -363,7 +363,7 @@ class Progress:
     return ''
 
   def evaluate_if_due(self, env):
-    """One episode without learning, exploration noise or stored rows.
+    """Episodes without learning, exploration noise or stored rows.
 
     Args:
       env: for evaluations, or None where there is none.
@@ -372,8 +372,9 @@ class Progress:
     if not due or not env:
       return
     env.number(self._evaluations)
-    tools.simulate(self._learner.evaluate, [env], episodes=1)
-    self._evaluations += 1
+    count = self._c.eval_episodes
+    tools.simulate(self._learner.evaluate, [env], episodes=count)
+    self._evaluations += count
 
   def resume(self):
     """Restores the newest checkpoint; steps are those of whole episodes."""

@@ -287,6 +287,7 @@ def test_whole_run_without_decoder_and_value(tmp_path, capsys):
   words += ['--precision=32', '--pretrain=1', '--train_steps=1']
   words += ['--time_limit=30', '--prefill=60', '--eval_every=60']
   words += ['--train_every=30', '--log_every=30', '--log_images_every=50']
+  words += ['--eval_episodes=2']
   name = 'method dreamer-actor-contrastive'
   for steps, text in ((90, name), (180, 'Resumed')):
     assert run_here([*words, f'--steps={steps}']) == 0
@@ -297,6 +298,9 @@ def test_whole_run_without_decoder_and_value(tmp_path, capsys):
       for value in event.summary.value:
         steps.setdefault(value.tag, []).append(event.step)
   assert 'agent/openl' not in steps
+  assert {
+    steps['test/return'].count(step) % 2 for step in steps['test/return']
+  } == {0}
   # The first log entry of each process has one, and then none for 50 steps.
   assert sorted(steps['agent/openl_reward']) == [60, 90, 150]
   assert {60, 90, 120, 150} <= set(steps['run/updates'])
