@@ -1,0 +1,175 @@
+"""Which values let the world model foretell rewards, for equal time.
+
+    python scores/screen.py --episodes LOGDIR LOGDIR --arms base,kl1 --seeds 2
+
+Each arm of `ARMS` is `--preset cpu` with other flags. Its world model learns
+from the images of each folder's episodes, but for every fifth, which are held
+out. On these it sees 5 images and imagines the rest from the actions alone. The
+error of the reward 1, 5 and 15 agent steps after the images is given as a share
+of the variance of all held-out rewards: 0 is exact, 1 the best constant.
+
+All arms have the time of --updates updates of the first window of `COSTS`.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import quiet  # noqa: F401  (before TensorFlow)
+
+# isort: split
+import keras
+import numpy as np
+import tensorflow as tf
+
+import cli
+import configs
+import dreamer
+import replay
+import training
+
+ARMS = {
+  'base': {},  # 16 windows of 16, KL scale 0.03, no free nats
+  'kl0.1': dict(kl_scale=0.1, free_nats=1),
+  'kl0.3': dict(kl_scale=0.3, free_nats=1),
+  'kl1': dict(kl_scale=1, free_nats=1),
+  'halves0.1': dict(kl_scale=0.1, free_nats=1, kl_balance=0.83),
+  'halves0.3': dict(kl_scale=0.3, free_nats=1, kl_balance=0.83),
+  'halves1': dict(kl_scale=1, free_nats=1, kl_balance=0.83),
+  '8x32': dict(batch_size=8, batch_length=32),
+  '16x32': dict(batch_length=32),
+  'rate3e-4': dict(model_lr=3e-4),
+  'rate2e-3': dict(model_lr=2e-3),
+}
+# Seconds of the world model's part of an update, in those of 16x16 (--costs).
+COSTS = {(16, 16): 1.0, (8, 32): 1.1, (16, 32): 1.95}
+CONTEXT, AHEAD, STRIDE = 5, (1, 5, 15), 10
+
+
+def make_config(folder, flags, seed):
+  """That of `--preset cpu` with these flags."""
+  config = json.loads((folder / 'config.json').read_text())['config']
+  words = [f'--logdir={folder}', f'--task={config["task"]}', '--preset=cpu']
+  words += [f'--{k}={v}' for k, v in flags.items()]
+  return configs.parse_flags([*words, f'--seed={seed}', '--precision=32'])
+
+
+def split(folder, learned):
+  """Copies all but every fifth episode; returns the paths of the others."""
+  paths = sorted((folder / 'episodes').glob('*.npz'))
+  for path in set(paths) - set(paths[4::5]):
+    shutil.copy(path, learned)
+  return paths[4::5]
+
+
+def make_update(agent):
+  """One update of the world model alone, as a function of a batch."""
+  world, opt = agent.world, agent.optimizers['model']
+
+  @tf.function(autograph=False)
+  def update(batch):
+    data = world.preprocess(batch)
+    seeds = agent.seeds(data['action'].shape[1], 0)
+    with dreamer.watch(model=opt.variables) as tapes:
+      losses, metrics, _ = world.losses(data, seeds)
+    opt.apply(opt.gradient(tapes['model'], losses['model']))
+    agent.updates.assign_add(1)
+    return metrics
+
+  return update
+
+
+def foretell(world, paths):
+  """Squared errors of rewards, by `AHEAD`, over the variance of rewards."""
+  length = CONTEXT + max(AHEAD)
+  errors, rewards = [], []
+  for path in paths:
+    with np.load(path) as episode:
+      rows = {k: episode[k] for k in ('image', 'action', 'reward')}
+    starts = range(0, len(rows['reward']) - length, STRIDE)
+    data = {
+      k: np.stack([v[start : start + length] for start in starts])
+      for k, v in rows.items()
+    }
+    true, model = world.open_loop_curves(data)['reward']
+    errors.append((true - model) ** 2)
+    rewards.append(rows['reward'].astype(np.float64))
+  error = np.concatenate(errors).mean(0)
+  variance = np.concatenate(rewards).var()
+  return {k: float(error[CONTEXT + k - 1] / variance) for k in AHEAD}
+
+
+def learn(folder, flags, seed, updates):
+  """Errors of a world model that made so many updates, and its last losses."""
+  config = make_config(folder, flags, seed)
+  keras.backend.clear_session()
+  keras.utils.set_random_seed(seed)
+  training.setup_precision(config.precision)
+  _, actions = configs.load_spaces(folder)
+  agent = dreamer.Dreamer(config, actions)
+  update = make_update(agent)
+  size = config.batch_size, config.batch_length
+  with tempfile.TemporaryDirectory() as learned:
+    paths = split(folder, learned)
+    batches = replay.load_dataset(pathlib.Path(learned), config)
+    for _ in range(int(updates / COSTS[size])):
+      metrics = update(next(batches))
+  errors = foretell(agent.world, paths)
+  return dict(errors, div=float(metrics['div']), updates=int(agent.updates))
+
+
+def time_costs(folder, repeats=15):
+  """Prints the seconds of an update for each window, in turns."""
+  import benchmark
+
+  calls = {}
+  for batch_size, batch_length in COSTS:
+    flags = dict(batch_size=batch_size, batch_length=batch_length)
+    config = make_config(folder, flags, 0)
+    agent = dreamer.Dreamer(config, configs.load_spaces(folder)[1])
+    batch = next(replay.load_dataset(folder / 'episodes', config))
+    calls[batch_size, batch_length] = make_update(agent), batch
+  times = {size: [] for size in calls}
+  for _ in range(repeats):
+    for size, (update, batch) in calls.items():
+      call = lambda u=update, b=batch: u(b)['div'].numpy()  # noqa: E731
+      times[size].append(benchmark.median(call, 1)[0])
+  for size, seconds in times.items():
+    print(*size, f'{np.median(seconds):.4f} s')
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--episodes', nargs='+', type=pathlib.Path, required=True)
+  parser.add_argument('--arms', default=','.join(ARMS))
+  parser.add_argument('--seeds', type=int, default=2)
+  parser.add_argument('--updates', type=int, default=1000)
+  parser.add_argument('--json', type=pathlib.Path, help='goes on with a file')
+  parser.add_argument('--costs', action='store_true')
+  args = parser.parse_args()
+  if args.costs:
+    time_costs(args.episodes[0])
+    args.arms = ''
+  known = args.json and args.json.exists()
+  done = json.loads(args.json.read_text()) if known else {}
+  for seed in range(args.seeds):
+    for folder in args.episodes:
+      for arm in filter(None, args.arms.split(',')):
+        name = f'{folder.name} {arm} {seed}'
+        if name in done:
+          continue
+        done[name] = learn(folder, ARMS[arm], seed, args.updates)
+        numbers = [f'{v:.3f}' for v in done[name].values()]
+        print(name, *numbers, flush=True)
+        if args.json:
+          with cli.atomic_write(args.json) as file:
+            file.write((json.dumps(done, indent=1) + '\n').encode())
+
+
+if __name__ == '__main__':
+  main()

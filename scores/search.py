@@ -1,0 +1,128 @@
+"""Runs of `--preset cpu` one after the other, and their curves for scores/runs.
+
+    python scores/search.py --logdir /tmp/search --arms base,actor3e-5 --seeds 0
+    python scores/search.py --logdir /tmp/search --arms table --tasks dmc20
+
+Arms are `ARMS`: flags beside `--preset cpu --inputs state`. What is finished is
+skipped and what was stopped resumes, so that the same command goes on. A run
+that ends is copied to scores/runs/TASK/METHOD-ARM/SEED: metrics.jsonl and a
+run.json with command, commit, versions and machine. Started twice, with other
+arms, it makes two runs at a time; each uses one thread.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import cli
+import compare
+import configs
+
+ROOT = pathlib.Path(__file__).parents[1]
+TASKS = 'cartpole_balance', 'walker_walk', 'finger_spin'
+EVALUATE = dict(eval_every=10_000, eval_episodes=3)
+SEARCH = dict(EVALUATE, steps=40_000)
+ARMS = {
+  'base': SEARCH,
+  'one-kl': dict(SEARCH, kl_balance=0, kl_scale=0.3),
+  'entropy0.003': dict(SEARCH, actor_entropy=0.003),
+  'entropy0.03': dict(SEARCH, actor_entropy=0.03),
+  'starts128': dict(SEARCH, imag_starts=128),
+  'updates100': dict(SEARCH, train_steps=100),
+  'updates400': dict(SEARCH, train_steps=400),
+  'actor3e-5': dict(SEARCH, actor_lr=3e-5),
+  'horizon10': dict(SEARCH, horizon=10),
+  'table': dict(EVALUATE, steps=100_000),
+}
+THREADS = dict(
+  TF_NUM_INTRAOP_THREADS='1', TF_NUM_INTEROP_THREADS='2', OMP_NUM_THREADS='1'
+)
+
+
+def command(logdir, task, arm, seed, inputs):
+  flags = dict(task=task, seed=seed, preset='cpu', inputs=inputs, **ARMS[arm])
+  words = [f'--{k}={v}' for k, v in flags.items()]
+  return ['dreamer.py', f'--logdir={logdir}', *words]
+
+
+def train(logdir, words):
+  """One run in a process of its own; whether it finished."""
+  logdir.parent.mkdir(parents=True, exist_ok=True)
+  with logdir.with_suffix('.out').open('a') as out:
+    code = subprocess.run(
+      ['nice', sys.executable, *words],
+      cwd=ROOT,
+      stdout=out,
+      stderr=subprocess.STDOUT,
+      env={**os.environ, **THREADS},
+    ).returncode
+  return code == 0
+
+
+def keep(logdir, folder, words):
+  """Copies the curve of a run to a folder, with what made it."""
+  record = json.loads((logdir / 'config.json').read_text())
+  config = record['config']
+  folder.mkdir(parents=True, exist_ok=True)
+  metrics = (logdir / 'metrics.jsonl').read_bytes()
+  rows = [json.loads(line) for line in metrics.splitlines()]
+  commit = ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD']
+  words = [word for word in words if not word.startswith('--logdir')]
+  run = dict(
+    task=config['task'],
+    seed=config['seed'],
+    command=f'python {" ".join(words)} --logdir ./logdir/run',
+    commit=subprocess.check_output(commit, text=True).strip(),
+    steps=max(row['step'] for row in rows),
+    updates=int(max(row.get('updates', 0) for row in rows)),
+    units='environment steps; return of one episode',
+    machine=f'one thread of {machine()}, other jobs beside it',
+    versions=record['versions'],
+  )
+  for file, content in (
+    ('metrics.jsonl', metrics),
+    ('run.json', (json.dumps(run, indent=2) + '\n').encode()),
+  ):
+    with cli.atomic_write(folder / file) as target:
+      target.write(content)
+
+
+def machine():
+  lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+  names = [line.partition(':')[2].strip() for line in lines if 'name' in line]
+  return f'{os.cpu_count()} cores of {names[0] if names else "a CPU"}'
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--logdir', type=pathlib.Path, required=True)
+  parser.add_argument('--arms', default='base')
+  parser.add_argument('--tasks', default=','.join(f'dmc_{x}' for x in TASKS))
+  parser.add_argument('--seeds', default='0', help='by commas')
+  parser.add_argument('--inputs', default='state')
+  args = parser.parse_args()
+  tasks = args.tasks.split(',')
+  if tasks == ['dmc20']:
+    tasks = list(compare.load_paper()['final'])
+  for seed in args.seeds.split(','):
+    for arm in args.arms.split(','):
+      for task in tasks:
+        logdir = args.logdir / task / arm / seed
+        words = command(logdir, task, arm, seed, args.inputs)
+        config = configs.parse_flags(words[1:])
+        method = f'{configs.method_name(config)}-cpu-{arm}'
+        folder = ROOT / 'scores/runs' / task / method / seed
+        if (folder / 'run.json').exists():
+          continue
+        print(*words, flush=True)
+        if train(logdir, words):
+          keep(logdir, folder, words)
+
+
+if __name__ == '__main__':
+  main()
