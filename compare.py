@@ -21,6 +21,7 @@ release's plots read. Reads only. What is compared, and by which rule:
 import collections
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -66,8 +67,13 @@ class Run:
   config: dict
 
 
-def find_runs(folders, xaxis='step', yaxis='test/return'):
+def find_runs(folders, xaxis='step', yaxis='test/return', read=None):
   """All runs below some folders, sorted; one for each task, method and seed.
+
+  Args:
+    folders: list of paths.
+    xaxis, yaxis: keys of metrics.jsonl.
+    read: reads a metrics.jsonl as `read_metrics`, the default, does.
 
   Raises:
     UserError: a folder is missing, or there is no run in any.
@@ -77,7 +83,7 @@ def find_runs(folders, xaxis='step', yaxis='test/return'):
     if not folder.is_dir():
       raise UserError(f'--indir {folder} is not a folder')
     for path in _run_folders(folder):
-      run = _read_run(path, xaxis, yaxis)
+      run = _read_run(path, xaxis, yaxis, read or read_metrics)
       if not run:
         continue
       key = run.task, run.method, run.seed
@@ -106,7 +112,7 @@ def _run_folders(top):
       yield pathlib.Path(folder)
 
 
-def _read_run(folder, xaxis, yaxis):
+def _read_run(folder, xaxis, yaxis, read):
   """The run in a folder, None where that does not say which task it is."""
   named = _read_config(folder / 'config.json') or _read_names(folder)
   if not named:
@@ -115,7 +121,7 @@ def _read_run(folder, xaxis, yaxis):
       'not called task/method/seed'
     )
     return None
-  steps, scores = read_metrics(folder / 'metrics.jsonl', xaxis, yaxis)
+  steps, scores = read(folder / 'metrics.jsonl', xaxis, yaxis)
   task, method, seed, config = named
   task = 'dmc_cup_catch' if task == 'dmc_ball_in_cup_catch' else task
   return Run(task, method, seed, folder, steps, scores, config)
@@ -155,12 +161,18 @@ def _read_names(folder):
 
 
 def read_metrics(path, xaxis='step', yaxis='test/return'):
-  """Numbers of one key of a metrics.jsonl, as (x, y) sorted by x.
+  """Numbers of one key of a metrics.jsonl, as (x, y) sorted by x."""
+  return read_series(path, xaxis, [yaxis])[yaxis]
+
+
+def read_series(path, xaxis, names):
+  """Numbers of several keys of a metrics.jsonl: {name: (x, y) sorted by x}.
 
   Lines that are not JSON (such as a half-written last one) and numbers that
   are not finite are left out with a warning.
   """
-  pairs, broken, infinite, lines = [], 0, 0, []
+  series = {name: [] for name in names}
+  broken, infinite, lines = 0, 0, []
   try:
     lines = path.read_bytes().splitlines()
   except FileNotFoundError:
@@ -170,20 +182,27 @@ def read_metrics(path, xaxis='step', yaxis='test/return'):
   for line in lines:
     try:
       record = json.loads(line)
-      if yaxis not in record or xaxis not in record:
-        continue
-      pair = float(record[xaxis]), float(record[yaxis])
-    except (ValueError, TypeError):
+      pairs = {
+        name: (float(record[xaxis]), float(record[name]))
+        for name in names
+        if name in record and xaxis in record
+      }
+    except (ValueError, TypeError, OverflowError, RecursionError):
       broken += 1
       continue
-    if np.isfinite(pair).all():
-      pairs.append(pair)
-    else:
-      infinite += 1
+    for name, pair in pairs.items():
+      if all(map(math.isfinite, pair)):
+        series[name].append(pair)
+      else:
+        infinite += 1
   if broken:
     warn(f'{path}: {broken} broken lines are left out')
   if infinite:
     warn(f'{path}: {infinite} numbers that are not finite are left out')
+  return {name: _columns(pairs) for name, pairs in series.items()}
+
+
+def _columns(pairs):
   pairs = np.array(sorted(pairs, key=lambda pair: pair[0])).reshape(-1, 2)
   return pairs[:, 0], pairs[:, 1]
 
@@ -390,34 +409,40 @@ def interquartile_mean(samples):
 # --- Reporting --------------------------------------------------------------
 
 
-def _number(value):
+def number(value):
   if value is None:
     return '-'
   return f'{value:.2f}' if abs(value) < 10 else f'{value:.0f}'
 
 
-def _steps(value):
+def brief(value):
   return f'{value:.3g}'.replace('e+0', 'e').replace('e+', 'e')
 
 
-def table(rows):
-  """The rows as a Markdown table, aligned."""
+def cells(rows):
+  """The rows as texts, below those of the header."""
   lines = [
     ['task', 'method', 'steps', 'seeds', 'return', 'paper, at', 'difference']
     + ['verdict', 'paper 5e6', 'PlaNet 5e6', 'D4PG 1e8', 'A3C 1e8']
   ]
   for row in rows:
-    paper, result, gap = row['paper'], _number(row['mean']), '-'
+    paper, result, gap = row['paper'], number(row['mean']), '-'
     if row['std'] is not None:
-      result += f' ± {_number(row["std"])}'
+      result += f' ± {number(row["std"])}'
     if row['difference'] is not None:
       gap = f'{row["difference"]:+.0f}'
     if row['interval'] is not None:
       gap += f' ± {row["interval"][1] - row["difference"]:.0f}'
     line = [row['task'], row['method'], str(row['steps']), str(row['seeds'])]
-    at = f'{paper["mean"]:.0f}, {_steps(paper["steps"])}' if paper else '-'
-    line += [result, at, gap, row['verdict'], _number(row['paper_final'])]
-    lines.append(line + [_number(row[name]) for name in OTHERS])
+    at = f'{paper["mean"]:.0f}, {brief(paper["steps"])}' if paper else '-'
+    line += [result, at, gap, row['verdict'], number(row['paper_final'])]
+    lines.append(line + [number(row[name]) for name in OTHERS])
+  return lines
+
+
+def table(rows):
+  """The rows as a Markdown table, aligned."""
+  lines = cells(rows)
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   lines.insert(1, ['-' * width for width in widths])
   return '\n'.join(
@@ -449,6 +474,17 @@ def sentences(rows, summary, paper, yaxis, window):
       low, high = s['iqm_interval']
       line += f', interquartile mean {s["iqm"]:.3f} [{low:.3f}, {high:.3f}]'
     yield line + '.'
+
+
+def figures(rows, summary):
+  """All of it as JSON, with the rule."""
+  report = dict(rows=rows, summary=summary, rule=rule())
+  return json.dumps(report, indent=2) + '\n'
+
+
+def rule():
+  """What is compared, and by which rule: a list in Markdown."""
+  return __doc__.partition('by which rule:')[2].strip()
 
 
 def plot(groups, paper, outdir, xaxis, yaxis, bins):
@@ -502,23 +538,40 @@ def _plain(text):
   return text.replace('$', r'\$')
 
 
-def _draw_runs(panel, runs, label, color, bins):
-  """Each run, and mean and spread over seeds; returns the last step."""
-  runs = [run for run in runs if len(run.steps)]
+def binned(runs, bins=-1):
+  """Means of the scores in bins of environment steps.
+
+  Args:
+    runs: R runs that have scores.
+    bins: width of a bin, in steps; not above 0: a thirtieth of the longest run.
+
+  Returns:
+    Where the N bins end, [N], and the means, [R, N], NaN where a run has none.
+  """
   last = max([run.steps[-1] for run in runs], default=0)
   width = bins if bins > 0 else max(last / 30, 1)
   if last / width > 1e6:
     raise UserError(f'--bins {bins:g} is too small: choose {last / 1000:g}')
-  edges = np.arange(0, last + width, width)
+  count = max(0, math.ceil(last / width - 1e-9))
+  edges = width * np.arange(count + 1)
   curves = np.full([len(runs), len(edges)], np.nan)
   for curve, run in zip(curves, runs, strict=True):
     index = np.digitize(run.steps, edges, right=True)
+    index = np.minimum(index, count)  # as the last edge is rounded
     for i in np.unique(index):
       curve[i] = run.scores[index == i].mean()
+  return edges, curves
+
+
+def _draw_runs(panel, runs, label, color, bins):
+  """Each run, and mean and spread over seeds; returns the last step."""
+  runs = [run for run in runs if len(run.steps)]
+  edges, curves = binned(runs, bins)
+  for curve in curves:
     shown = np.isfinite(curve)
     thin = dict(linewidth=0.6, alpha=0.6) if len(runs) > 1 else {}
     panel.plot(edges[shown], curve[shown], color=color, **thin)
-  shown = np.isfinite(curves).any(0) if runs else np.zeros(0, bool)
+  shown = np.isfinite(curves).any(0)
   mean = np.nanmean(curves[:, shown], 0)
   panel.plot(edges[shown], mean, color=color, linewidth=1.8, label=label)
   if len(runs) > 1:
@@ -526,7 +579,7 @@ def _draw_runs(panel, runs, label, color, bins):
     panel.fill_between(
       edges[shown], mean - std, mean + std, color=color, alpha=0.2, linewidth=0
     )
-  return last
+  return max([run.steps[-1] for run in runs], default=0)
 
 
 def _draw_paper(panel, paper, task, last):
@@ -539,7 +592,7 @@ def _draw_paper(panel, paper, task, last):
   for name, dash in dashes.items():
     final, about = paper['final'][task][name], paper['methods'][name]
     if final is not None:
-      label = f'{about["name"]}, {_steps(about["steps"])}'
+      label = f'{about["name"]}, {brief(about["steps"])}'
       panel.axhline(final, color='0.4', dashes=dash, linewidth=1, label=label)
   panel.set_ylim(-20, SCALE * 1.03)
 
@@ -560,12 +613,17 @@ def parse_flags(argv):
   parser.flag('--yaxis', cli.Text(), 'test/return', text)
   text = 'width of a point of the curves (by the steps)'
   parser.flag('--bins', cli.Number(0, 1e15, above=True), -1, text)
+  add_choice(parser)
+  return parser.parse(argv)
+
+
+def add_choice(parser):
+  """Adds the flags of which runs are compared, and over how many steps."""
   text = 'environment steps averaged (1e5)'
   parser.flag('--window', cli.Number(0, 1e15, above=True), 1e5, text)
   for name in ('tasks', 'methods'):
     text = 'regular expressions, any of which may match'
-    parser.flag(f'--{name}', cli.Pattern(), ['.*'], text, **several)
-  return parser.parse(argv)
+    parser.flag(f'--{name}', cli.Pattern(), ['.*'], text, nargs='+')
 
 
 def run(argv):
@@ -592,9 +650,7 @@ def run(argv):
       ):
         print(f'Wrote {path}.')
     if args.json:
-      rule = __doc__.partition('by which rule:')[2].strip()
-      report = dict(rows=rows, summary=summary, rule=rule)
-      args.json.write_text(json.dumps(report, indent=2) + '\n')
+      args.json.write_text(figures(rows, summary))
   except OSError as error:
     raise UserError(f'cannot write: {error}') from None
 

@@ -1,0 +1,728 @@
+"""A web page of one's own runs: curves, behaviors and dreams.
+
+    python report.py --indir ./logdir --outdir ./site
+    python report.py --indir ./logdir --outdir ./site --videos --watch 60
+
+Writes a folder of static files, to be opened as they are (site/index.html) or
+put on any web server: an index, a page for each task, pictures. Runs are found
+and compared as compare.py does (see there by which rule), and only read.
+
+--videos renders, by evaluate.py, the newest checkpoint of the best run of each
+task and method, where that has not been done. --pictures names a folder of
+pictures of your own, called by the task: walker_walk.gif or
+walker_walk-behavior.mp4 for a behavior, walker_walk-openl.gif or
+walker_walk-prediction.png for predictions.
+
+--watch writes the pages again when a run has gone on, until Ctrl-C; open pages
+then reload themselves. A page is there whole or as it was before.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import datetime
+import io
+import itertools
+import json
+import shlex
+import sys
+import time
+
+import jinja2
+import numpy as np
+
+import charts
+import cli
+import compare
+import configs
+import media
+from charts import Chart, Level, Line
+from cli import UserError
+
+RECORD = 'report.json'  # by which a folder is known to be of this program
+RETURN = 'test/return'
+COLORS = 8  # of methods, in templates/style.css
+POINTS = 500  # of a curve that are kept in memory
+STYLES = ('', 'dashed', 'dotted')  # of several numbers in one chart
+
+
+@dataclasses.dataclass
+class Panel:
+  """A chart of numbers that runs log.
+
+  Attributes:
+    title: what it shows.
+    about: unit and meaning.
+    names: {key of metrics.jsonl: its word in the legend}.
+  """
+
+  title: str
+  about: str
+  names: dict
+
+
+# Headings of a task's page, and the charts below them, where logged.
+SECTIONS = {
+  'World model': [
+    Panel('Image loss', 'nats for an image', {'image_loss': ''}),
+    Panel('Vector loss', 'nats for all vectors', {'vector_loss': ''}),
+    Panel('Contrastive loss', 'nats for a state', {'state_loss': ''}),
+    Panel('Reward loss', 'nats for a reward', {'reward_loss': ''}),
+    Panel('KL divergence', 'nats, posterior from prior', {'div': ''}),
+    Panel('Discount loss', 'nats, scaled', {'pcont_loss': ''}),
+  ],
+  'Behavior': [
+    Panel('Entropy', 'nats for an action', {'action_ent': ''}),
+    Panel('Entropy of an entry', 'nats for a number', {'action_ent_each': ''}),
+    Panel(
+      'Saturated actions',
+      'share of numbers beyond 0.99',
+      {'saturated': 'training', 'test_saturated': 'evaluation'},
+    ),
+    Panel(
+      'Values',
+      'imagined, beside what the states of episodes were worth',
+      {
+        'imag_value': 'imagined',
+        'real_value': 'training',
+        'test_real_value': 'evaluation',
+      },
+    ),
+    Panel('Imagined return', 'mean of imagined states', {'imag_return': ''}),
+  ],
+  'Run': [
+    Panel('Episode length', 'environment steps', {'train/length': ''}),
+    Panel('Speed', 'environment steps a second', {'fps': ''}),
+    Panel('Updates', 'gradient steps so far', {'updates': ''}),
+  ],
+}
+TRAIN = Panel('Training', 'return of episodes with noise', {'train/return': ''})
+NAMES = [RETURN, *TRAIN.names] + [
+  name for panels in SECTIONS.values() for p in panels for name in p.names
+]
+# By what the table is sorted: for each column of `compare.cells` a number or a
+# text of a row.
+COLUMNS = (
+  lambda row: row['task'],
+  lambda row: row['method'],
+  lambda row: row['steps'],
+  lambda row: row['seeds'],
+  lambda row: row['mean'],
+  lambda row: row['paper'] and row['paper']['mean'],
+  lambda row: row['difference'],
+  lambda row: row['verdict'],
+  lambda row: row['paper_final'],
+  *(lambda row, name=name: row[name] for name in compare.OTHERS),
+)
+
+
+# --- The folder -------------------------------------------------------------
+
+
+class Site:
+  """A folder of files of which it knows that they are its own.
+
+  Raises:
+    UserError: it holds something else, or is inside of a run.
+  """
+
+  def __init__(self, folder):
+    self.folder = folder
+    self._path = folder / RECORD
+    cli.make_folders(folder)
+    self.record = self._read()
+    cli.remove_temporary_files(folder)
+
+  def _read(self):
+    names = sorted(path.name for path in self.folder.iterdir())
+    if not names:
+      return dict(files=[], media={})
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      record = json.loads(self._path.read_text())
+      if record['program'] == 'report.py':
+        return dict(files=list(record['files']), media=dict(record['media']))
+    raise UserError(
+      f'--outdir {self.folder} holds something else ({", ".join(names[:3])}); '
+      'choose a new folder, an empty one, or one that report.py made'
+    )
+
+  def has(self, names):
+    known = set(self.record['files'])
+    return all(n in known and (self.folder / n).is_file() for n in names)
+
+  def write(self, files):
+    """Writes {name: bytes}, but for files that are like that already."""
+    new = [name for name in files if name not in self.record['files']]
+    if new or not self._path.exists():
+      self.record['files'] += new
+      self._save()
+    for name, data in files.items():
+      path = self.folder / name
+      if not path.is_file() or path.read_bytes() != data:
+        cli.make_folders(path.parent)
+        with cli.atomic_write(path) as file:
+          file.write(data)
+
+  def keep(self, names, pictures):
+    """Removes own files with other names; `pictures` go into the record."""
+    old = set(self.record['files']) - set(names)
+    for name in old:
+      (self.folder / name).unlink(missing_ok=True)
+    record = dict(files=sorted(names), media=pictures)
+    if record != self.record:
+      self.record = record
+      self._save()
+
+  def _save(self):
+    with cli.atomic_write(self._path) as file:
+      text = json.dumps(dict(program='report.py', **self.record), indent=1)
+      file.write(f'{text}\n'.encode())
+
+
+# --- What is known of a run -------------------------------------------------
+
+
+class Reader:
+  """Reads a metrics.jsonl once for all keys, and again when it has grown."""
+
+  def __init__(self):
+    self._files = {}  # {path: (size and time, {name: (x, y)})}
+    self.reads = 0
+
+  def __call__(self, path, xaxis, yaxis):
+    """As `compare.read_metrics`."""
+    state = _state(path)
+    if path not in self._files or self._files[path][0] != state:
+      series = compare.read_series(path, xaxis, NAMES)
+      thin = {k: _thinned(*v) for k, v in series.items() if k != yaxis}
+      self._files[path] = state, {**series, **thin}
+      self.reads += 1
+    return self._files[path][1][yaxis]
+
+  def of(self, run, name):
+    """The run with other numbers in the place of its scores."""
+    x, y = self._files[run.folder / 'metrics.jsonl'][1][name]
+    return dataclasses.replace(run, steps=x, scores=y)
+
+
+def _state(path):
+  """What changes when a file does; None without it."""
+  with contextlib.suppress(OSError):
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
+
+
+def _thinned(x, y):
+  """At most `POINTS` means of numbers that follow each other."""
+  if len(x) <= POINTS:
+    return x, y
+  parts = np.array_split(np.stack([x, y]), POINTS, 1)
+  return np.array([part.mean(1) for part in parts]).T
+
+
+@dataclasses.dataclass
+class Origin:
+  """Where a run comes from, as its folder says; texts, '' if it does not.
+
+  Attributes:
+    flags: {name: value}; {} if unknown.
+    versions: {package: version}.
+  """
+
+  command: str
+  started: str
+  code: str
+  machine: str
+  note: str
+  versions: dict
+  flags: dict
+
+
+def origin(run):
+  """Reads run.json (as scores/runs has them), or else config.json."""
+  record = _json(run.folder / 'run.json') or _json(run.folder / 'config.json')
+  text = {
+    key: str(record.get(key) or '')
+    for key in ('command', 'started', 'code', 'machine', 'note')
+  }
+  versions = record.get('versions')
+  versions = versions if isinstance(versions, dict) else {}
+  flags = run.config or _flags(text['command'])
+  text['command'] = text['command'] or _command(run, flags)
+  return Origin(versions=versions, flags=flags, **text)
+
+
+def _json(path):
+  with contextlib.suppress(OSError, ValueError, RecursionError):
+    record = json.loads(path.read_text())
+    if isinstance(record, dict):
+      return record
+  return {}
+
+
+def _flags(command):
+  """All flags of a command of dreamer.py, {} for another."""
+  with contextlib.suppress(ValueError, UserError):
+    words = shlex.split(command)
+    return dict(configs.parse_flags(words[words.index('dreamer.py') + 1 :]))
+  return {}
+
+
+def _defaults(run, *start):
+  """Defaults by task, preset and inputs, and what `auto` is for the run."""
+  config = configs.define_config(*start)
+  with contextlib.suppress(UserError):
+    _, actions = configs.load_spaces(run.folder)
+    if actions is not None:
+      configs.resolve_actions(config, actions)
+  return config
+
+
+def _command(run, flags):
+  """The command that has these flags; '' where they are unknown."""
+  flags = {'inputs': 'image', **flags}  # before there were others
+  with contextlib.suppress(KeyError, TypeError, AttributeError):
+    base = _defaults(run, *(flags[name] for name in configs.START))
+    base.update(preset='release', inputs='image')
+    words = ['python', 'dreamer.py', '--logdir', flags.get('logdir', '')]
+    words += ['--task', flags['task']]
+    for name, value in flags.items():
+      if name not in ('logdir', 'task') and value != base.get(name):
+        words += [f'--{name}', _shown(value)]
+    return shlex.join(map(str, words))
+  return ''
+
+
+def _shown(value):
+  return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def differences(runs, origins):
+  """How runs of a method differ from the defaults of their task.
+
+  Returns:
+    Rows of flag, default, and values of the runs; None where no run says.
+  """
+  known = [x.flags for x in origins if isinstance(x.flags.get('task'), str)]
+  if not known:
+    return None
+  rows, ignored = [], {*compare.FREE, 'logdir', 'task'}
+  defaults = _defaults(runs[0], known[0]['task'])
+  for name in dict.fromkeys(itertools.chain(*known)):
+    default = _shown(defaults.get(name, 'unknown to this version'))
+    values = dict.fromkeys(_shown(f[name]) for f in known if name in f)
+    if name not in ignored and list(values) != [default]:
+      rows.append((f'--{name}', default, ', '.join(values)))
+  return rows
+
+
+def random_return(reader, runs, origins):
+  """Mean return of the random actions that training begins with, or None."""
+  returns = []
+  for run, about in zip(runs, origins, strict=True):
+    prefill = about.flags.get('prefill')
+    clipped = about.flags.get('clip_rewards') != 'none'
+    if isinstance(prefill, (int, float)) and not clipped:
+      train = reader.of(run, 'train/return')
+      returns += train.scores[train.steps <= prefill].tolist()
+  return float(np.mean(returns)) if returns else None
+
+
+# --- Charts -----------------------------------------------------------------
+
+
+def method_colors(groups):
+  """{method: class of the style sheet}, the same on all pages."""
+  methods = sorted({method for _, method in groups})
+  return {name: f'c{i % COLORS}' for i, name in enumerate(methods)}
+
+
+def curves(runs, label, color, style=''):
+  """Lines of each seed, thin, and of their mean, by `compare.binned`."""
+  runs = [run for run in runs if len(run.steps)]
+  if not runs:
+    return []
+  edges, bins = compare.binned(runs)
+  lines = []
+  for values in bins if len(runs) > 1 else ():
+    has = np.isfinite(values)
+    lines.append(
+      Line(label, color, edges[has], values[has], f'thin {style}', shown=False)
+    )
+  has = np.isfinite(bins).any(0)
+  mean = np.nanmean(bins[:, has], 0)
+  return [*lines, Line(label, color, edges[has], mean, style)]
+
+
+def panel_chart(panel, reader, groups, colors):
+  """A `Panel` for {method: runs}, None where none has logged it."""
+  lines = []
+  for method, runs in groups.items():
+    for style, (name, word) in zip(STYLES, panel.names.items(), strict=False):
+      label = f'{method}, {word}' if word else method
+      numbers = [reader.of(run, name) for run in runs]
+      lines += curves(numbers, label, colors[method], style)
+  return Chart(panel.title, panel.about, lines) if lines else None
+
+
+def return_chart(task, groups, colors, paper, random):
+  """Evaluations of {method: runs} beside the paper and random actions."""
+  lines, levels, span = [], [], None
+  for method, runs in groups.items():
+    lines += curves(runs, method, colors[method])
+  if not lines:
+    return None
+  last = max(line.x[-1] for line in lines)
+  if task in paper['final']:
+    curve, span = paper['curves'][task], (0, compare.SCALE)
+    lines.insert(0, _paper_line(curve['steps'], curve['mean'], last))
+    last = max(last, lines[0].x[-1])
+    levels.append(_paper_level(paper, paper['final'][task]['dreamer']))
+  if random is not None:
+    levels.append(Level(f'random actions, {random:.4g}', 'other', random))
+  return Chart('Evaluation', 'return', lines, levels, span, last)
+
+
+def _paper_line(steps, values, last):
+  """The paper's curve up to `last`, and at least its first point."""
+  steps, values = np.array(steps), np.array(values)
+  has = steps <= max(last, steps[0])
+  return Line('paper, Dreamer', 'paper', steps[has], values[has])
+
+
+def _paper_level(paper, value, unit=''):
+  steps = compare.brief(paper['methods']['dreamer']['steps'])
+  return Level(f'paper at {steps}, {value:.4g}{unit}', 'paper', value)
+
+
+def score_charts(groups, paper, colors):
+  """For each method the normalized score of its tasks, beside the paper's.
+
+  It is drawn as far as all runs have gone, so that it is of the same tasks at
+  each step; between evaluations it is interpolated.
+  """
+  methods = collections.defaultdict(dict)
+  for (task, method), runs in groups.items():
+    runs = [run for run in runs if len(run.steps)]
+    if runs and task in paper['final']:
+      methods[method][task] = runs
+  charts = [
+    _score_chart(method, tasks, paper, colors[method])
+    for method, tasks in methods.items()
+  ]
+  return list(filter(None, charts))
+
+
+def _score_chart(method, tasks, paper, color):
+  runs = [run for group in tasks.values() for run in group]
+  first = max(run.steps[0] for run in runs)
+  last = min(run.steps[-1] for run in runs)
+  if first > last:
+    return None
+  steps = np.linspace(first, last, 30 if first < last else 1)
+  ours = np.mean(
+    [np.mean([_at(r, steps) for r in group], 0) for group in tasks.values()], 0
+  )
+  curves = [paper['curves'][task] for task in tasks]
+  places = np.array(min((curve['steps'] for curve in curves), key=len))
+  theirs = np.mean(
+    [np.interp(places, curve['steps'], curve['mean']) for curve in curves], 0
+  )
+  final = np.mean([paper['final'][task]['dreamer'] for task in tasks])
+  line = _paper_line(places, theirs / compare.SCALE, last)
+  count = f'{len(tasks)} task{"s" * (len(tasks) > 1)}'
+  return Chart(
+    method,
+    f'return / {compare.SCALE}, mean of {count}',
+    [line, Line(method, color, steps, ours / compare.SCALE)],
+    [_paper_level(paper, final / compare.SCALE)],
+    (0, 1),
+    max(last, line.x[-1]),
+  )
+
+
+def _at(run, steps):
+  """Scores of a run at steps, interpolated between evaluations."""
+  places, index = np.unique(run.steps, return_inverse=True)
+  means = np.bincount(index, run.scores) / np.bincount(index)
+  return np.interp(steps, places, means)
+
+
+# --- Pages ------------------------------------------------------------------
+
+
+def make_templates():
+  """Templates that escape whatever a name holds."""
+  templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(media.ROOT / 'templates'),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  templates.filters.update(short=charts.short)
+  return templates
+
+
+class Report:
+  """All pages of some runs.
+
+  Args:
+    args: from `parse_flags`.
+  """
+
+  def __init__(self, args):
+    self._args = args
+    self._reader = Reader()
+    self._paper = compare.load_paper()
+    self._templates = make_templates()
+    self._state = None
+    _check_place(args.outdir, self._find())
+    self._site = Site(args.outdir)
+
+  def _find(self):
+    return compare.find_runs(self._args.indir, read=self._reader)
+
+  def update(self, refresh=0):
+    """Writes what has changed.
+
+    Args:
+      refresh: seconds after which a page loads itself again; 0: never.
+
+    Returns:
+      Whether anything had changed.
+    """
+    args = self._args
+    runs = compare.select(self._find(), args.tasks, args.methods)
+    state = refresh, [(run.folder, *map(_state, _sources(run))) for run in runs]
+    if state == self._state:
+      return False
+    gallery = media.Gallery(self._site)
+    files = self._pages(compare.group_runs(runs), gallery, refresh)
+    self._site.write(files)
+    self._site.keep([*files, *gallery.files()], gallery.media)
+    self._state = state
+    return True
+
+  def _pages(self, groups, gallery, refresh):
+    """{name: bytes} of all pages, the index last."""
+    rows = compare.compare(groups, self._paper, self._args.window)
+    summary = compare.summarize(rows)
+    pictures = self._pictures(groups, rows, gallery)
+    colors = method_colors(groups)
+    origins = {k: [origin(r) for r in runs] for k, runs in groups.items()}
+    tasks = list(dict.fromkeys(task for task, _ in groups))
+    names = {task: f'tasks/{media.slug(task)}.html' for task in tasks}
+    shared = dict(title=self._args.title, refresh=refresh, names=names)
+    files = {
+      name: (media.ROOT / 'templates' / name).read_bytes()
+      for name in ('style.css', 'page.js')
+    }
+    files['compare.json'] = compare.figures(rows, summary).encode()
+    for task in tasks:
+      own = {m: runs for (t, m), runs in groups.items() if t == task}
+      page = self._task_page(task, own, origins, colors)
+      page.update(
+        table=table([row for row in rows if row['task'] == task]),
+        pictures=[p for p in pictures if p.task == task],
+      )
+      files[names[task]] = self._render(
+        'task.html', root='../', **shared, **page
+      )
+    page = dict(
+      table=table(rows),
+      panels=score_charts(groups, self._paper, colors),
+      sentences=list(
+        compare.sentences(rows, summary, self._paper, RETURN, self._args.window)
+      ),
+      rule=rule(),
+      behaviors=first_of_each(pictures, 'behavior', 'best'),
+      dreams=first_of_each(pictures, 'dream'),
+      facts=facts(groups),
+      provenance=provenance(itertools.chain(*origins.values())),
+      made=datetime.datetime.now(datetime.UTC),
+    )
+    files['index.html'] = self._render('index.html', root='', **shared, **page)
+    return files
+
+  def _render(self, name, **values):
+    text = self._templates.get_template(name).render(**values)
+    return text.encode('utf-8', 'backslashreplace')
+
+  def _pictures(self, groups, rows, gallery):
+    """All pictures: those given, and of the best run of each group."""
+    pictures = []
+    if self._args.pictures:
+      tasks = dict.fromkeys(task for task, _ in groups)
+      pictures += gallery.given(self._args.pictures, tasks)
+    best = [
+      sorted(runs, key=lambda run, row=row: -row['scores'].get(run.seed, -1e99))
+      for runs, row in zip(groups.values(), rows, strict=True)
+    ]
+    if self._args.videos:
+      return pictures + gallery.render(best)
+    return pictures + gallery.rendered(best)
+
+  def _task_page(self, task, groups, origins, colors):
+    """What the page of a task shows besides its table and pictures.
+
+    Args:
+      task: its name.
+      groups: {method: runs}.
+      origins: {(task, method): `Origin` of each run}.
+      colors: from `method_colors`.
+    """
+    reader = self._reader
+    runs = [run for group in groups.values() for run in group]
+    abouts = [about for method in groups for about in origins[task, method]]
+    random = random_return(reader, runs, abouts)
+    sections = {
+      'Returns': [
+        return_chart(task, groups, colors, self._paper, random),
+        panel_chart(TRAIN, reader, groups, colors),
+      ]
+    }
+    for title, panels in SECTIONS.items():
+      sections[title] = [
+        panel_chart(panel, reader, groups, colors) for panel in panels
+      ]
+    shown = {k: list(filter(None, v)) for k, v in sections.items()}
+    return dict(
+      task=task,
+      sections={k: v for k, v in shown.items() if v},
+      runs=[
+        (run, last_evaluation(run), about)
+        for run, about in zip(runs, abouts, strict=True)
+      ],
+      differences={
+        method: differences(group, origins[task, method])
+        for method, group in groups.items()
+      },
+    )
+
+
+def _check_place(outdir, runs):
+  place = outdir.resolve()
+  for run in runs:
+    if run.folder == place or run.folder in place.parents:
+      raise UserError(
+        f'--outdir {outdir} is inside of the run {run.folder}, where nothing '
+        'may change; choose a folder beside it'
+      )
+
+
+def _sources(run):
+  """Files of which a change shows on the pages."""
+  names = 'config.json', 'run.json', 'metrics.jsonl', 'checkpoints'
+  return [run.folder / name for name in names]
+
+
+def rule():
+  """Items of `compare.rule`, without marks of Markdown."""
+  items = compare.rule().replace('`', '').split('- ')[1:]
+  return [' '.join(item.split()) for item in items]
+
+
+def table(rows):
+  """The header, and lines of (text, number or text to sort by)."""
+  header, *lines = compare.cells(rows)
+  keys = [[column(row) for column in COLUMNS] for row in rows]
+  pairs = zip(lines, keys, strict=True)
+  return dict(
+    header=header, lines=[list(zip(*pair, strict=True)) for pair in pairs]
+  )
+
+
+def first_of_each(pictures, *kinds):
+  """One picture of each task, of the first kind that it has."""
+  found = {}
+  for kind in kinds:
+    for picture in pictures:
+      if picture.kind == kind:
+        found.setdefault(picture.task, picture)
+  return list(found.values())
+
+
+def last_evaluation(run):
+  """Returns of the episodes of a run's last evaluation, the lowest first."""
+  return sorted(run.scores[run.steps == run.steps[-1:]].tolist())
+
+
+def facts(groups):
+  """Words and counts for the top of the index."""
+  runs = [run for group in groups.values() for run in group]
+  steps = sum(run.steps[-1] for run in runs if len(run.steps))
+  return {
+    'tasks': len({task for task, _ in groups}),
+    'methods': len({method for _, method in groups}),
+    'runs': len(runs),
+    'environment steps': charts.short(steps),
+  }
+
+
+def provenance(origins):
+  """{kind: {what runs say: number of runs}} of versions, commits, machines."""
+  found = collections.defaultdict(collections.Counter)
+  for about in origins:
+    for package, version in about.versions.items():
+      found[str(package)][str(version)] += 1
+    found['commit'][about.code or 'not recorded'] += 1
+    found['machine'][about.machine or 'not recorded'] += 1
+  return dict(sorted(found.items()))
+
+
+# --- The command ------------------------------------------------------------
+
+
+def parse_flags(argv):
+  parser = cli.Parser(__doc__)
+  several = dict(nargs='+')
+  parser.flag(
+    '--indir', cli.Path(), help='folders of runs', required=True, **several
+  )
+  parser.flag('--outdir', cli.Path(), help='folder to write', required=True)
+  parser.flag('--title', cli.Text(), 'Dreamer', 'of the pages (Dreamer)')
+  parser.flag('--pictures', cli.Path(), help='folder of pictures')
+  text = 'render those that are missing'
+  bare = dict(nargs='?', const='True')
+  parser.flag('--videos', cli.Truth(), False, text, **bare)
+  text = 'seconds between looks for changes, until Ctrl-C (once)'
+  parser.flag('--watch', cli.Whole(1, 86_400), 0, text)
+  compare.add_choice(parser)
+  return parser.parse(argv)
+
+
+def watch(report, seconds):
+  """Updates until Ctrl-C; warnings have been printed by then."""
+  try:
+    while True:
+      time.sleep(seconds)
+      with contextlib.redirect_stderr(io.StringIO()):
+        changed = report.update(seconds)
+      if changed:
+        print(f'{datetime.datetime.now():%H:%M:%S} Updated.', flush=True)
+  finally:  # pages that load themselves again would wait for nothing
+    report.update()
+
+
+def run(argv):
+  args = parse_flags(argv)
+  if args.pictures and not args.pictures.is_dir():
+    raise UserError(f'--pictures {args.pictures} is not a folder')
+  try:
+    report = Report(args)
+    report.update(args.watch)
+    print(f'Wrote {args.outdir / "index.html"}.', flush=True)
+    if args.watch:
+      watch(report, args.watch)
+  except OSError as error:
+    raise UserError(f'cannot write: {error}') from None
+
+
+def main(argv=None):
+  """Returns the exit code; see `cli.main`."""
+  return cli.main('report.py', run, argv)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
