@@ -57,18 +57,13 @@ class Chart:
 
   def __init__(self, title, about, lines, levels=(), span=None, last=None):
     self.title, self.about = title, about
-    self._x = 0.0, float(last or max(line.x[-1] for line in lines) or 1)
+    last = last or max(line.x[-1] for line in lines)
+    self._x = 0.0, max(1.02 * float(last), 1.0)
     self._y = _padded(*(span or _extent(lines, levels)))
-    self.paths = [
-      (f'{line.color} {line.style}', self._path(line)) for line in lines
-    ]
-    self.levels = [
-      (f'{level.color} {level.style}', self._down(level.y)) for level in levels
-    ]
-    entries = [line for line in lines if line.shown] + list(levels)
-    self.legend = list(
-      {e.label: (f'{e.color} {e.style}', e.label) for e in entries}.values()
-    )
+    self.paths = [(_style(line), self._path(line)) for line in lines]
+    self.levels = [(_style(level), self._down(level.y)) for level in levels]
+    shown = [*(line for line in lines if line.shown), *levels]
+    self.legend = [(_style(entry), entry.label) for entry in shown]
     self.columns = [
       (f'{100 * x / self._x[1]:.1f}%', short(x)) for x in ticks(*self._x, 5)
     ]
@@ -96,6 +91,12 @@ class Chart:
     return round(SIDE * min(max(1 - share, -1), 2))
 
 
+def _style(entry):
+  """Classes of the style sheet; a curve of one point is a dot."""
+  point = ' point' if isinstance(entry, Line) and len(entry.x) == 1 else ''
+  return f'{entry.color} {entry.style}{point}'
+
+
 def _extent(lines, levels):
   values = np.concatenate(
     [*(line.y for line in lines), [level.y for level in levels]]
@@ -120,8 +121,8 @@ def ticks(low, high, count):
 
 
 def short(value):
-  """A number in few characters: 1.5M, 200k, 0.25."""
+  """A number in few characters: 1.5M, 200k, 1000, 0.25."""
   for size, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-    if size <= abs(value) < 1e3 * size:
+    if max(size, 1e4) <= abs(value) < 1e3 * size:
       return f'{value / size:.4g}{letter}'
   return f'{round(value, 12):.4g}'.replace('e+', 'e')

@@ -266,16 +266,18 @@ class Gallery:
     return _files(Picture(**p) for group in self.media.values() for p in group)
 
   def _evaluate(self, run, bar):
+    number = checkpoint(run)
     with tempfile.TemporaryDirectory() as folder:
       folder = pathlib.Path(folder)
       if not _run_evaluation(run, folder, bar):
         return []
-      returns = json.loads((folder / 'returns.json').read_text())['returns']
-      return list(self._pictures_of(run, folder, returns))
+      key = digest(run.folder, number)
+      pictures = list(self._pictures_of(run, folder, key))
+    return [dataclasses.replace(p, source=number) for p in pictures]
 
-  def _pictures_of(self, run, folder, returns):
+  def _pictures_of(self, run, folder, key):
     """The best and the worst episode, and predictions."""
-    key = digest(run.folder, checkpoint(run))
+    returns = json.loads((folder / 'returns.json').read_text())['returns']
     by = f'{run.method}, seed {run.seed}'
     frames, fps = read((folder / 'behavior.gif').read_bytes(), '.gif')
     episodes = np.split(frames, min(EPISODES, len(returns)), 2)
@@ -297,7 +299,7 @@ class Gallery:
       image = _color(imageio.imread(path))
       name = path.stem.removeprefix('prediction').strip('_') or 'reward'
       text = f'True and imagined {name} ({by})'
-      yield self._still(key + name, 'dream', run.task, text, image)
+      yield self._still(f'{key}-{name}', 'dream', run.task, text, image)
 
   def _video(self, key, kind, task, text, frames, fps):
     extension, data = encode(frames, fps)
@@ -321,8 +323,8 @@ class Gallery:
 
 WORDS = dict(
   behavior='An episode',
-  best='Best of the last evaluation',
-  worst='Worst of the last evaluation',
+  best=f'Best of {EPISODES} episodes',
+  worst=f'Worst of {EPISODES} episodes',
   dream='Truth, imagined from 5 images and the actions, difference',
 )
 

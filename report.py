@@ -396,9 +396,9 @@ def _paper_level(paper, value, unit=''):
 
 
 def score_charts(groups, paper, colors):
-  """For each method the normalized score of its tasks, beside the paper's.
+  """For each method the normalized score of its tasks, those of most first.
 
-  It is drawn as far as all runs have gone, so that it is of the same tasks at
+  The paper's is of the same tasks. It is drawn as far as all runs have gone, so that it is of the same tasks at
   each step; between evaluations it is interpolated.
   """
   methods = collections.defaultdict(dict)
@@ -408,7 +408,7 @@ def score_charts(groups, paper, colors):
       methods[method][task] = runs
   charts = [
     _score_chart(method, tasks, paper, colors[method])
-    for method, tasks in methods.items()
+    for method, tasks in sorted(methods.items(), key=lambda x: -len(x[1]))
   ]
   return list(filter(None, charts))
 
@@ -624,12 +624,22 @@ def rule():
 
 
 def table(rows):
-  """The header, and lines of (text, number or text to sort by)."""
+  """What the template needs of the rows of `compare.compare`.
+
+  Returns:
+    Dictionary of header, (text, whether numbers are below it) each, and lines
+    of (text, number or text to sort by).
+  """
   header, *lines = compare.cells(rows)
   keys = [[column(row) for column in COLUMNS] for row in rows]
+  numeric = [
+    not any(isinstance(key, str) for key in column)
+    for column in zip(*keys, strict=True)
+  ]
   pairs = zip(lines, keys, strict=True)
   return dict(
-    header=header, lines=[list(zip(*pair, strict=True)) for pair in pairs]
+    header=list(zip(header, numeric, strict=True)),
+    lines=[list(zip(*pair, strict=True)) for pair in pairs],
   )
 
 

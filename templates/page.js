@@ -29,19 +29,29 @@ function makeSortable(table) {
   });
 }
 
-function playWhileSeen(videos) {
-  const observer = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting) target.play().catch(() => {});  // if not allowed
-      else target.pause();
-    }
-  }, { threshold: 0.5 });
-  videos.forEach((video) => observer.observe(video));
+const observer = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    if (isIntersecting) target.play().catch(() => {});  // if not allowed
+    else target.pause();
+  }
+}, { threshold: 0.5 });
+
+function playWhileSeen(video) {
+  const show = (shown) => () => { video.controls = shown; };
+  video.controls = false;
+  video.tabIndex = 0;
+  for (const name of ['pointerenter', 'focus']) {
+    video.addEventListener(name, show(true));
+  }
+  for (const name of ['pointerleave', 'blur']) {
+    video.addEventListener(name, show(false));
+  }
+  observer.observe(video);
 }
 
 document.querySelectorAll('table.sortable').forEach(makeSortable);
 if (!matchMedia('(prefers-reduced-motion: reduce)').matches) {
-  playWhileSeen(document.querySelectorAll('video'));
+  document.querySelectorAll('video').forEach(playWhileSeen);
 }
 const seconds = Number(document.body.dataset.refresh);
 if (seconds) setTimeout(() => location.reload(), 1000 * seconds);
