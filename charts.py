@@ -125,4 +125,4 @@ def short(value):
   for size, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
     if max(size, 1e4) <= abs(value) < 1e3 * size:
       return f'{value / size:.4g}{letter}'
-  return f'{round(value, 12):.4g}'.replace('e+', 'e')
+  return f'{value:.4g}'.replace('e+', 'e')

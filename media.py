@@ -51,7 +51,7 @@ class Picture:
     text: what it shows.
     file, poster: names in the site; a picture has no poster.
     width, height: pixels.
-    source: of what it was rendered, a number of a checkpoint.
+    source: number of the checkpoint that was rendered; 0: none was.
   """
 
   kind: str
@@ -61,7 +61,7 @@ class Picture:
   poster: str
   width: int
   height: int
-  source: int | None = None
+  source: int = 0
 
   @property
   def video(self):
@@ -236,8 +236,8 @@ class Gallery:
 
   def render(self, groups):
     """The same, of the best run that has a checkpoint, and of its newest."""
-    chosen = [[run for run in runs if checkpoint(run)] for runs in groups]
-    chosen = [runs[0] for runs in chosen if runs]
+    chosen = [next(filter(checkpoint, runs), None) for runs in groups]
+    chosen = [run for run in chosen if run]
     due = [run for run in chosen if not self._current(run)]
     with tqdm.tqdm(
       total=len(due) * EPISODES, unit=' episodes', disable=not due
@@ -294,8 +294,8 @@ class Gallery:
       yield self._video(
         key, 'dream', run.task, text, *read(video.read_bytes(), '.gif')
       )
-      return
-    for path in sorted(folder.glob('prediction*.png')):
+    names = 'prediction_*.png' if video.exists() else 'prediction*.png'
+    for path in sorted(folder.glob(names)):
       image = _color(imageio.imread(path))
       name = path.stem.removeprefix('prediction').strip('_') or 'reward'
       text = f'True and imagined {name} ({by})'
@@ -330,10 +330,10 @@ WORDS = dict(
 
 
 def checkpoint(run):
-  """Number of a run's newest checkpoint, None without one."""
+  """Updates before a run's newest checkpoint; 0 without one."""
   paths = (run.folder / 'checkpoints').glob('ckpt-*.index')
   found = [re.fullmatch(r'ckpt-(\d+)\.index', path.name) for path in paths]
-  return max([int(match[1]) for match in found if match], default=None)
+  return max([int(match[1]) for match in found if match], default=0)
 
 
 def run_key(run):

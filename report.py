@@ -24,6 +24,7 @@ import datetime
 import io
 import itertools
 import json
+import re
 import shlex
 import sys
 import time
@@ -40,6 +41,7 @@ from charts import Chart, Level, Line
 from cli import UserError
 
 RECORD = 'report.json'  # by which a folder is known to be of this program
+OWN = r'((tasks|media)/)?[\w-]+\.\w+'  # names of files in such a folder
 RETURN = 'test/return'
 COLORS = 8  # of methods, in templates/style.css
 POINTS = 500  # of a curve that are kept in memory
@@ -131,7 +133,8 @@ class Site:
     self._path = folder / RECORD
     cli.make_folders(folder)
     self.record = self._read()
-    cli.remove_temporary_files(folder)
+    for name in ('', 'tasks', 'media'):
+      cli.remove_temporary_files(folder / name)
 
   def _read(self):
     names = sorted(path.name for path in self.folder.iterdir())
@@ -140,7 +143,8 @@ class Site:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
       record = json.loads(self._path.read_text())
       if record['program'] == 'report.py':
-        return dict(files=list(record['files']), media=dict(record['media']))
+        files = [name for name in record['files'] if re.fullmatch(OWN, name)]
+        return dict(files=files, media=dict(record['media']))
     raise UserError(
       f'--outdir {self.folder} holds something else ({", ".join(names[:3])}); '
       'choose a new folder, an empty one, or one that report.py made'
@@ -398,8 +402,9 @@ def _paper_level(paper, value, unit=''):
 def score_charts(groups, paper, colors):
   """For each method the normalized score of its tasks, those of most first.
 
-  The paper's is of the same tasks. It is drawn as far as all runs have gone, so that it is of the same tasks at
-  each step; between evaluations it is interpolated.
+  Beside it is the paper's for these tasks. It is drawn as far as all runs have
+  gone, so that it is of the same tasks at each step; between evaluations it is
+  interpolated.
   """
   methods = collections.defaultdict(dict)
   for (task, method), runs in groups.items():
@@ -459,6 +464,7 @@ def make_templates():
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
+    keep_trailing_newline=True,
   )
   templates.filters.update(short=charts.short)
   return templates

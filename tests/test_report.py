@@ -1,0 +1,527 @@
+"""The pages of one's own runs, on logdirs made by hand."""
+
+import html.parser
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+from test_compare import WALK, write_metrics, write_run
+
+import charts
+import compare
+import configs
+import media
+import report
+
+ROOT = pathlib.Path(__file__).parent.parent
+HOSTILE = 'gym_<script>alert("x")</script> & \'ümläut\' ${1} {{ 7*7 }}'
+EVIL = '"><img src=x onerror=alert(1)>'
+
+
+class Page(html.parser.HTMLParser):
+  """Elements and texts of a page, as a browser would see them.
+
+  Attributes:
+    elements: (name, {attribute: value}) each.
+    texts: what stands between them.
+  """
+
+  def __init__(self, path):
+    super().__init__()
+    self.elements, self.texts = [], []
+    self.feed(path.read_text())
+
+  def handle_starttag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+
+  def handle_data(self, data):
+    self.texts += [' '.join(data.split())] if data.strip() else []
+
+  def all(self, tag):
+    return [attributes for name, attributes in self.elements if name == tag]
+
+
+def full_config(task, seed, **flags):
+  """All flags, as a config.json has them."""
+  config = configs.define_config(task, flags.pop('preset', 'release'))
+  return {**config, 'seed': seed, 'logdir': f'./logdir/{seed}', **flags}
+
+
+def write_runs(folder):
+  """Runs of many kinds: several seeds, young, broken, old, with bad names."""
+  for seed in range(3):
+    pairs = [(s, s / 300 + 50 * seed) for s in range(10_000, 160_000, 10_000)]
+    path = folder / f'walk {seed}'
+    flags = full_config(WALK, seed, horizon=10)
+    del flags['task'], flags['seed']
+    write_run(path, WALK, seed, pairs, **flags)
+    add_lines(path, seed)
+  cheetah = [(100_000, 100.0), (100_000, 300.0)]
+  write_run(folder / 'cheetah', 'dmc_cheetah_run', 0, cheetah, 'planet')
+  write_run(folder / 'young', 'toy_reach', 0, [])
+  write_run(folder / 'old', 'toy_catch', 0, [(500, 1.0)], long_gone=7)
+  with (folder / 'old/metrics.jsonl').open('ab') as file:
+    file.write(b'{"step": 600, "test/return": 0.5}\n{"step": 700, "te')
+  bad = write_run(folder / 'bad', HOSTILE, 0, [(1000, 1.0)], f'm{EVIL}')
+  record = json.loads((bad / 'config.json').read_text())
+  record.update(machine=EVIL, code=EVIL, note=EVIL, versions={EVIL: EVIL})
+  (bad / 'config.json').write_text(json.dumps(record))
+  write_metrics(folder / f'toy_reach/a "b" <i> ü {EVIL[:9]}/0', [(900, 4.0)])
+  return folder
+
+
+def add_lines(path, seed):
+  """Losses and training returns; the first 5,000 steps are random."""
+  with (path / 'metrics.jsonl').open('a') as file:
+    for step in range(1000, 150_000, 1000):
+      first = step <= 5000
+      numbers = dict(div=20 - step / 1e4 + seed, image_loss=11300.0)
+      numbers.update({'train/return': 42.0 if first else 300.0})
+      numbers.update(saturated=0.1, test_saturated=0.2, imag_value=9.0)
+      file.write(json.dumps({'step': step, **numbers}) + '\n')
+
+
+def write_pictures(folder):
+  """A behavior as GIF, a prediction as GIF, one as PNG, and a broken one."""
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  video = rng.integers(0, 255, (30, 8, 8, 3)).repeat(8, 1).repeat(8, 2)
+  video = video.astype(np.uint8)
+  for name in ('walker_walk', 'walker_walk-openl', 'dmc_cheetah_run-behavior'):
+    imageio.imwrite(folder / f'{name}.gif', video, loop=0, duration=50)
+  imageio.imwrite(folder / 'cheetah_run-prediction.png', video[0])
+  (folder / 'toy_reach.gif').write_bytes(b'GIF89a nonsense')
+  (folder / 'walker_walk.txt').write_text('no picture')
+  return folder
+
+
+def make_site(indir, outdir, *words):
+  """Runs report.py in a process of its own."""
+  command = [sys.executable, ROOT / 'report.py', '--indir', indir]
+  done = subprocess.run(
+    [*command, '--outdir', outdir, *words], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+  """(folder of the runs, site, what was printed)."""
+  folder = tmp_path_factory.mktemp('report')
+  indir = write_runs(folder / 'log dir')
+  pictures = write_pictures(folder / 'pictures')
+  before = contents(indir)
+  done = make_site(
+    indir, folder / 'site', '--pictures', pictures, '--title', f'Mine {EVIL}'
+  )
+  assert contents(indir) == before  # nothing in a logdir changes
+  return indir, folder / 'site', done.stdout + done.stderr
+
+
+def contents(folder):
+  return {
+    path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+    for path in folder.rglob('*')
+  }
+
+
+def pages(site):
+  return [site / 'index.html', *sorted((site / 'tasks').iterdir())]
+
+
+def main(*words):
+  return report.main([str(word) for word in words])
+
+
+# --- What is on the pages ---------------------------------------------------
+
+
+def test_figures_are_those_of_compare(made, tmp_path):
+  indir, site, _ = made
+  path = tmp_path / 'compare.json'
+  assert compare.main([f'--indir={indir}', f'--json={path}']) == 0
+  expected = json.loads(path.read_text())
+  assert json.loads((site / 'compare.json').read_text()) == expected
+  rows = expected['rows']
+  cells = [x['data-value'] for x in Page(site / 'index.html').all('td')]
+  lines = [cells[i : i + 12] for i in range(0, len(cells), 12)]
+  assert len(lines) == len(rows) == 6
+  names = ['task', 'method', 'steps', 'seeds', 'mean', None, 'difference']
+  names += ['verdict', 'paper_final', 'planet', 'd4pg', 'a3c']
+  for row, line in zip(rows, lines, strict=True):
+    for name, text in zip(names, line, strict=True):
+      value = row[name] if name else (row['paper'] or {}).get('mean')
+      assert text == ('' if value is None else str(value))
+  assert expected['summary']['dreamer']['tasks'] == 1
+  text = ' '.join(Page(site / 'index.html').texts)
+  assert 'dreamer: tasks 1, mean normalized score' in text
+  assert '5 tasks 4 methods 8 runs' in text
+
+
+def test_each_task_has_a_page_that_the_index_leads_to(made):
+  _, site, _ = made
+  links = {x['href'] for x in Page(site / 'index.html').all('a')}
+  inner = {link for link in links if link.startswith('tasks/')}
+  assert len(inner) == 5 and f'tasks/{WALK}.html' in inner
+  assert {str(p.relative_to(site)) for p in pages(site)[1:]} == inner
+  for path in pages(site):
+    for tag, name in (('a', 'href'), ('link', 'href'), ('img', 'src')):
+      for attributes in Page(path).all(tag):
+        link = attributes[name].partition('#')[0]
+        assert not link or link == 'data:,' or (path.parent / link).is_file()
+
+
+def test_names_are_shown_as_they_are_and_never_run(made):
+  _, site, _ = made
+  for path in pages(site):
+    page = Page(path)
+    assert len(page.all('script')) == 1  # ours
+    assert not any('onerror' in x for _, x in page.elements)
+    assert f'Mine {EVIL}' in ' '.join(page.texts)
+  (path,) = [p for p in pages(site) if 'script' in p.name]
+  assert re.fullmatch(r'[\w-]+\.html', path.name)
+  texts = Page(path).texts
+  assert HOSTILE in texts
+  assert texts.count(EVIL) >= 3  # machine, code, note
+  assert f'm{EVIL}' in texts
+
+
+def test_what_a_task_page_says(made):
+  _, site, _ = made
+  page = Page(site / f'tasks/{WALK}.html')
+  text = ' '.join(page.texts)
+  assert 'random actions, 35.83' in page.texts  # 42 five times, and 5
+  assert 'paper at 5e6, 961.7' in page.texts
+  titles = ['Evaluation', 'Training', 'Image loss', 'KL divergence']
+  titles += ['Saturated actions', 'Values']
+  assert [x for x in page.texts if x in titles] == titles
+  assert 'Vector loss' not in page.texts  # nobody has logged it
+  assert '15 episodes of evaluation, to 150k steps; the last 600.0' in text
+  assert '--horizon 15 10' in text and '--deter_size' not in text
+  page = Page(site / 'tasks/dmc_cheetah_run.html')
+  assert 'the last from 100.0 to 300.0' in ' '.join(page.texts)
+  text = ' '.join(Page(site / 'tasks/toy_catch.html').texts)
+  assert '--long_gone unknown to this version 7' in text
+  text = ' '.join(Page(site / 'tasks/toy_reach.html').texts)
+  assert 'No evaluation yet' in text and 'do not say which flags' in text
+
+
+def test_command_repeats_the_run(made):
+  _, site, _ = made
+  texts = Page(site / f'tasks/{WALK}.html').texts
+  (line,) = [x for x in texts if x.startswith('python') and '--seed 2' in x]
+  words = shlex.split(line)
+  assert words[:2] == ['python', 'dreamer.py']
+  again = configs.parse_flags(words[2:])
+  expected = full_config(WALK, 2, horizon=10)
+  assert {**again, 'logdir': str(again.logdir)} == {
+    **expected,
+    'logdir': 'logdir/2',
+  }
+
+
+def test_flags_follow_from_the_command_of_a_run_without_config(tmp_path):
+  write_metrics(tmp_path / 'runs/toy_reach/dreamer/0', [(900, 4.0)])
+  folder = tmp_path / 'runs/toy_reach/dreamer/0'
+  command = 'python dreamer.py --logdir x --task toy_reach --horizon 3'
+  (folder / 'run.json').write_text(json.dumps(dict(command=command, code=5)))
+  (run,) = compare.find_runs([tmp_path / 'runs'])
+  about = report.origin(run)
+  assert (about.command, about.code, about.flags['horizon']) == (
+    command,
+    '5',
+    3,
+  )
+  assert report.differences([run], [about]) == [('--horizon', '8', '3')]
+  for broken in ('{', '[1]', '{"command": "x \\"", "versions": 3}'):
+    (folder / 'run.json').write_text(broken)
+    assert report.origin(run).flags == {}
+
+
+def test_pictures_are_those_of_the_tasks(made):
+  _, site, out = made
+  assert 'toy_reach.gif is left out' in out and 'walker_walk.txt' not in out
+  index = Page(site / 'index.html')
+  labels = [x['aria-label'] for x in index.all('video')]
+  labels = [x.partition(':')[0] for x in labels]
+  # Behaviors of two tasks, then dreams; that of the cheetah is a picture.
+  assert labels == ['dmc_cheetah_run', WALK, WALK]
+  (image,) = index.all('img')
+  assert image['alt'].startswith('dmc_cheetah_run: ')
+  assert image['loading'] == 'lazy'
+  for video in index.all('video'):
+    assert video['preload'] == 'none' and 'autoplay' not in video
+    data = (site / video['src']).read_bytes()
+    assert len(data) <= media.LIMIT
+    frames = imageio.imread(data, extension='.mp4', plugin='FFMPEG')
+    assert frames.shape == (30, 128, 128, 3)
+
+
+# --- Charts -----------------------------------------------------------------
+
+
+def test_a_chart_by_hand():
+  line = charts.Line('a', 'c0', np.array([0, 50, 100]), np.array([0, 10, 5]))
+  level = charts.Level('b', 'paper', 5)
+  chart = charts.Chart('T', 'u', [line], [level], span=(0, 10))
+  # 5% of room above and below, 2% on the right.
+  assert chart.paths == [('c0 ', 'M0 955L490 45L980 500')]
+  assert chart.levels == [('paper dashed', 500)]
+  assert chart.legend == [('c0 ', 'a'), ('paper dashed', 'b')]
+  assert chart.rows[0] == ('95.5%', '0') and chart.rows[-1] == ('4.5%', '10')
+  assert chart.columns[1] == ('24.5%', '25')
+  assert chart.words == 'T by environment steps, to 102: a ends at 5'
+
+
+@pytest.mark.parametrize(
+  'low, high, expected',
+  [
+    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+    (-30, 1040, [0, 250, 500, 750, 1000]),
+    (0, 153_000, [0, 50_000, 100_000, 150_000]),
+    (11_291, 11_300, [11_292, 11_294, 11_296, 11_298, 11_300]),
+  ],
+)
+def test_ticks_are_round(low, high, expected):
+  assert charts.ticks(low, high, 5) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+  'value, text',
+  [
+    (0, '0'),
+    (0.1 + 0.2, '0.3'),
+    (1000, '1000'),
+    (-25_000, '-25k'),
+    (1.5e6, '1.5M'),
+    (1e-7, '1e-07'),
+    (2e9, '2G'),
+  ],
+)
+def test_numbers_are_short(value, text):
+  assert charts.short(value) == text
+
+
+@pytest.mark.parametrize(
+  'y', [[5.0], [0.0], [1e300, -1e300], [1e308], [1e15, 1e15 + 0.125]]
+)
+def test_charts_take_all_numbers(y):
+  line = charts.Line('a', 'c0', np.arange(len(y)), np.array(y))
+  chart = charts.Chart('T', '', [line])
+  numbers = re.findall(r'-?\d+', chart.paths[0][1])
+  assert all(-1000 <= int(n) <= 2000 for n in numbers)
+  assert len(chart.rows) < 9 and len(chart.columns) < 9
+  assert ('point' in chart.paths[0][0]) == (len(y) == 1)
+
+
+def test_normalized_score_by_hand(tmp_path):
+  write_run(tmp_path / 'a', WALK, 0, [(100_000, 100.0), (200_000, 300.0)])
+  write_run(tmp_path / 'b', WALK, 1, [(100_000, 300.0), (150_000, 500.0)])
+  cheetah = [(50_000, 0.0), (50_000, 200.0), (150_000, 300.0)]
+  write_run(tmp_path / 'c', 'dmc_cheetah_run', 0, cheetah)
+  groups = compare.group_runs(compare.find_runs([tmp_path]))
+  paper = compare.load_paper()
+  (chart,) = report.score_charts(groups, paper, {'dreamer': 'c0'})
+  assert chart.about == 'return / 1000, mean of 2 tasks'
+  # At 1e5 (200 + 200) / 2, at 150,000 ((200 + 500) / 2 + 300) / 2.
+  assert chart.words.endswith('dreamer ends at 0.325')
+  assert 'paper, Dreamer ends at 0.1324' in chart.words  # (137.2 + 127.6) / 2
+  first = chart.paths[1][1].split('L')[0]
+  assert first == f'M{round(1000 / 1.53)} {round(1000 * (1 - 0.25 / 1.1))}'
+
+
+def test_long_runs_are_thinned_to_means():
+  x, y = report._thinned(np.arange(5000.0), np.arange(5000.0) * 2)
+  assert len(x) == 500
+  np.testing.assert_allclose(x[:2], [4.5, 14.5])
+  np.testing.assert_allclose(y, 2 * x)
+
+
+def test_the_last_step_of_a_run_is_in_the_last_bin(tmp_path):
+  # 31000 / 30 is rounded so that the last of 31 edges is below 31000.
+  write_run(tmp_path / 'a', WALK, 0, [(10_000, 1.0), (31_000, 5.0)])
+  edges, curves = compare.binned(compare.find_runs([tmp_path]))
+  assert len(edges) == 31 and curves[0, -1] == 5.0
+
+
+# --- The folder -------------------------------------------------------------
+
+
+def test_what_is_unchanged_is_not_written_again(tmp_path):
+  indir, site = write_runs(tmp_path / 'runs'), tmp_path / 'site'
+  assert main('--indir', indir, '--outdir', site) == 0
+  before = {p: p.stat().st_mtime_ns for p in site.rglob('*.*')}
+  with (indir / 'young/metrics.jsonl').open('a') as file:
+    file.write('{"step": 2000, "test/return": 7.0}\n')
+  assert main('--indir', indir, '--outdir', site) == 0
+  after = {p: p.stat().st_mtime_ns for p in site.rglob('*.*')}
+  changed = {p.name for p in after if after[p] != before.get(p)}
+  assert changed == {'index.html', 'compare.json', 'toy_reach.html'}
+
+
+def test_pages_of_runs_that_are_gone_go_and_other_files_stay(tmp_path):
+  indir, site = write_runs(tmp_path / 'runs'), tmp_path / 'site'
+  assert main('--indir', indir, '--outdir', site) == 0
+  (site / 'mine.txt').write_text('mine')
+  record = json.loads((site / 'report.json').read_text())
+  record['files'] += ['../kept.txt']
+  (site / 'report.json').write_text(json.dumps(record))
+  (tmp_path / 'kept.txt').write_text('kept')
+  words = ['--indir', indir, '--outdir', site, '--tasks', 'walker']
+  assert main(*words) == 0
+  assert [p.name for p in pages(site)] == ['index.html', f'{WALK}.html']
+  assert (site / 'mine.txt').read_text() == 'mine'
+  assert (tmp_path / 'kept.txt').read_text() == 'kept'
+
+
+@pytest.mark.parametrize(
+  'words, message',
+  [
+    (['--indir', '{}/runs'], '--outdir'),
+    (['--indir', '{}/no', '--outdir', '{}/s'], 'no is not a folder'),
+    (['--indir', '{}/full', '--outdir', '{}/s'], 'there is no run in'),
+    (['--indir', '{}/runs', '--outdir', '{}/full'], '(a.txt); choose a new'),
+    (['--indir', '{}/runs', '--outdir', '{}/fake'], 'holds something else'),
+    (['--indir', '{}/runs', '--outdir', '{}/full/a.txt'], 'cannot write'),
+    (['--indir', '{}/runs', '--outdir', '{}/runs'], 'holds something else'),
+    (['--indir', '{}/runs', '--outdir', '{}/runs/a/s'], 'is inside of the run'),
+    (
+      ['--indir', '{}/runs', '--outdir', '{}/s', '--pictures', '{}/no'],
+      '--pictures',
+    ),
+    (
+      ['--indir', '{}/runs', '--outdir', '{}/s', '--tasks', 'x'],
+      f'there are {WALK}',
+    ),
+    (
+      ['--indir', '{}/runs', '--outdir', '{}/s', '--watch', '0'],
+      'from 1 to 86,400',
+    ),
+    (
+      ['--indir', '{}/runs', '--outdir', '{}/s', '--video'],
+      'did you mean --videos?',
+    ),
+    (
+      ['--indir', '{}/runs', '--outdir', '{}/s', '--videos', 'no'],
+      'True or False',
+    ),
+  ],
+)
+def test_bad_input(tmp_path, words, message, capsys):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  for name in ('full', 'fake'):
+    (tmp_path / name).mkdir()
+  (tmp_path / 'full/a.txt').write_text('a')
+  (tmp_path / 'fake/report.json').write_text('{"program": "other"}')
+  before = contents(tmp_path)
+  assert main(*(word.format(tmp_path) for word in words)) == 2
+  err = capsys.readouterr().err
+  assert err.startswith('report.py: error: ') and message in err
+  shutil.rmtree(tmp_path / 's', ignore_errors=True)  # made for the pages
+  assert {**contents(tmp_path), tmp_path: 0} == {**before, tmp_path: 0}
+
+
+def test_watch_updates_pages_and_leaves_whole_ones(tmp_path):
+  indir, site = write_runs(tmp_path / 'runs'), tmp_path / 'site'
+  words = ['--indir', indir, '--outdir', site, '--watch', '1']
+  process = subprocess.Popen(
+    [sys.executable, ROOT / 'report.py', *words],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    assert process.stdout.readline().startswith('Wrote ')
+    assert 'http-equiv="refresh"' in (site / 'index.html').read_text()
+    with (indir / 'young/metrics.jsonl').open('a') as file:
+      file.write('{"step": 2000, "test/return": 7.125}\n')
+    assert process.stdout.readline().endswith('Updated.\n')
+    assert 'the last 7.1' in ' '.join(Page(site / 'tasks/toy_reach.html').texts)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+  finally:
+    process.kill()
+  assert 'http-equiv="refresh"' not in (site / 'index.html').read_text()
+
+
+def test_a_kill_at_any_time_leaves_whole_pages(tmp_path):
+  indir, site = write_runs(tmp_path / 'runs'), tmp_path / 'site'
+  assert main('--indir', indir, '--outdir', site) == 0
+  killed = 0
+  for number in range(3):
+    with (indir / 'young/metrics.jsonl').open('a') as file:
+      file.write(f'{{"step": {5000 + number}, "test/return": 7.0}}\n')
+    command = [sys.executable, ROOT / 'report.py', '--indir', indir]
+    command += ['--outdir', site, '--title', f'Title {number}']
+    process = subprocess.Popen(command)
+    while process.poll() is None:  # until it writes, each time further on
+      if list(site.rglob('.*.tmp')):
+        time.sleep(0.01 * number)
+        process.kill()
+    killed += process.wait() == -signal.SIGKILL
+    for path in pages(site):
+      assert path.read_text().endswith('</html>\n')
+  assert killed
+  assert main('--indir', indir, '--outdir', site) == 0
+  assert not list(site.rglob('*.tmp'))
+
+
+# --- Pictures ---------------------------------------------------------------
+
+
+def test_videos_are_within_the_limit():
+  rng = np.random.default_rng(0)  # noise, which does not compress
+  noise = rng.integers(0, 255, (300, 64, 64, 3)).astype(np.uint8)
+  extension, data = media.encode(noise, 20)
+  assert extension == '.mp4' and len(data) <= media.LIMIT
+  image = rng.integers(0, 255, (900, 700, 3)).astype(np.uint8)
+  assert len(media.encode_still(image)) <= media.LIMIT
+
+
+def test_names_of_files_are_safe_and_differ():
+  names = ['dmc_a', 'DMC_A', 'a b', 'a/b', '../a', 'ä', '<', '', 'a' * 300]
+  slugs = [media.slug(name) for name in names]
+  assert slugs[0] == 'dmc_a'
+  assert len({slug.lower() for slug in slugs}) == len(names)
+  for slug in slugs:
+    assert re.fullmatch(r'[A-Za-z0-9_-]{1,100}', slug)
+
+
+@pytest.mark.slow
+def test_videos_are_rendered_once_for_each_checkpoint(tmp_path):
+  source, run = ROOT / 'scores/trained/walker_walk', tmp_path / 'runs/walk'
+  shutil.copytree(source, run)
+  record = json.loads((run / 'config.json').read_text())
+  record['config'].update(time_limit=60, batch_length=16)
+  (run / 'config.json').write_text(json.dumps(record))
+  broken = write_run(tmp_path / 'runs/b', 'toy_reach', 0, [(100, 1.0)])
+  (broken / 'checkpoints').mkdir()
+  (broken / 'checkpoints/ckpt-5.index').write_bytes(b'nonsense')
+  site = tmp_path / 'site'
+  done = make_site(tmp_path / 'runs', site, '--videos')
+  assert f'no videos of {broken}' in done.stdout
+  page = Page(site / f'tasks/{WALK}.html')
+  best, worst = (x['aria-label'] for x in page.all('video'))
+  returns = [float(re.search(r'return ([\d.]+)', x)[1]) for x in (best, worst)]
+  assert 'Best of 4 episodes' in best and 'Worst' in worst
+  assert 60 > returns[0] > returns[1] > 0
+  frames = imageio.imread(site / 'tasks' / page.all('video')[0]['src'])
+  assert frames.shape == (31, 128, 128, 3)
+  before = {p: p.stat().st_mtime_ns for p in site.rglob('media/*')}
+  assert len(before) == 6  # two videos, what they begin with, two pictures
+  shutil.rmtree(broken)
+  start = time.monotonic()
+  make_site(tmp_path / 'runs', site, '--videos')
+  assert time.monotonic() - start < 5  # TensorFlow alone takes longer
+  make_site(tmp_path / 'runs', site)  # and they stay without the flag
+  assert {p: p.stat().st_mtime_ns for p in site.rglob('media/*')} == before
