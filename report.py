@@ -30,6 +30,7 @@ import sys
 import time
 
 import jinja2
+import markupsafe
 import numpy as np
 
 import charts
@@ -335,9 +336,8 @@ def random_return(reader, runs, origins):
 # --- Charts -----------------------------------------------------------------
 
 
-def method_colors(groups):
-  """{method: class of the style sheet}, the same on all pages."""
-  methods = sorted({method for _, method in groups})
+def method_colors(methods):
+  """{method: class of the style sheet}; after `COLORS` they come again."""
   return {name: f'c{i % COLORS}' for i, name in enumerate(methods)}
 
 
@@ -383,7 +383,8 @@ def return_chart(task, groups, colors, paper, random):
     last = max(last, lines[0].x[-1])
     levels.append(_paper_level(paper, paper['final'][task]['dreamer']))
   if random is not None:
-    levels.append(Level(f'random actions, {random:.4g}', 'other', random))
+    label = f'random actions, {random:.4g}'
+    levels.append(Level(label, 'other', random, 'dotted'))
   return Chart('Evaluation', 'return', lines, levels, span, last)
 
 
@@ -399,7 +400,7 @@ def _paper_level(paper, value, unit=''):
   return Level(f'paper at {steps}, {value:.4g}{unit}', 'paper', value)
 
 
-def score_charts(groups, paper, colors):
+def score_charts(groups, paper):
   """For each method the normalized score of its tasks, those of most first.
 
   Beside it is the paper's for these tasks. It is drawn as far as all runs have
@@ -412,13 +413,13 @@ def score_charts(groups, paper, colors):
     if runs and task in paper['final']:
       methods[method][task] = runs
   charts = [
-    _score_chart(method, tasks, paper, colors[method])
+    _score_chart(method, tasks, paper)
     for method, tasks in sorted(methods.items(), key=lambda x: -len(x[1]))
   ]
   return list(filter(None, charts))
 
 
-def _score_chart(method, tasks, paper, color):
+def _score_chart(method, tasks, paper):
   runs = [run for group in tasks.values() for run in group]
   first = max(run.steps[0] for run in runs)
   last = min(run.steps[-1] for run in runs)
@@ -439,7 +440,7 @@ def _score_chart(method, tasks, paper, color):
   return Chart(
     method,
     f'return / {compare.SCALE}, mean of {count}',
-    [line, Line(method, color, steps, ours / compare.SCALE)],
+    [line, Line(method, 'c0', steps, ours / compare.SCALE)],
     [_paper_level(paper, final / compare.SCALE)],
     (0, 1),
     max(last, line.x[-1]),
@@ -466,8 +467,13 @@ def make_templates():
     lstrip_blocks=True,
     keep_trailing_newline=True,
   )
-  templates.filters.update(short=charts.short)
+  templates.filters.update(short=charts.short, breakable=breakable)
   return templates
+
+
+def breakable(name):
+  """A name that may go on in a new line after each underscore."""
+  return markupsafe.Markup('_<wbr>').join(name.split('_'))
 
 
 class Report:
@@ -515,7 +521,6 @@ class Report:
     rows = compare.compare(groups, self._paper, self._args.window)
     summary = compare.summarize(rows)
     pictures = self._pictures(groups, rows, gallery)
-    colors = method_colors(groups)
     origins = {k: [origin(r) for r in runs] for k, runs in groups.items()}
     tasks = list(dict.fromkeys(task for task, _ in groups))
     names = {task: f'tasks/{media.slug(task)}.html' for task in tasks}
@@ -527,7 +532,7 @@ class Report:
     files['compare.json'] = compare.figures(rows, summary).encode()
     for task in tasks:
       own = {m: runs for (t, m), runs in groups.items() if t == task}
-      page = self._task_page(task, own, origins, colors)
+      page = self._task_page(task, own, origins)
       page.update(
         table=table([row for row in rows if row['task'] == task]),
         pictures=[p for p in pictures if p.task == task],
@@ -537,7 +542,7 @@ class Report:
       )
     page = dict(
       table=table(rows),
-      panels=score_charts(groups, self._paper, colors),
+      panels=score_charts(groups, self._paper),
       sentences=list(
         compare.sentences(rows, summary, self._paper, RETURN, self._args.window)
       ),
@@ -569,16 +574,15 @@ class Report:
       return pictures + gallery.render(best)
     return pictures + gallery.rendered(best)
 
-  def _task_page(self, task, groups, origins, colors):
+  def _task_page(self, task, groups, origins):
     """What the page of a task shows besides its table and pictures.
 
     Args:
       task: its name.
       groups: {method: runs}.
       origins: {(task, method): `Origin` of each run}.
-      colors: from `method_colors`.
     """
-    reader = self._reader
+    reader, colors = self._reader, method_colors(groups)
     runs = [run for group in groups.values() for run in group]
     abouts = [about for method in groups for about in origins[task, method]]
     random = random_return(reader, runs, abouts)

@@ -67,6 +67,7 @@ setuptools.setup(
     'numpy>=2,<3',
     'imageio>=2.38,<3',
     'pillow>=11',
+    'jinja2>=3.1,<4',
     'matplotlib>=3.9,<4',
     'scipy>=1.14',
     'tqdm>=4.66,<5',
@@ -84,6 +85,7 @@ setuptools.setup(
         'ruff>=0.17,<0.18',
       ),
       *('gymnasium>=1', 'pygame>=2.6', 'imageio-ffmpeg>=0.5'),
+      *('playwright>=1.50', 'axe-playwright-python>=0.1.7'),
     ],
   },
 )

@@ -96,7 +96,7 @@ def test_tables_of_flags_are_those_of_the_code():
 
 def test_tables_of_flags_that_differ_are_noticed(tmp_path):
   (tmp_path / 'docs').mkdir()
-  for path in [*ROOT.glob('*.py'), *ROOT.glob('docs/*')]:
+  for path in [*ROOT.glob('*.py'), *ROOT.glob('docs/*.*')]:
     (tmp_path / path.relative_to(ROOT)).write_bytes(path.read_bytes())
   page = tmp_path / 'docs' / 'usage.md'
   before = page.read_text()

@@ -2,7 +2,6 @@
 
 import html.parser
 import json
-import os
 import pathlib
 import re
 import shlex
@@ -332,7 +331,7 @@ def test_normalized_score_by_hand(tmp_path):
   write_run(tmp_path / 'c', 'dmc_cheetah_run', 0, cheetah)
   groups = compare.group_runs(compare.find_runs([tmp_path]))
   paper = compare.load_paper()
-  (chart,) = report.score_charts(groups, paper, {'dreamer': 'c0'})
+  (chart,) = report.score_charts(groups, paper)
   assert chart.about == 'return / 1000, mean of 2 tasks'
   # At 1e5 (200 + 200) / 2, at 150,000 ((200 + 500) / 2 + 300) / 2.
   assert chart.words.endswith('dreamer ends at 0.325')
@@ -481,7 +480,7 @@ def test_a_kill_at_any_time_leaves_whole_pages(tmp_path):
 
 def test_videos_are_within_the_limit():
   rng = np.random.default_rng(0)  # noise, which does not compress
-  noise = rng.integers(0, 255, (300, 64, 64, 3)).astype(np.uint8)
+  noise = rng.integers(0, 255, (90, 64, 64, 3)).astype(np.uint8)
   extension, data = media.encode(noise, 20)
   assert extension == '.mp4' and len(data) <= media.LIMIT
   image = rng.integers(0, 255, (900, 700, 3)).astype(np.uint8)
@@ -525,3 +524,19 @@ def test_videos_are_rendered_once_for_each_checkpoint(tmp_path):
   assert time.monotonic() - start < 5  # TensorFlow alone takes longer
   make_site(tmp_path / 'runs', site)  # and they stay without the flag
   assert {p: p.stat().st_mtime_ns for p in site.rglob('media/*')} == before
+
+
+# --- The page of this repository --------------------------------------------
+
+
+def test_the_page_of_this_repository_is_of_its_runs():
+  """If not: docs/usage.md has the command that makes it."""
+  site = ROOT / 'docs/site'
+  groups = compare.group_runs(compare.find_runs([ROOT / 'scores/runs']))
+  rows = compare.compare(groups, compare.load_paper(), 1e5)
+  shown = json.loads((site / 'compare.json').read_text())['rows']
+  for name in ('task', 'method', 'steps', 'seeds', 'verdict'):
+    assert [r[name] for r in shown] == [r[name] for r in rows]
+  assert [r['mean'] for r in shown] == pytest.approx([r['mean'] for r in rows])
+  sizes = [p.stat().st_size for p in site.rglob('*') if p.is_file()]
+  assert sum(sizes) < 6e6 and max(sizes) < 2e6

@@ -14,7 +14,7 @@ MODULES = {p.stem: p for p in ROOT.glob('*.py') if p.stem != 'setup'}
 # load, and `quiet`, which loads TensorFlow with its messages off.
 OPTIONAL = {
   *('ray', 'rich', 'gym', 'ale_py', 'deepmind_lab', 'dm_control'),
-  *('matplotlib', 'OpenGL', 'ray_workers'),
+  *('matplotlib', 'OpenGL', 'ray_workers', 'imageio_ffmpeg'),
 }
 
 
@@ -56,7 +56,9 @@ def test_functions_import_only_what_is_optional(name):
   assert imports(name)[1] <= OPTIONAL | standard
 
 
-@pytest.mark.parametrize('name', ['suites', 'configs', 'compare', 'sweep'])
+@pytest.mark.parametrize(
+  'name', ['suites', 'configs', 'compare', 'sweep', 'report']
+)
 def test_loads_without_tensorflow(name):
   """Workers must not have it, and tables and flags should not wait for it."""
   code = f'import sys, {name}; sys.exit("tensorflow" in sys.modules)'
