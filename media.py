@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -70,7 +71,7 @@ class Picture:
 
 def digest(*parts):
   """Ten characters that stand for texts and bytes."""
-  data = [p if isinstance(p, bytes) else str(p).encode() for p in parts]
+  data = [p if isinstance(p, bytes) else os.fsencode(str(p)) for p in parts]
   return hashlib.sha256(b'\0'.join(data)).hexdigest()[:10]
 
 
@@ -79,7 +80,7 @@ def slug(name):
   if re.fullmatch(r'[a-z0-9_-]{1,80}', name):
     return name
   plain = re.sub(r'[^A-Za-z0-9_-]+', '-', name)[:80].strip('-')
-  return f'{plain or "name"}-{digest(name.encode("utf-8", "backslashreplace"))}'
+  return f'{plain or "name"}-{digest(name)}'
 
 
 # --- Reading and writing ----------------------------------------------------

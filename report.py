@@ -192,7 +192,6 @@ class Reader:
 
   def __init__(self):
     self._files = {}  # {path: (size and time, {name: (x, y)})}
-    self.reads = 0
 
   def __call__(self, path, xaxis, yaxis):
     """As `compare.read_metrics`."""
@@ -201,7 +200,6 @@ class Reader:
       series = compare.read_series(path, xaxis, NAMES)
       thin = {k: _thinned(*v) for k, v in series.items() if k != yaxis}
       self._files[path] = state, {**series, **thin}
-      self.reads += 1
     return self._files[path][1][yaxis]
 
   def of(self, run, name):
@@ -489,11 +487,7 @@ class Report:
     self._paper = compare.load_paper()
     self._templates = make_templates()
     self._state = None
-    _check_place(args.outdir, self._find())
-    self._site = Site(args.outdir)
-
-  def _find(self):
-    return compare.find_runs(self._args.indir, read=self._reader)
+    self._site = None
 
   def update(self, refresh=0):
     """Writes what has changed.
@@ -505,7 +499,11 @@ class Report:
       Whether anything had changed.
     """
     args = self._args
-    runs = compare.select(self._find(), args.tasks, args.methods)
+    runs = compare.find_runs(args.indir, read=self._reader)
+    if not self._site:
+      _check_place(args.outdir, runs)
+      self._site = Site(args.outdir)
+    runs = compare.select(runs, args.tasks, args.methods)
     state = refresh, [(run.folder, *map(_state, _sources(run))) for run in runs]
     if state == self._state:
       return False

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -384,6 +385,43 @@ def test_pages_of_runs_that_are_gone_go_and_other_files_stay(tmp_path):
   assert (tmp_path / 'kept.txt').read_text() == 'kept'
 
 
+def test_many_long_runs_take_little_time(tmp_path):
+  numbers = dict.fromkeys([*report.NAMES, 'a', 'b', 'c', 'd'], 1 / 3)
+  for seed in range(20):
+    folder = write_run(tmp_path / f'runs/{seed}', WALK, seed, [])
+    lines = (json.dumps({'step': s, **numbers}) + '\n' for s in range(5000))
+    (folder / 'metrics.jsonl').write_text(''.join(lines))
+  start = time.monotonic()
+  make_site(tmp_path / 'runs', tmp_path / 'site')
+  assert time.monotonic() - start < 20  # some 4; a fifth of 100 runs
+
+
+BROKEN = [
+  dict(preset=5),
+  dict(preset='none', inputs=[]),
+  dict(inputs='state,,', prefill='many', clip_rewards='none'),
+  dict(prefill=True, logdir=7, horizon=None, env_args='x'),
+  dict(env_args={'a': ['<b>']}, logdir={'a': 1}, steps=[1, {}]),
+]
+
+
+def test_nonsense_in_files_of_a_run(tmp_path):
+  for i, flags in enumerate(BROKEN):
+    folder = write_run(tmp_path / f'runs/{i}', f'gym_{i}', i, [(9, 1)], **flags)
+    (folder / 'metrics.jsonl').write_text(
+      '{"step": -5, "test/return": -1e300}\n{"step": 1e300, "div": 1e308}\n'
+      f'{{"step": 3, "test/return": 1{"0" * 400}}}\n{"[" * 100_000}\n'
+      '{"step": 4, "div": {"a": 1}}\n{"step": 5, "test/return": null}\n\0\n'
+    )
+  for i, text in enumerate(['[]', '{"code": [], "versions": {"a": {}}}', '\0']):
+    (tmp_path / f'runs/{i}/run.json').write_text(text)
+  strange = tmp_path / 'runs' / os.fsdecode(b'toy_\xff\n/m\xfe/0')
+  write_metrics(strange, [(100, 1.0)])
+  (tmp_path / 'runs/4/metrics.jsonl').unlink()
+  make_site(tmp_path / 'runs', tmp_path / 'site')
+  assert len(pages(tmp_path / 'site')) == 7
+
+
 @pytest.mark.parametrize(
   'words, message',
   [
@@ -487,8 +525,19 @@ def test_videos_are_within_the_limit():
   assert len(media.encode_still(image)) <= media.LIMIT
 
 
+def test_without_ffmpeg_videos_are_animated_webp():
+  frames = np.zeros((9, 32, 48, 3), np.uint8)
+  frames[:, :, :24] = np.arange(9, dtype=np.uint8)[:, None, None, None] * 25
+  data = media._webp(frames, 20, 75)
+  assert data[:4] == b'RIFF' and data[8:12] == b'WEBP'
+  again = imageio.imread(data, extension='.webp', index=...)[..., :3]
+  assert again.shape == frames.shape
+  assert np.abs(again.astype(int) - frames).max() < 12
+
+
 def test_names_of_files_are_safe_and_differ():
   names = ['dmc_a', 'DMC_A', 'a b', 'a/b', '../a', 'ä', '<', '', 'a' * 300]
+  names += ['\udcff']  # not UTF-8
   slugs = [media.slug(name) for name in names]
   assert slugs[0] == 'dmc_a'
   assert len({slug.lower() for slug in slugs}) == len(names)
