@@ -202,6 +202,10 @@ class Reader:
       self._files[path] = state, {**series, **thin}
     return self._files[path][1][yaxis]
 
+  def state(self, run):
+    """Size and time of what was read of a run."""
+    return self._files[run.folder / 'metrics.jsonl'][0]
+
   def of(self, run, name):
     """The run with other numbers in the place of its scores."""
     x, y = self._files[run.folder / 'metrics.jsonl'][1][name]
@@ -265,7 +269,8 @@ def _json(path):
 
 def _flags(command):
   """All flags of a command of dreamer.py, {} for another."""
-  with contextlib.suppress(ValueError, UserError):
+  quiet = contextlib.redirect_stdout(io.StringIO())  # with --help
+  with contextlib.suppress(ValueError, UserError, SystemExit), quiet:
     words = shlex.split(command)
     return dict(configs.parse_flags(words[words.index('dreamer.py') + 1 :]))
   return {}
@@ -393,9 +398,9 @@ def _paper_line(steps, values, last):
   return Line('paper, Dreamer', 'paper', steps[has], values[has])
 
 
-def _paper_level(paper, value, unit=''):
+def _paper_level(paper, value):
   steps = compare.brief(paper['methods']['dreamer']['steps'])
-  return Level(f'paper at {steps}, {value:.4g}{unit}', 'paper', value)
+  return Level(f'paper at {steps}, {value:.4g}', 'paper', value)
 
 
 def score_charts(groups, paper):
@@ -424,25 +429,26 @@ def _score_chart(method, tasks, paper):
   if first > last:
     return None
   steps = np.linspace(first, last, 30 if first < last else 1)
-  ours = np.mean(
-    [np.mean([_at(r, steps) for r in group], 0) for group in tasks.values()], 0
-  )
-  curves = [paper['curves'][task] for task in tasks]
-  places = np.array(min((curve['steps'] for curve in curves), key=len))
-  theirs = np.mean(
-    [np.interp(places, curve['steps'], curve['mean']) for curve in curves], 0
-  )
+  scores = [np.mean([_at(r, steps) for r in g], 0) for g in tasks.values()]
+  theirs = _paper_line(*_paper_mean(tasks, paper), last)
   final = np.mean([paper['final'][task]['dreamer'] for task in tasks])
-  line = _paper_line(places, theirs / compare.SCALE, last)
   count = f'{len(tasks)} task{"s" * (len(tasks) > 1)}'
   return Chart(
     method,
     f'return / {compare.SCALE}, mean of {count}',
-    [line, Line(method, 'c0', steps, ours / compare.SCALE)],
+    [theirs, Line(method, 'c0', steps, np.mean(scores, 0) / compare.SCALE)],
     [_paper_level(paper, final / compare.SCALE)],
     (0, 1),
-    max(last, line.x[-1]),
+    max(last, theirs.x[-1]),
   )
+
+
+def _paper_mean(tasks, paper):
+  """Steps of the paper's curves, and their normalized mean over tasks."""
+  curves = [paper['curves'][task] for task in tasks]
+  steps = np.array(min((curve['steps'] for curve in curves), key=len))
+  means = [np.interp(steps, curve['steps'], curve['mean']) for curve in curves]
+  return steps, np.mean(means, 0) / compare.SCALE
 
 
 def _at(run, steps):
@@ -504,7 +510,7 @@ class Report:
       _check_place(args.outdir, runs)
       self._site = Site(args.outdir)
     runs = compare.select(runs, args.tasks, args.methods)
-    state = refresh, [(run.folder, *map(_state, _sources(run))) for run in runs]
+    state = refresh, [(run.folder, *self._state_of(run)) for run in runs]
     if state == self._state:
       return False
     gallery = media.Gallery(self._site)
@@ -514,31 +520,39 @@ class Report:
     self._state = state
     return True
 
+  def _state_of(self, run):
+    """What changes when something on the pages does."""
+    names = 'config.json', 'run.json', 'checkpoints'
+    others = [_state(run.folder / name) for name in names]
+    return self._reader.state(run), *others
+
   def _pages(self, groups, gallery, refresh):
     """{name: bytes} of all pages, the index last."""
     rows = compare.compare(groups, self._paper, self._args.window)
-    summary = compare.summarize(rows)
     pictures = self._pictures(groups, rows, gallery)
     origins = {k: [origin(r) for r in runs] for k, runs in groups.items()}
     tasks = list(dict.fromkeys(task for task, _ in groups))
     names = {task: f'tasks/{media.slug(task)}.html' for task in tasks}
     shared = dict(title=self._args.title, refresh=refresh, names=names)
-    files = {
-      name: (media.ROOT / 'templates' / name).read_bytes()
-      for name in ('style.css', 'page.js')
-    }
-    files['compare.json'] = compare.figures(rows, summary).encode()
+    summary = compare.summarize(rows)
+    files = {'compare.json': compare.figures(rows, summary).encode()}
+    for name in ('style.css', 'page.js'):
+      files[name] = (media.ROOT / 'templates' / name).read_bytes()
     for task in tasks:
       own = {m: runs for (t, m), runs in groups.items() if t == task}
       page = self._task_page(task, own, origins)
-      page.update(
-        table=table([row for row in rows if row['task'] == task]),
-        pictures=[p for p in pictures if p.task == task],
-      )
-      files[names[task]] = self._render(
-        'task.html', root='../', **shared, **page
-      )
-    page = dict(
+      page['table'] = table([row for row in rows if row['task'] == task])
+      page['pictures'] = [p for p in pictures if p.task == task]
+      page.update(shared, root='../')
+      files[names[task]] = self._render('task.html', page)
+    page = self._index_page(groups, rows, summary, pictures, origins)
+    files['index.html'] = self._render('index.html', {**page, **shared})
+    return files
+
+  def _index_page(self, groups, rows, summary, pictures, origins):
+    """What the index shows."""
+    return dict(
+      root='',
       table=table(rows),
       panels=score_charts(groups, self._paper),
       sentences=list(
@@ -551,11 +565,9 @@ class Report:
       provenance=provenance(itertools.chain(*origins.values())),
       made=datetime.datetime.now(datetime.UTC),
     )
-    files['index.html'] = self._render('index.html', root='', **shared, **page)
-    return files
 
-  def _render(self, name, **values):
-    text = self._templates.get_template(name).render(**values)
+  def _render(self, name, values):
+    text = self._templates.get_template(name).render(values)
     return text.encode('utf-8', 'backslashreplace')
 
   def _pictures(self, groups, rows, gallery):
@@ -619,12 +631,6 @@ def _check_place(outdir, runs):
       )
 
 
-def _sources(run):
-  """Files of which a change shows on the pages."""
-  names = 'config.json', 'run.json', 'metrics.jsonl', 'checkpoints'
-  return [run.folder / name for name in names]
-
-
 def rule():
   """Items of `compare.rule`, without marks of Markdown."""
   items = compare.rule().replace('`', '').split('- ')[1:]
@@ -669,12 +675,11 @@ def last_evaluation(run):
 def facts(groups):
   """Words and counts for the top of the index."""
   runs = [run for group in groups.values() for run in group]
-  steps = sum(run.steps[-1] for run in runs if len(run.steps))
   return {
     'tasks': len({task for task, _ in groups}),
     'methods': len({method for _, method in groups}),
     'runs': len(runs),
-    'environment steps': charts.short(steps),
+    'episodes of evaluation': sum(len(run.steps) for run in runs),
   }
 
 

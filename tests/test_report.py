@@ -244,7 +244,8 @@ def test_flags_follow_from_the_command_of_a_run_without_config(tmp_path):
     3,
   )
   assert report.differences([run], [about]) == [('--horizon', '8', '3')]
-  for broken in ('{', '[1]', '{"command": "x \\"", "versions": 3}'):
+  words = ('{"command": "x \\""}', '{"command": "dreamer.py --help"}')
+  for broken in ('{', '[1]', '{"versions": 3}', *words):
     (folder / 'run.json').write_text(broken)
     assert report.origin(run).flags == {}
 
