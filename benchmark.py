@@ -107,7 +107,7 @@ def _first_update(config, logdir):
 
 def train(config, repeats):
   """Seconds of an update, and of its parts, each compiled on its own."""
-  agent = _agent(config)
+  agent = training_agent(config)
   folder, inputs = config.logdir / 'episodes', agent.world.inputs
   batch = next(replay.load_dataset(folder, config, inputs=inputs))
   times = median(lambda: agent.train(batch)['model_loss'].numpy(), repeats)
@@ -121,7 +121,8 @@ def train(config, repeats):
   return figures, dict(update_s=times[1:], update_split_s=spread)
 
 
-def _agent(config):
+def training_agent(config):
+  """A fresh `dreamer.Dreamer` for the task of a config."""
   training.setup_precision(config.precision)
   env = environments.make_env(config)
   spec = environments.env_spec(config, env)
@@ -240,7 +241,7 @@ def update_flops(agent, config):
 
 def policy(config, repeats):
   """Milliseconds of one call, for 1 and 8 environments."""
-  agent = _agent(config)
+  agent = training_agent(config)
   figures, spread = {}, {}
   for envs in (1, 8):
     shapes = agent.world.inputs
@@ -329,7 +330,7 @@ def _run(config, repeats):
     train_steps=config.train_steps // block,
     time_limit=min(config.time_limit, 200),
   )
-  agent = _agent(config)
+  agent = training_agent(config)
   team, stop = distribute.Team(), cli.StopSignal()
   logger = Logger(config.logdir, config.steps)
   learner = Learner(agent, training.Run(config, team, stop, logger))

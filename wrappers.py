@@ -141,6 +141,9 @@ class DeepMindControl:
     renders = spaces.names_image(f'{inputs},{record}')
     if renders:
       refuse_tensorflow(f'dmc_{name}')
+    if renders and detail != 'full':
+      # Of Mesa; a small image of low detail gains nothing by threads.
+      os.environ.setdefault('LP_NUM_THREADS', '0')
     domain, task = DMC_TASKS[name]
     self._size = tuple(size)
     suite = _import_suite(renders)

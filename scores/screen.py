@@ -47,7 +47,7 @@ ARMS = {
   'rate2e-3': dict(model_lr=2e-3),
 }
 # Seconds of the world model's part of an update, in those of 16x16 (--costs).
-COSTS = {(16, 16): 1.0, (8, 32): 1.1, (16, 32): 1.95}
+COSTS = {(16, 16): 1.0, (8, 32): 1.03, (16, 32): 1.9}
 CONTEXT, AHEAD, STRIDE = 5, (1, 5, 15), 10
 
 

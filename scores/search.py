@@ -3,11 +3,11 @@
     python scores/search.py --logdir /tmp/search --arms base,actor3e-5 --seeds 0
     python scores/search.py --logdir /tmp/search --arms table --tasks dmc20
 
-Arms are `ARMS`: flags beside `--preset cpu --inputs state`. What is finished is
-skipped and what was stopped resumes, so that the same command goes on. A run
-that ends is copied to scores/runs/TASK/METHOD-ARM/SEED: metrics.jsonl and a
-run.json with command, commit, versions and machine. Started twice, with other
-arms, it makes two runs at a time; each uses one thread.
+Arms are `ARMS`: flags beside `--preset cpu`, all for equal modelled time. What
+is finished is skipped and what was stopped resumes, so that the same command
+goes on. A run that ends is copied to scores/runs/TASK/METHOD-ARM/SEED:
+metrics.jsonl and a run.json with command, commit, versions and machine. Started
+twice, with other arms, it makes two runs at a time; each uses one thread.
 """
 
 import argparse
@@ -24,28 +24,40 @@ import compare
 import configs
 
 ROOT = pathlib.Path(__file__).parents[1]
+RUNS = ROOT / 'scores/runs'
 TASKS = 'cartpole_balance', 'walker_walk', 'finger_spin'
-EVALUATE = dict(eval_every=10_000, eval_episodes=3)
-SEARCH = dict(EVALUATE, steps=40_000)
 ARMS = {
-  'base': SEARCH,
-  'one-kl': dict(SEARCH, kl_balance=0, kl_scale=0.3),
-  'entropy0.003': dict(SEARCH, actor_entropy=0.003),
-  'entropy0.03': dict(SEARCH, actor_entropy=0.03),
-  'starts128': dict(SEARCH, imag_starts=128),
-  'updates100': dict(SEARCH, train_steps=100),
-  'updates400': dict(SEARCH, train_steps=400),
-  'actor3e-5': dict(SEARCH, actor_lr=3e-5),
-  'horizon10': dict(SEARCH, horizon=10),
-  'table': dict(EVALUATE, steps=100_000),
+  'base': {},
+  'one-kl': dict(kl_balance=0, kl_scale=0.3),
+  'entropy0.003': dict(actor_entropy=0.003),
+  'entropy0.03': dict(actor_entropy=0.03),
+  'starts128': dict(imag_starts=128),
+  'updates100': dict(train_steps=100),
+  'updates400': dict(train_steps=400),
+  'actor3e-5': dict(actor_lr=3e-5),
+  'horizon10': dict(horizon=10),
+  'table': {},
 }
+# Seconds of 1,000 environment steps with their updates, by --costs and 1.1 s of
+# acting. All arms have the time of 40,000 steps of the first, and are evaluated
+# four times in it.
+SECONDS = dict(starts128=27.1, updates100=9.9, updates400=38.0, horizon10=15.7)
+USUAL, STEPS = 18.7, dict(table=100_000)
 THREADS = dict(
   TF_NUM_INTRAOP_THREADS='1', TF_NUM_INTEROP_THREADS='2', OMP_NUM_THREADS='1'
 )
 
 
+def length(arm):
+  """Environment steps of an arm's runs."""
+  steps = 40_000 * USUAL / SECONDS.get(arm, USUAL)
+  return STEPS.get(arm, 1000 * round(steps / 1000))
+
+
 def command(logdir, task, arm, seed, inputs):
   flags = dict(task=task, seed=seed, preset='cpu', inputs=inputs, **ARMS[arm])
+  flags.update(steps=length(arm), eval_episodes=3)
+  flags.update(eval_every=10_000 if arm in STEPS else length(arm) // 4)
   words = [f'--{k}={v}' for k, v in flags.items()]
   return ['dreamer.py', f'--logdir={logdir}', *words]
 
@@ -92,6 +104,40 @@ def keep(logdir, folder, words):
       target.write(content)
 
 
+def time_costs(task, inputs, repeats=15):
+  """Prints seconds of an update and of 1,000 environment steps, by arm.
+
+  Updates are made in turns; the environment's seconds are not among them.
+  """
+  import numpy as np
+
+  import benchmark
+
+  calls, counts = {}, {}
+  for arm in ARMS:
+    config = configs.parse_flags(command('x', task, arm, 0, inputs)[1:])
+    agent = benchmark.training_agent(config)
+    size = config.batch_size, config.batch_length
+    batch = {
+      k: np.zeros([*size, *shape], np.uint8 if len(shape) == 3 else np.float32)
+      for k, shape in agent.world.inputs.items()
+    }
+    batch.update(
+      action=np.zeros([*size, agent.actions], np.float32),
+      reward=np.zeros(size, np.float32),
+      discount=np.ones(size, np.float32),
+    )
+    calls[arm] = lambda a=agent, b=batch: a.train(b)['model_loss'].numpy()
+    counts[arm] = 1000 * config.train_steps / config.train_every
+  times = {arm: [] for arm in ARMS}
+  for _ in range(repeats):
+    for arm, call in calls.items():
+      times[arm].append(benchmark.median(call, 1)[0])
+  for arm, seconds in times.items():
+    middle = float(np.median(seconds))
+    print(f'{arm:14} {middle:.4f} s {counts[arm] * middle:6.1f} s')
+
+
 def machine():
   lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
   names = [line.partition(':')[2].strip() for line in lines if 'name' in line]
@@ -105,8 +151,12 @@ def main():
   parser.add_argument('--tasks', default=','.join(f'dmc_{x}' for x in TASKS))
   parser.add_argument('--seeds', default='0', help='by commas')
   parser.add_argument('--inputs', default='state')
+  parser.add_argument('--costs', action='store_true', help='of an update')
   args = parser.parse_args()
   tasks = args.tasks.split(',')
+  if args.costs:
+    time_costs(tasks[0], args.inputs)
+    tasks = []
   if tasks == ['dmc20']:
     tasks = list(compare.load_paper()['final'])
   for seed in args.seeds.split(','):
@@ -116,7 +166,7 @@ def main():
         words = command(logdir, task, arm, seed, args.inputs)
         config = configs.parse_flags(words[1:])
         method = f'{configs.method_name(config)}-cpu-{arm}'
-        folder = ROOT / 'scores/runs' / task / method / seed
+        folder = RUNS / task / method / seed
         if (folder / 'run.json').exists():
           continue
         print(*words, flush=True)

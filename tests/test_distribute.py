@@ -231,7 +231,7 @@ def test_update_is_that_of_one_device(folder, single, strategy, cases):
       assert ours.keys() == theirs.keys()
       for name, value in theirs.items():
         # A saturated action's log-probability hangs on its last bits.
-        least = 0.1 if name == 'action_ent' else 1e-3
+        least = 0.1 if name.startswith('action_ent') else 1e-3
         near = pytest.approx(value, rel=0.02 if half else 1e-3, abs=least)
         assert ours[name] == near, (case, name)
 

@@ -1,0 +1,68 @@
+"""Scripts of the search in scores/: their arms, and a small run of each."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import screen
+import search
+
+import configs
+import dreamer
+
+
+def test_arms_differ_and_take_as_long():
+  """Seconds of a run: those of its environment steps, and of the base."""
+  seen = []
+  for arm, flags in search.ARMS.items():
+    words = search.command('x', 'dmc_walker_walk', arm, '0', 'state')
+    config = configs.parse_flags(words[1:])
+    assert (config.preset, config.eval_episodes) == ('cpu', 3)
+    assert all(config[k] == v for k, v in flags.items())
+    seen.append({k: v for k, v in config.items() if k != 'eval_every'})
+    seconds = search.SECONDS.get(arm, search.USUAL) * config.steps / 1000
+    if arm not in search.STEPS:
+      assert seconds == pytest.approx(40 * search.USUAL, rel=0.03)
+  assert all(seen.count(config) == 1 for config in seen)
+
+
+@pytest.mark.slow
+def test_screen_foretells_rewards(tmp_path):
+  """Of a toy; every fifth episode is held out, and the logdir left alone."""
+  logdir = tmp_path / 'run'
+  words = [f'--logdir={logdir}', '--task=toy_reach', '--preset=debug']
+  assert dreamer.main([*words, '--precision=32', '--steps=500']) == 0
+  paths = sorted(logdir.rglob('*'))
+  episodes = sorted((logdir / 'episodes').glob('*.npz'))
+  learned = tmp_path / 'learned'
+  learned.mkdir()
+  held_out = screen.split(logdir, learned)
+  assert held_out == episodes[4::5] and len(held_out) == 2
+  assert {p.name for p in learned.iterdir()} == {
+    path.name for path in episodes if path not in held_out
+  }
+  found = screen.learn(logdir, dict(cnn_depth=4, batch_length=32), 0, 20)
+  assert found['updates'] == int(20 / 1.9)  # for equal time
+  assert all(np.isfinite(found[k]) and found[k] > 0 for k in (1, 5, 15))
+  assert sorted(logdir.rglob('*')) == paths
+
+
+@pytest.mark.slow
+def test_search_keeps_finished_runs(tmp_path, monkeypatch):
+  small = dict(steps=300, prefill=200, pretrain=1, train_steps=1)
+  monkeypatch.setitem(search.ARMS, 'base', small)
+  monkeypatch.setattr(search, 'RUNS', tmp_path / 'runs')
+  monkeypatch.setattr(search, 'length', lambda arm: 300)
+  words = ['search.py', f'--logdir={tmp_path}/logs', '--tasks=toy_reach']
+  monkeypatch.setattr(sys, 'argv', words)
+  search.main()
+  folder = tmp_path / 'runs/toy_reach/dreamer-state-cpu-base/0'
+  record = json.loads((folder / 'run.json').read_text())
+  assert (record['steps'], record['seed']) == (300, 0)
+  assert '--pretrain=1' in record['command'].split()
+  assert (folder / 'metrics.jsonl').read_text().count('train/return') == 6
+  log = tmp_path / 'logs/toy_reach/base/0.out'
+  text = log.read_text()
+  search.main()  # nothing is left to do
+  assert 'Finished at step 300' in text and log.read_text() == text
