@@ -17,7 +17,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import resource
 import subprocess
 import sys
@@ -351,16 +350,6 @@ def _run(config, repeats):
 # --- Command ----------------------------------------------------------------
 
 
-def machine():
-  """What this machine is, in words and numbers."""
-  cpu = platform.processor() or platform.machine()
-  info = pathlib.Path('/proc/cpuinfo')
-  if info.exists():
-    names = [x for x in info.read_text().splitlines() if 'model name' in x]
-    cpu = names[0].split(':')[1].strip() if names else cpu
-  return dict(cpu=cpu, cores=os.cpu_count(), system=platform.platform())
-
-
 def work(part, config, repeats):
   """Runs one part in this process: what `main` gathers from all of them."""
   functions = dict(gemm=gemm, startup=startup, train=train, policy=policy)
@@ -486,7 +475,9 @@ def run(argv):
 
 def gather(parts, words, repeats, logdir):
   """Runs each part in a process of its own, and joins what they measured."""
-  report = dict(machine=machine(), versions=configs.versions(), spread={})
+  report = dict(
+    machine=configs.machine(), versions=configs.versions(), spread={}
+  )
   peaks = {}
   for part in ('gemm', *(p for p in parts if p != 'memory')):
     command = [sys.executable, __file__, *words, f'--repeats={repeats}']

@@ -5,10 +5,14 @@ Precedence: flag > preset > inputs > task > default. No TensorFlow.
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
+import os
 import pathlib
+import platform
 import re
+import subprocess
 import sys
 import typing
 
@@ -653,7 +657,8 @@ def write_config(config, inputs=None, actions=None):
   record = _read_config(path) if path.exists() else dict(started=now)
   record.update(method=method_name(config), format=FORMAT)
   record['config'] = {k: _plain(v) for k, v in config.items()}
-  record['versions'] = versions()
+  about = '{cores} cores of {cpu}, {system}'.format(**machine())
+  record.update(versions=versions(), code=commit(), machine=about)
   if inputs:
     record['observations'] = {k: list(v) for k, v in inputs.items()}
     record['actions'] = spaces.action_record(actions)
@@ -678,6 +683,30 @@ def versions():
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[package] = importlib.metadata.version(package)
   return versions
+
+
+def machine():
+  """What this machine is: its processor, cores and system."""
+  cpu = platform.processor() or platform.machine()
+  info = pathlib.Path('/proc/cpuinfo')
+  if info.exists():
+    names = [x for x in info.read_text().splitlines() if 'model name' in x]
+    cpu = names[0].split(':')[1].strip() if names else cpu
+  return dict(cpu=cpu, cores=os.cpu_count(), system=platform.platform())
+
+
+def commit():
+  """Of this code, with a + where files differ from it; None if unknown."""
+  root = str(pathlib.Path(__file__).parent)
+  git = ['git', '--no-optional-locks', '-C', root]
+  ask = functools.partial(
+    subprocess.run, capture_output=True, text=True, check=True
+  )
+  with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    if ask([*git, 'rev-parse', '--show-prefix']).stdout.strip():
+      return None  # installed below another repository
+    return ask([*git, 'describe', '--always', '--dirty=+']).stdout.strip()
+  return None
 
 
 def _check_resume(config, saved):

@@ -1,7 +1,11 @@
 """Flags, their defaults, and the logdirs that a run refuses."""
 
 import json
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
 import tempfile
 
 import gym
@@ -339,6 +343,33 @@ def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert saved['config']['steps'] == 123
   assert saved['versions']['tensorflow'] == tf.__version__
+  assert saved['machine'].startswith(f'{os.cpu_count()} cores of ')
+  assert saved['code'] == configs.commit()
+
+
+def test_commit_is_that_of_this_code(tmp_path):
+  git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a']
+  shutil.copy(configs.__file__, tmp_path)
+  code = 'import importlib.util as u, sys; spec = u.spec_from_file_location('
+  code += '"c", sys.argv[1]); c = u.module_from_spec(spec); '
+  code += 'spec.loader.exec_module(c); print(c.commit())'
+
+  def commit(folder=tmp_path):
+    words = [sys.executable, '-c', code, str(folder / 'configs.py')]
+    root = pathlib.Path(configs.__file__).parent
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    return done.stdout.strip()
+
+  assert commit() == 'None'
+  for words in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'a']):
+    subprocess.run([*git, *words], check=True)
+  head = subprocess.check_output([*git, 'rev-parse', 'HEAD'], text=True)
+  assert head.startswith(commit()) and len(commit()) >= 7
+  (tmp_path / 'configs.py').open('a').write('\n')
+  assert head.startswith(commit()[:-1]) and commit()[-1] == '+'
+  (tmp_path / 'below').mkdir()  # such as a virtual environment
+  shutil.copy(configs.__file__, tmp_path / 'below')
+  assert commit(tmp_path / 'below') == 'None'
 
 
 @pytest.mark.parametrize(
