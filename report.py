@@ -558,7 +558,7 @@ class Report:
       sentences=list(
         compare.sentences(rows, summary, self._paper, RETURN, self._args.window)
       ),
-      rule=rule(),
+      rule=rule(self._args.window),
       behaviors=first_of_each(pictures, 'behavior', 'best'),
       dreams=first_of_each(pictures, 'dream'),
       facts=facts(groups),
@@ -631,9 +631,10 @@ def _check_place(outdir, runs):
       )
 
 
-def rule():
-  """Items of `compare.rule`, without marks of Markdown."""
-  items = compare.rule().replace('`', '').split('- ')[1:]
+def rule(window):
+  """Items of `compare.rule`, with the window's steps, without Markdown."""
+  text = compare.rule().replace('`--window`', f'{window:,.0f}')
+  items = text.replace('`', '').split('- ')[1:]
   return [' '.join(item.split()) for item in items]
 
 

@@ -167,6 +167,8 @@ def test_figures_are_those_of_compare(made, tmp_path):
   text = ' '.join(Page(site / 'index.html').texts)
   assert 'dreamer: tasks 1, mean normalized score' in text
   assert '5 tasks 4 methods 8 runs' in text
+  assert 'in the window of 100,000 environment steps' in text
+  assert 'Verdict: within where the 95% interval' in text
 
 
 def test_each_task_has_a_page_that_the_index_leads_to(made):
