@@ -47,7 +47,7 @@ def chromium():
     pytest.fail('no browser: apt-get install chromium, as .ci/run does')
   with sync_playwright() as playwright:
     browser = playwright.chromium.launch(
-      executable_path=path, args=['--no-sandbox']
+      executable_path=path, args=['--no-sandbox', '--disable-dev-shm-usage']
     )
     yield browser
     browser.close()
