@@ -128,7 +128,6 @@ def test_pictures_decode(site, visit):
       page.wait_for_function(
         'x => x.readyState >= 3 && x.videoWidth && !x.paused',
         arg=video.element_handle(),
-        timeout=10_000,
       )
       script = 'x => Object.assign(new Image(), {src: x.poster}).decode()'
       video.evaluate(script)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -394,9 +395,10 @@ def test_many_long_runs_take_little_time(tmp_path):
     folder = write_run(tmp_path / f'runs/{seed}', WALK, seed, [])
     lines = (json.dumps({'step': s, **numbers}) + '\n' for s in range(5000))
     (folder / 'metrics.jsonl').write_text(''.join(lines))
-  start = time.monotonic()
+  start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
   make_site(tmp_path / 'runs', tmp_path / 'site')
-  assert time.monotonic() - start < 10  # some 2; a tenth of 100 runs
+  end = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+  assert end - start < 6  # some 2; a tenth of a minute for a tenth of the runs
 
 
 BROKEN = [
@@ -571,9 +573,9 @@ def test_videos_are_rendered_once_for_each_checkpoint(tmp_path):
   before = {p: p.stat().st_mtime_ns for p in site.rglob('media/*')}
   assert len(before) == 6  # two videos, what they begin with, two pictures
   shutil.rmtree(broken)
-  start = time.monotonic()
-  make_site(tmp_path / 'runs', site, '--videos')
-  assert time.monotonic() - start < 5  # TensorFlow alone takes longer
+  assert '4/8' in done.stderr  # episodes: none of the broken run
+  again = make_site(tmp_path / 'runs', site, '--videos')
+  assert 'episodes' not in again.stderr
   make_site(tmp_path / 'runs', site)  # and they stay without the flag
   assert {p: p.stat().st_mtime_ns for p in site.rglob('media/*')} == before
 
