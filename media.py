@@ -1,7 +1,7 @@
 """Pictures of a page: what agents do and dream, in files that browsers take.
 
 Videos are MP4 (H.264) where imageio-ffmpeg is installed, else animated WebP,
-which is larger at equal looks: 499 images of a pole, 25 kB beside 9 kB.
+which is larger at equal looks: 150 images of a pole, 25 kB beside 9 kB.
 
 `evaluate.py` renders in a process of its own, so nothing here has TensorFlow.
 """
