@@ -89,7 +89,7 @@ def keep(logdir, folder, words):
     task=config['task'],
     seed=config['seed'],
     command=f'python {" ".join(words)} --logdir ./logdir/run',
-    commit=subprocess.check_output(commit, text=True).strip(),
+    code=subprocess.check_output(commit, text=True).strip(),
     steps=max(row['step'] for row in rows),
     updates=int(max(row.get('updates', 0) for row in rows)),
     units='environment steps; return of one episode',
