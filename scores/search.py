@@ -83,17 +83,16 @@ def keep(logdir, folder, words):
   folder.mkdir(parents=True, exist_ok=True)
   metrics = (logdir / 'metrics.jsonl').read_bytes()
   rows = [json.loads(line) for line in metrics.splitlines()]
-  commit = ['git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD']
   words = [word for word in words if not word.startswith('--logdir')]
   run = dict(
     task=config['task'],
     seed=config['seed'],
     command=f'python {" ".join(words)} --logdir ./logdir/run',
-    code=subprocess.check_output(commit, text=True).strip(),
+    code=record['code'],
     steps=max(row['step'] for row in rows),
     updates=int(max(row.get('updates', 0) for row in rows)),
     units='environment steps; return of one episode',
-    machine=f'one thread of {machine()}, other jobs beside it',
+    machine=f'one thread of {record["machine"]}',
     versions=record['versions'],
   )
   for file, content in (
@@ -136,12 +135,6 @@ def time_costs(task, inputs, repeats=15):
   for arm, seconds in times.items():
     middle = float(np.median(seconds))
     print(f'{arm:14} {middle:.4f} s {counts[arm] * middle:6.1f} s')
-
-
-def machine():
-  lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-  names = [line.partition(':')[2].strip() for line in lines if 'name' in line]
-  return f'{os.cpu_count()} cores of {names[0] if names else "a CPU"}'
 
 
 def main():

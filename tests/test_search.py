@@ -61,6 +61,12 @@ def test_search_keeps_finished_runs(tmp_path, monkeypatch):
   record = json.loads((folder / 'run.json').read_text())
   assert (record['steps'], record['seed']) == (300, 0)
   assert '--pretrain=1' in record['command'].split()
+  about = json.loads(
+    (tmp_path / 'logs/toy_reach/base/0/config.json').read_text()
+  )
+  assert (
+    record['code'] == about['code'] and about['machine'] in record['machine']
+  )
   assert (folder / 'metrics.jsonl').read_text().count('train/return') == 6
   log = tmp_path / 'logs/toy_reach/base/0.out'
   text = log.read_text()
