@@ -138,7 +138,8 @@ class ActorOnly(Behavior):
       k: tf.reshape(tf.stop_gradient(v), [-1, v.shape[-1]])
       for k, v in post.items()
     }
-    start = self._some(start, tf.bitwise.invert(seeds[0]))
+    seed = tf.bitwise.invert(seeds[0])
+    start = distribute.some_rows(start, self._c.imag_starts, seed)
 
     def step(carry, seeds):
       state, _ = carry
@@ -154,16 +155,6 @@ class ActorOnly(Behavior):
       (start, tf.zeros_like(start['stoch'][:, 0])),
     )
     return dynamics.get_feat(states), entropy
-
-  def _some(self, states, seed):
-    """`--imag_starts` of states {...: [N, ...]}, drawn without repetition."""
-    count, wanted = states['stoch'].shape[0], self._c.imag_starts
-    wanted = -(-wanted // distribute.replica()[1])
-    if not 0 < wanted < count:
-      return states
-    chance = tf.random.stateless_uniform([count], seed)
-    index = tf.math.top_k(chance, wanted, sorted=False).indices
-    return {k: tf.gather(v, index) for k, v in states.items()}
 
   def _entropy(self, dist, action):
     """Of the action model in nats [N], by one sample where there is no form."""

@@ -169,7 +169,7 @@ def _pieces(agent, batch, config):
     return sum(tf.reduce_sum(s[k]) for s in states for k in ('mean', 'std'))
 
   def heads(feat):
-    terms = world.representation.likes(feat, embed, data)
+    terms = world.representation.likes(feat, embed, data, seeds[0])
     for name in world.heads.keys() & data.keys():
       terms[name] = world.heads[name](feat).log_prob(data[name])
     return -sum(tf.reduce_mean(term) for term in terms.values())

@@ -188,6 +188,9 @@ FLAGS = {
   'World model': [
     Flag('representation', REPRESENTATION, 'reconstruction',
          'what states are learned from, besides rewards', 'section 4', FIXED),
+    Flag('decode_images', Whole(), 0,
+         'images of a batch that are reconstructed, drawn anew; 0: all',
+         'Eq. 10: all'),
     Flag('contrast', Choice('batch', 'time', 'window'), 'batch',
          'images to tell apart: of the batch, the sequence, or near in time',
          'Eq. 12: batch'),

@@ -68,6 +68,26 @@ def global_mean(value):
   return value + tf.stop_gradient(mean(value) - value)
 
 
+def some_rows(tensors, wanted, seed):
+  """Rows drawn without repetition, of all replicas together.
+
+  Args:
+    tensors: dictionary of [N, ...], the own part.
+    wanted: how many of all replicas' rows; 0: all.
+    seed: int32 [2].
+
+  Returns:
+    The same with [wanted / replicas, ...].
+  """
+  count = next(iter(tensors.values())).shape[0]
+  wanted = -(-wanted // replica()[1])
+  if not 0 < wanted < count:
+    return tensors
+  chance = tf.random.stateless_uniform([count], seed)
+  index = tf.math.top_k(chance, wanted, sorted=False).indices
+  return {k: tf.gather(v, index) for k, v in tensors.items()}
+
+
 def gather(tensor):
   """Rows of all replicas, [R * N, ...] of [N, ...], with their gradient."""
   if replica()[1] == 1:

@@ -206,7 +206,8 @@ class WorldModel:
     embed = self.embed(data)
     post, prior = self.dynamics.observe(embed, data['action'], seed=seeds)
     feat = self.dynamics.get_feat(post)
-    likes = self.representation.likes(feat, embed, data)  # J_O or J_S
+    # Another stream than those of the states.
+    likes = self.representation.likes(feat, embed, data, seeds[0] + 1)
     likes['reward'] = self.reward(feat).log_prob(data['reward'])  # J_R
     if self.pcont:  # soft labels 0 and gamma (Appendix A)
       like = self.pcont(feat).log_prob(c.discount * data['discount'])

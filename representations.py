@@ -34,16 +34,17 @@ class RewardOnly:
   def build(self, feat, embed):
     """Makes the variables, from a feature [1, F] and an embedding [1, E]."""
 
-  def likes(self, feat, embed, data):
+  def likes(self, feat, embed, data, seed):
     """What states should say of images, in nats.
 
     Args:
       feat: features of the posterior, [B, T, F].
       embed: embedded images, [B, T, E].
       data: preprocessed batch.
+      seed: int32 [2].
 
     Returns:
-      {name: [B, T] or scalar}.
+      {name: [B, T], or means of them over fewer}.
     """
     return {}
 
@@ -65,9 +66,12 @@ class Reconstruction(RewardOnly):
     for decoder in self.decoders.values():
       decoder(feat)
 
-  def likes(self, feat, embed, data):
+  def likes(self, feat, embed, data, seed):
+    rows = dict(feat=feat, **{name: data[name] for name in self.decoders})
+    rows = {k: tf.reshape(v, [-1, *v.shape[2:]]) for k, v in rows.items()}
+    rows = distribute.some_rows(rows, self._c.decode_images, seed)
     return {  # J_O of Eq. 10
-      name: decoder(feat).log_prob(data[name])
+      name: decoder(rows['feat']).log_prob(rows[name])
       for name, decoder in self.decoders.items()
     }
 
@@ -86,7 +90,7 @@ class Contrastive(RewardOnly):
   def build(self, feat, embed):
     self._state(embed)
 
-  def likes(self, feat, embed, data):
+  def likes(self, feat, embed, data, seed):
     state, image = (tf.reshape(x, [-1, x.shape[-1]]) for x in (feat, embed))
     gaussian = self._state(image)  # Eq. 11
     mask, first = self._negatives(*feat.shape[:2]), 0

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import cli
+import distribute
 import dreamer
 import library
 import spaces
@@ -240,16 +241,47 @@ def test_imagination_starts_at_some_states_without_repetition(tmp_path):
   _, _, post = losses(agent)
   feat, entropy = agent.behavior.imagine(post, agent.seeds(8, 1))
   assert feat.shape == (4, 4, 11) and entropy.shape == (4, 4)
-  rows = dict(stoch=tf.reshape(tf.range(10), [10, 1]))
-  drawn = [
-    agent.behavior._some(rows, tf.constant([1, seed]))['stoch'][:, 0].numpy()
-    for seed in range(200)
-  ]
+
+
+def test_rows_are_drawn_without_repetition():
+  rows = dict(stoch=tf.reshape(tf.range(10), [10, 1]), deter=tf.range(10))
+  drawn = []
+  for seed in range(200):
+    some = distribute.some_rows(rows, 4, tf.constant([1, seed]))
+    np.testing.assert_array_equal(some['stoch'][:, 0], some['deter'])
+    drawn.append(some['deter'].numpy())
   assert all(len(set(x)) == 4 for x in drawn)
   counts = np.bincount(np.concatenate(drawn), minlength=10)
   assert (abs(counts - 80) < 40).all()  # 800 draws over 10, 5 deviations
-  agent.behavior._c.imag_starts = 10
-  assert agent.behavior._some(rows, tf.constant([1, 2])) is rows
+  for wanted in (0, 10, 11):
+    assert distribute.some_rows(rows, wanted, tf.constant([1, 2])) is rows
+
+
+def test_some_images_are_decoded_without_bias(tmp_path):
+  """Means over many draws: the term of all images, and its gradient."""
+  agent = make_agent(tmp_path, dict(image=(64, 64, 3)))
+  data = agent.world.preprocess(batch_of(agent))
+  feat = tf.random.stateless_normal([2, 5, 11], [0, 1])
+
+  @tf.function(autograph=False)
+  def term(seed):
+    with tf.GradientTape() as tape:
+      tape.watch(feat)
+      likes = agent.world.representation.likes(feat, None, data, seed)
+      like = tf.reduce_mean(likes['image'])
+    return like, tape.gradient(like, feat)
+
+  whole = term(tf.constant([0, 0]))
+  agent.world.representation._c.decode_images = 4
+  some = tf.function(term.python_function, autograph=False)
+  draws = [some(tf.constant([1, seed])) for seed in range(300)]
+  shares = [np.any(grad, -1).mean() for _, grad in draws]
+  assert np.allclose(shares, 0.4)
+  for means, exact in zip(zip(*draws, strict=True), whole, strict=True):
+    means = np.array(means)
+    error = means.mean(0) - exact.numpy()
+    bound = 5 * means.std(0) / 300**0.5
+    assert (abs(error) <= bound).all()
 
 
 # --- Learning ---------------------------------------------------------------
