@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import release
 import screen
 import search
 
@@ -25,6 +26,17 @@ def test_arms_differ_and_take_as_long():
     if arm not in search.STEPS:
       assert seconds == pytest.approx(40 * search.USUAL, rel=0.03)
   assert all(seen.count(config) == 1 for config in seen)
+
+
+def test_curves_beside_the_release(tmp_path, capsys):
+  rows = [(250, 1), (500, 3), (501, 5), (1000, 9)]
+  lines = [json.dumps({'step': s, 'train/return': r}) for s, r in rows]
+  lines.insert(1, json.dumps({'step': 300, 'model_loss': 4}))
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines))
+  assert release.returns(tmp_path) == [2, 7]
+  release.main()
+  page = (release.SCORES.parent / 'docs/results.md').read_text()
+  assert capsys.readouterr().out in page
 
 
 @pytest.mark.slow
