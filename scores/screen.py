@@ -33,6 +33,7 @@ import dreamer
 import replay
 import training
 
+HALVES = dict(kl_scale=1, free_nats=1, kl_balance=0.83)
 ARMS = {
   'base': {},  # 16 windows of 16, KL scale 0.03, no free nats
   'kl0.1': dict(kl_scale=0.1, free_nats=1),
@@ -40,14 +41,24 @@ ARMS = {
   'kl1': dict(kl_scale=1, free_nats=1),
   'halves0.1': dict(kl_scale=0.1, free_nats=1, kl_balance=0.83),
   'halves0.3': dict(kl_scale=0.3, free_nats=1, kl_balance=0.83),
-  'halves1': dict(kl_scale=1, free_nats=1, kl_balance=0.83),
+  'halves1': HALVES,
   '8x32': dict(batch_size=8, batch_length=32),
   '16x32': dict(batch_length=32),
+  'long': dict(HALVES, batch_length=32),
+  'long-decode128': dict(HALVES, batch_length=32, decode_images=128),
+  'long-decode64': dict(HALVES, batch_length=32, decode_images=64),
   'rate3e-4': dict(model_lr=3e-4),
   'rate2e-3': dict(model_lr=2e-3),
 }
-# Seconds of the world model's part of an update, in those of 16x16 (--costs).
-COSTS = {(16, 16): 1.0, (8, 32): 1.03, (16, 32): 1.9}
+# Seconds of the world model's part of an update, in those of 16x16 (--costs), by
+# sequences, their length, and how many images are decoded.
+COSTS = {
+  (16, 16, 0): 1.0,
+  (8, 32, 0): 1.03,
+  (16, 32, 0): 1.9,
+  (16, 32, 128): 1.1,
+  (16, 32, 64): 1.03,
+}
 CONTEXT, AHEAD, STRIDE = 5, (1, 5, 15), 10
 
 
@@ -113,7 +124,7 @@ def learn(folder, flags, seed, updates):
   _, actions = configs.load_spaces(folder)
   agent = dreamer.Dreamer(config, actions)
   update = make_update(agent)
-  size = config.batch_size, config.batch_length
+  size = config.batch_size, config.batch_length, config.decode_images
   with tempfile.TemporaryDirectory() as learned:
     paths = split(folder, learned)
     batches = replay.load_dataset(pathlib.Path(learned), config)
@@ -128,12 +139,13 @@ def time_costs(folder, repeats=15):
   import benchmark
 
   calls = {}
-  for batch_size, batch_length in COSTS:
-    flags = dict(batch_size=batch_size, batch_length=batch_length)
+  names = 'batch_size', 'batch_length', 'decode_images'
+  for size in COSTS:
+    flags = dict(zip(names, size, strict=True))
     config = make_config(folder, flags, 0)
     agent = dreamer.Dreamer(config, configs.load_spaces(folder)[1])
     batch = next(replay.load_dataset(folder / 'episodes', config))
-    calls[batch_size, batch_length] = make_update(agent), batch
+    calls[size] = make_update(agent), batch
   times = {size: [] for size in calls}
   for _ in range(repeats):
     for size, (update, batch) in calls.items():
