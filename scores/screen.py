@@ -50,8 +50,8 @@ ARMS = {
   'rate3e-4': dict(model_lr=3e-4),
   'rate2e-3': dict(model_lr=2e-3),
 }
-# Seconds of the world model's part of an update, in those of 16x16 (--costs), by
-# sequences, their length, and how many images are decoded.
+# Seconds of the world model's part of an update, in those of 16x16 (--costs),
+# by sequences, their length, and how many images are decoded.
 COSTS = {
   (16, 16, 0): 1.0,
   (8, 32, 0): 1.03,
