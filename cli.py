@@ -77,6 +77,17 @@ def main(name, run, argv=None):
     return 130
 
 
+def check(name, parse):
+  """Ends the program where its command line is refused, or asks for help.
+
+  Args:
+    name, parse: as of `main`; what `parse` returns is not looked at.
+  """
+  code = main(name, lambda words: parse(words) and None)
+  if code:
+    sys.exit(code)
+
+
 def warn(message):
   """Prints a warning above a progress bar."""
   tqdm.tqdm.write(f'Warning: {message}', file=sys.stdout)

@@ -27,6 +27,12 @@ import contextlib
 import functools
 import sys
 
+import cli
+import configs
+
+if __name__ == '__main__':  # typos and --help need not wait for TensorFlow
+  cli.check('dreamer.py', configs.parse_flags)
+
 import quiet  # noqa: F401  (before TensorFlow)
 
 # isort: split
@@ -35,8 +41,6 @@ import numpy as np
 import tensorflow as tf
 
 import behaviors
-import cli
-import configs
 import distribute
 import library
 import models

@@ -119,3 +119,12 @@ with cli.interruptible():
   process.send_signal(signal.SIGINT)
   _, error = process.communicate(timeout=20)
   assert (process.returncode, error) == (-signal.SIGINT, b'')
+
+
+@pytest.mark.parametrize('words', [['--help'], ['--tsk', 'x']])
+def test_flags_are_checked_before_tensorflow_loads(words):
+  command = [sys.executable, '-X', 'importtime', str(ROOT / 'dreamer.py')]
+  done = subprocess.run([*command, *words], capture_output=True, text=True)
+  assert done.returncode == (0 if words == ['--help'] else 2)
+  loaded = {x.rpartition('|')[2].strip() for x in done.stderr.splitlines()}
+  assert 'configs' in loaded and 'tensorflow' not in loaded
