@@ -2,11 +2,12 @@
 
     python scores/screen.py --episodes LOGDIR LOGDIR --arms base,kl1 --seeds 2
 
-Each arm of `ARMS` is `--preset cpu` with other flags. Its world model learns
-from the images of each folder's episodes, but for every fifth, which are held
-out. On these it sees 5 images and imagines the rest from the actions alone. The
-error of the reward 1, 5 and 15 agent steps after the images is given as a share
-of the variance of all held-out rewards: 0 is exact, 1 the best constant.
+Each arm of `ARMS` is `--preset cpu` as it was before this search, with other
+flags. Its world model learns from the images of each folder's episodes, but for
+every fifth, which are held out. On these it sees 5 images and imagines the rest
+from the actions alone. The error of the reward 1, 5 and 15 agent steps after
+the images is given as a share of the variance of all held-out rewards: 0 is
+exact, 1 the best constant.
 
 All arms have the time of --updates updates of the first window of `COSTS`.
 """
@@ -33,6 +34,8 @@ import dreamer
 import replay
 import training
 
+# Of `--preset cpu` before the search.
+FIRST = dict(batch_length=16, kl_scale=0.03, free_nats=0, kl_balance=0)
 HALVES = dict(kl_scale=1, free_nats=1, kl_balance=0.83)
 ARMS = {
   'base': {},  # 16 windows of 16, KL scale 0.03, no free nats
@@ -63,10 +66,10 @@ CONTEXT, AHEAD, STRIDE = 5, (1, 5, 15), 10
 
 
 def make_config(folder, flags, seed):
-  """That of `--preset cpu` with these flags."""
+  """That of an arm with these flags."""
   config = json.loads((folder / 'config.json').read_text())['config']
   words = [f'--logdir={folder}', f'--task={config["task"]}', '--preset=cpu']
-  words += [f'--{k}={v}' for k, v in flags.items()]
+  words += [f'--{k}={v}' for k, v in {**FIRST, **flags}.items()]
   return configs.parse_flags([*words, f'--seed={seed}', '--precision=32'])
 
 

@@ -67,8 +67,10 @@ def test_the_preset_for_state_is_not_that_for_images(tmp_path):
   image = configs.parse_flags(words)
   state = configs.parse_flags([*words, '--inputs', 'state'])
   both = configs.parse_flags([*words, '--inputs', 'image,state'])
-  assert image.kl_balance == 0 and both.kl_balance == 0
-  assert state.kl_balance > 0 and state.imag_starts > 0
+  assert image.kl_scale == both.kl_scale == 1 and state.kl_scale == 0.6
+  assert image.train_steps == both.train_steps == 100
+  assert state.train_steps == 200 and state.precision == '32'
+  assert image.imag_starts == both.imag_starts == state.imag_starts == 64
 
 
 # --- Environments -----------------------------------------------------------
