@@ -36,6 +36,7 @@ setuptools.setup(
     'distribute',
     'dreamer',
     'environments',
+    'evolution',
     'gym_env',
     'layers',
     'learner',
@@ -72,6 +73,7 @@ setuptools.setup(
     'scipy>=1.14',
     'tqdm>=4.66,<5',
     'cloudpickle>=3,<4',
+    'cma>=4.5,<4.6',
     'tensorboard>=2.18,<2.22',
   ],
   extras_require={
