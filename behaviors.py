@@ -72,24 +72,15 @@ class Behavior:
     """
     return {}, {}
 
-  def prepare(self, reset=()):
-    """Called before each update, and each action in training (not compiled).
+  def before_update(self, waits):
+    """Not compiled; `waits` says that `--actor_delay` is not over."""
 
-    Args:
-      reset: bool [E] before an action, true where an episode begins.
-    """
-
-  def improve(self, metrics, waits=False):
-    """Called after each update (not compiled).
-
-    Args:
-      metrics: what `losses` and the world model said.
-      waits: `--actor_delay` is not over.
-
-    Returns:
-      The metrics, of scalars.
-    """
+  def after_update(self, metrics):
+    """Not compiled; returns the metrics of the update, all of them scalars."""
     return metrics
+
+  def before_action(self, reset):
+    """In training, not compiled; `reset` [E]: where an episode begins."""
 
   def hear(self, index, episode):
     """Called when an episode of training ended, that of environment `index`.
@@ -363,6 +354,7 @@ class Evolution(Behavior):
     length = self._search.length + 2 * population
     self._saved = tf.Variable(tf.zeros([length], tf.float64), trainable=False)
     self.state = dict(search=self._saved)
+    self._waits = tf.Variable(False, trainable=False)
     self.population = tf.Variable(
       tf.zeros([population, size]), trainable=False, name='population'
     )
@@ -403,8 +395,12 @@ class Evolution(Behavior):
   def losses(self, post, seeds):
     if self._c.evolve == 'environment':
       return {}, {}
-    fitness = self.fitness(post, self.population, seeds[: self._c.horizon])
-    return {}, dict(fitness=fitness, imag_return=tf.reduce_mean(fitness))
+    fitness = tf.cond(
+      self._waits,
+      lambda: tf.zeros(self.population.shape[:1]),
+      lambda: self.fitness(post, self.population, seeds[: self._c.horizon]),
+    )
+    return {}, dict(fitness=fitness)
 
   def fitness(self, post, population, seeds):
     """Returns of controllers in imagination.
@@ -450,17 +446,31 @@ class Evolution(Behavior):
     _, _, total = tf.foldl(step, seeds, (state, tf.ones_like(zeros), zeros))
     return tf.reduce_mean(tf.reshape(total, [people, count]), 1)
 
-  def improve(self, metrics, waits=False):
+  def before_update(self, waits):
+    if self._c.evolve == 'imagination':
+      self._load_once()
+    self._waits.assign(waits)
+
+  def after_update(self, metrics):
     fitness = metrics.pop('fitness', None)
-    if fitness is None:
+    if fitness is None or self._waits.numpy():
       return metrics
     fitness = fitness.numpy()
-    metrics.update(imag_return_best=fitness.max(), evolve_std=self._search.std)
-    if not waits and np.isfinite(fitness).all():
+    if np.isfinite(fitness).all():  # else what is logged ends the run
       self._end_generation(fitness)
-    return metrics
+    return dict(
+      metrics,
+      imag_return=fitness.mean(),
+      imag_return_best=fitness.max(),
+      evolve_std=self._search.std,
+    )
 
   # Episodes
+
+  def before_action(self, reset):
+    if self._c.evolve == 'environment' and np.any(reset):
+      self._load_once()
+      self._begin_episodes(np.asarray(reset))
 
   def hear(self, index, episode):
     if self._candidates is None or self._candidates[index] < 0:
@@ -501,14 +511,10 @@ class Evolution(Behavior):
 
   # The search
 
-  def prepare(self, reset=()):
-    if self._search.generation is None:
-      self._load()
-    if self._c.evolve == 'environment' and np.any(reset):
-      self._begin_episodes(np.asarray(reset))
-
-  def _load(self):
+  def _load_once(self):
     """Goes on from `state`, or begins at the controller's weights."""
+    if self._search.generation is not None:
+      return
     search, rest = np.split(self._saved.numpy(), [self._search.length])
     self._returns, self._episodes = np.split(rest.copy(), 2)
     if search[0]:

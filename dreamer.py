@@ -449,7 +449,7 @@ class Dreamer:
       last = tf.zeros([batch, self.actions])
       state = self.world.dynamics.initial(batch), last
     if training:
-      self.behavior.prepare(reset)
+      self.behavior.before_action(reset)
     dtypes = {k: np.uint8 if spaces.is_image(k) else np.float32 for k in obs}
     seen = {k: np.asarray(obs[k], dtypes[k]) for k in self.world.inputs}
     action, state = self.policy(
@@ -523,18 +523,21 @@ class Dreamer:
 
   # Learning
 
+  @property
+  def _delayed(self):
+    """Whether actions are not learned yet (`--actor_delay`)."""
+    return int(self.updates.numpy()) < self._c.actor_delay
+
   def set_learning_rates(self):
     """As the flags say, which a resumed run may change."""
-    delayed = int(self.updates.numpy()) < self._c.actor_delay
     for name, opt in self.optimizers.items():
-      waits = name == 'actor' and delayed
+      waits = name == 'actor' and self._delayed
       opt.set_learning_rate(0.0 if waits else self._c[f'{name}_lr'])
 
   def update(self, data):
     """As `train`, with what a behavior learns by other ways than gradients."""
-    self.behavior.prepare()
-    waits = int(self.updates.numpy()) < self._c.actor_delay
-    return self.behavior.improve(self.train(data), waits)
+    self.behavior.before_update(self._delayed)
+    return self.behavior.after_update(self.train(data))
 
   def train(self, data):
     """One update of all parameters (Algorithm 1, learning).
