@@ -55,6 +55,7 @@ class Search:
       popsize=self._population,
       randn=self._normal,
       CMA_diagonal=not self._full,
+      CMA_mirrors=False,  # would look at the generation before
       AdaptSigma=cma.sigma_adaptation.CMAAdaptSigmaCSA,
       conditioncov_alleviate=None,  # would change what the weights are
       seed=np.nan,
