@@ -89,6 +89,9 @@ class Search:
     """
     costs = [-float(x) for x in fitness]
     self._es.tell(list(population), costs, check_points=False)
+    if self._full:  # products round by the layout: that of what is restored
+      model = self._es.sm
+      model.B, model.C = map(np.ascontiguousarray, (model.B, model.C))
 
   # The state
 

@@ -86,7 +86,7 @@ setuptools.setup(
         'hypothesis>=6.100',
         'ruff>=0.17,<0.18',
       ),
-      *('gymnasium>=1', 'pygame>=2.6', 'imageio-ffmpeg>=0.5'),
+      *('gymnasium[box2d]>=1.4', 'imageio-ffmpeg>=0.5'),
       *('playwright>=1.50', 'axe-playwright-python>=0.1.7'),
     ],
   },
