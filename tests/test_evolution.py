@@ -4,10 +4,19 @@ import cma
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_dreamer import make_agent, model_losses, run_here
+from test_dreamer import (
+  batch_of,
+  eagerly,
+  make_agent,
+  model_losses,
+  run_here,
+)
 from test_faults import everything
 from test_learning import read_metrics, train_toy
 
+import checkpoints
+import cli
+import configs
 import spaces
 import tools
 from evolution import Search
@@ -223,29 +232,66 @@ def test_search_in_the_environment_goes_on_where_it_was_saved(tmp_path):
   assert ends[0][1] == 3 and ends[0][-6:].sum() == 11  # generations, episodes
 
 
-# --- Whole runs ---------------------------------------------------------------
+# --- Resuming -----------------------------------------------------------------
 
-TINY = (
-  *('--preset=debug', '--task=toy_reach', '--inputs=state', '--precision=32'),
-  *('--behavior=evolution', '--evolve_population=4', '--evolve_episodes=2'),
-  *('--parallel=none', '--deterministic=True', '--time_limit=10'),
-  *('--prefill=60', '--train_every=20', '--train_steps=2', '--pretrain=2'),
-)
+
+@eagerly()
+def test_updates_go_on_bit_for_bit(tmp_path):
+  first, again, other = (make_agent(tmp_path, **SMALL) for _ in '123')
+  batch = batch_of(first)
+
+  def update(agent):
+    metrics = agent.update(batch)
+    agent.updates.assign_add(1)
+    return {k: float(v) for k, v in metrics.items()}
+
+  def saved(agent):
+    return checkpoints.Checkpoints(tmp_path / 'saved', **agent.trackable())
+
+  update(first), update(first)
+  saved(first).save(2)
+  assert saved(again).restore()
+  for _ in range(2):
+    metrics = update(first)
+    assert metrics == update(again)
+  assert metrics['imag_return_best'] > metrics['imag_return']
+  for ours, theirs in zip(parts(first), parts(again), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  assert first.behavior.state['search'][1] == 4
+  # A new run that takes the weights begins its search at them.
+  checkpoints.copy_weights(first.networks(), other.networks())
+  update(other)
+  kernel, bias = first.behavior.controller.get_weights()
+  mean = np.append(kernel.ravel(), bias)
+  away = other.behavior._search.mean - mean
+  assert 0 < np.abs(away).max() < 0.4
+
+
+def parts(agent):
+  return [w.numpy() for x in agent.networks().values() for w in x.weights] + [
+    agent.behavior.state['search'].numpy()
+  ]
+
+
+# --- Whole runs ---------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('evolve', ['imagination', 'environment'])
-def test_run_goes_on_bit_for_bit(tmp_path, evolve):
-  words = ['', *TINY, f'--evolve={evolve}']
-  for name, parts in dict(whole=[200], parts=[100, 200]).items():
-    for steps in parts:
-      words[0] = f'--logdir={tmp_path / name}'
-      assert run_here([*words, f'--steps={steps}']) == 0
-  whole, parts = (everything(tmp_path / x) for x in ('whole', 'parts'))
-  assert whole == parts
-  (search,) = (v for k, v in whole[2].items() if k.startswith('search'))
-  generations = np.frombuffer(search, np.float64)[1]
-  assert generations == dict(imagination=14, environment=1)[evolve]
+def test_run_in_the_environment_goes_on_bit_for_bit(tmp_path):
+  """Stopped and resumed in the middle of a generation."""
+  words = ['--preset=debug', '--task=toy_reach', '--inputs=state']
+  words += ['--behavior=evolution', '--evolve=environment', '--precision=32']
+  words += ['--evolve_population=4', '--evolve_episodes=2', '--parallel=none']
+  words += ['--deterministic=True', '--time_limit=10', '--prefill=60']
+  words += ['--pretrain=1', '--train_steps=0', '--expl_amount=0']
+  for name, ends in dict(whole=[200], parts=[100, 200]).items():
+    for steps in ends:
+      flags = [f'--logdir={tmp_path / name}', f'--steps={steps}']
+      assert run_here([*words, *flags]) == 0
+  whole, again = (everything(tmp_path / x) for x in ('whole', 'parts'))
+  assert whole == again
+  search = whole[2]['search/.ATTRIBUTES/VARIABLE_VALUE']
+  assert np.frombuffer(search)[1] == 1  # generation
 
 
 @pytest.mark.slow
@@ -253,9 +299,45 @@ def test_learns_toy_reach_in_imagination(tmp_path):
   """In half a minute: it ended at 44.5 of 47, where random earns 9."""
   flags = ('--inputs', 'state', '--behavior', 'evolution')
   train_toy(tmp_path / 'run', 'toy_reach', 3500, *flags)
-  test = [
-    x['test/return']
-    for x in read_metrics(tmp_path / 'run')
-    if 'test/return' in x
-  ]
-  assert test[-1] > 3 * 9
+  metrics = read_metrics(tmp_path / 'run')
+  test = [x['test/return'] for x in metrics if 'test/return' in x]
+  train = [x['train/return'] for x in metrics if 'train/return' in x]
+  random, learned = np.mean(train[:50]), np.mean(train[-5:])
+  print(f'random {random:.1f}, learned {learned:.1f}, test {test[-1]:.1f}')
+  assert test[-1] > 3 * random and learned > 3 * random
+
+
+@pytest.mark.slow
+def test_learns_toy_catch_by_the_largest_output(tmp_path):
+  """From vectors: a random policy catches a third, which is -0.33."""
+  flags = ('--inputs', 'state', '--behavior', 'evolution', '--expl_amount', '0')
+  flags += ('--imag_starts', '32', '--eval_episodes', '30')
+  train_toy(tmp_path / 'run', 'toy_catch', 4500, *flags)
+  metrics = read_metrics(tmp_path / 'run')
+  test = [x['test/return'] for x in metrics if 'test/return' in x][-30:]
+  print(f'learned {np.mean(test):.2f}')
+  assert np.mean(test) > 0.2
+
+
+@pytest.mark.slow
+def test_car_racing_from_end_to_end(tmp_path):
+  """One generation of four controllers, on tracks of 20 frames."""
+  words = [f'--logdir={tmp_path}', '--task=gym_CarRacing-v3', '--preset=debug']
+  words += ['--behavior=evolution', '--evolve=environment', '--precision=32']
+  words += ['--evolve_population=4', '--evolve_episodes=1', '--time_limit=20']
+  words += ['--prefill=40', '--pretrain=1', '--train_steps=0', '--steps=140']
+  assert run_here(words) == 0
+  metrics = read_metrics(tmp_path)
+  (end,) = [x for x in metrics if 'generation' in x]
+  returns = [x['train/return'] for x in metrics if 'train/return' in x]
+  assert len(returns) == 7 and len(set(returns)) > 1
+  assert end['generation_return'] == pytest.approx(np.mean(returns[2:6]))
+
+
+def test_flags_that_do_not_go_together(tmp_path):
+  words = [f'--logdir={tmp_path}', '--task=toy_reach', '--behavior=evolution']
+  with pytest.raises(cli.UserError, match='--evolve environment'):
+    flags = [f'--offline={tmp_path}', '--evolve=environment']
+    configs.parse_flags([*words, *flags])
+  with pytest.raises(cli.UserError, match='did you mean environment'):
+    configs.parse_flags([*words, '--evolve=enviroment'])
