@@ -4,13 +4,15 @@ Each owns its networks, acts on model states, and has the losses of its networks
 on states that the world model imagines. configs.BEHAVIORS names them.
 
 Letters in shapes: B batch, T time, H horizon, N = B * T starts of imagination,
-A action, E environments, F feature.
+A action, E environments, F feature, P population, n weights of a controller.
 """
 
+import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 import distribute
+import evolution
 import models
 import tools
 
@@ -26,12 +28,19 @@ class Behavior:
 
   Attributes:
     networks: {name in checkpoints and of its optimizer: Keras layer}.
+    state: {name in checkpoints: variable}, what else resumes with them.
   """
 
   def __init__(self, config, world, actions, choices=None):
     self._c, self._world = config, world
     self._actions, self._choices = actions, choices
     self.networks = {}
+    self.state = {}
+
+  @property
+  def learned(self):
+    """Names of the networks that `losses` and optimizers are for."""
+    return list(self.networks)
 
   def build(self, feat):
     """Makes the variables, from a feature [1, F]."""
@@ -62,6 +71,45 @@ class Behavior:
       {name of a network: scalar}, metrics.
     """
     return {}, {}
+
+  def before_update(self, waits):
+    """Not compiled; `waits` says that `--actor_delay` is not over."""
+
+  def after_update(self, metrics):
+    """Not compiled; returns the metrics of the update, all of them scalars."""
+    return metrics
+
+  def before_action(self, reset):
+    """In training, not compiled; `reset` [E]: where an episode begins."""
+
+  def hear(self, index, episode):
+    """Called when an episode of training ended, that of environment `index`.
+
+    Returns:
+      Metrics to be logged now.
+    """
+    return {}
+
+  def starts(self, post, seed):
+    """Where imagination starts (section 3), without gradient.
+
+    At every state of the batch, N = B * T (with `pcont` without the last of
+    each sequence, which may be terminal), or at `--imag_starts` of them.
+
+    Args:
+      post: posterior states {...: [B, T, ...]}.
+      seed: int32 [2].
+
+    Returns:
+      States {...: [N, ...]}.
+    """
+    if self._c.pcont:
+      post = {k: v[:, :-1] for k, v in post.items()}
+    start = {
+      k: tf.reshape(tf.stop_gradient(v), [-1, v.shape[-1]])
+      for k, v in post.items()
+    }
+    return distribute.some_rows(start, self._c.imag_starts, seed)
 
 
 class Planning(Behavior):
@@ -126,20 +174,11 @@ class ActorOnly(Behavior):
   def imagine(self, post, seeds):
     """Imagined features [H, N, F] from posterior states (section 3).
 
-    Starts at every state of the batch, N = B * T (with `pcont` without the
-    last of each sequence, which may be terminal), or at `--imag_starts` of
-    them. The start is not part of the result. Also returns the entropy of the
-    action model at the states acted in, s_0 to s_{H-1}, [H, N].
+    Those of `starts` are not part of the result. Also returns the entropy of
+    the action model at the states acted in, s_0 to s_{H-1}, [H, N].
     """
     dynamics = self._world.dynamics
-    if self._c.pcont:
-      post = {k: v[:, :-1] for k, v in post.items()}
-    start = {
-      k: tf.reshape(tf.stop_gradient(v), [-1, v.shape[-1]])
-      for k, v in post.items()
-    }
-    seed = tf.bitwise.invert(seeds[0])
-    start = distribute.some_rows(start, self._c.imag_starts, seed)
+    start = self.starts(post, tf.bitwise.invert(seeds[0]))
 
     def step(carry, seeds):
       state, _ = carry
@@ -272,3 +311,234 @@ class ActorCritic(ActorOnly):
     loss = -tf.reduce_mean(weights * like)  # Eq. 8
     metrics = dict(value_loss=loss, imag_value=tf.reduce_mean(value))
     return loss, metrics
+
+
+class Evolution(Behavior):
+  """A linear controller by CMA-ES: World Models (Ha and Schmidhuber, 2018).
+
+      a = tanh(W [z, h] + b)        z `stoch`, h `deter`; one-hot where actions
+                                    are discrete: the largest number of each
+
+  Its weights are the mean of a search distribution. A generation:
+
+      search --ask--> population [P, n] --> returns [P] --tell--> search: W, b
+
+      --evolve imagination   An update is a generation. Each controller starts
+                             at the same posterior states, with the same noise;
+                             its return is V_R (Eq. 4), mean over the starts.
+      --evolve environment   Each episode of training is of one controller; its
+                             return is the mean over `--evolve_episodes`.
+
+  The search lives in NumPy; its array is a variable (`state`), written when a
+  generation ends and, with the returns so far, when an episode does. What
+  resumes asks for the same population again.
+  """
+
+  learned = ()  # CMA-ES needs no gradient
+
+  def __init__(self, config, world, actions, choices=None):
+    super().__init__(config, world, actions, choices)
+    self.controller = models.Output(
+      actions, kernel_initializer='zeros', name='controller'
+    )
+    self.networks = dict(controller=self.controller)
+    self._acting = None  # weights [E, n] of the controllers of this moment
+    self._candidates = None  # of each environment its controller, or -1
+
+  def build(self, feat):
+    c, population = self._c, self._c.evolve_population
+    self._features = self._inputs(self._example(feat)).shape[-1]
+    self.controller.build([1, self._features])
+    size = (self._features + 1) * self._actions
+    self._search = evolution.Search(size, population, c.evolve_std, c.seed)
+    length = self._search.length + 2 * population
+    self._saved = tf.Variable(tf.zeros([length], tf.float64), trainable=False)
+    self.state = dict(search=self._saved)
+    self._waits = tf.Variable(False, trainable=False)
+    self.population = tf.Variable(
+      tf.zeros([population, size]), trainable=False, name='population'
+    )
+
+  def _example(self, feat):
+    sizes = [self._c.stoch_size, self._c.deter_size]
+    return dict(zip(('stoch', 'deter'), tf.split(feat, sizes, -1), strict=True))
+
+  # Acting
+
+  def act(self, latent, seed, training):
+    inputs = self._inputs(latent)
+    acting = self._acting if training else None
+    if acting is not None and acting.shape[0] == inputs.shape[0]:
+      return self._control(acting, inputs[:, None])[:, 0]
+    return self._action(self.controller(inputs))
+
+  def _inputs(self, state):
+    """What a controller sees of states: [..., F]."""
+    if self._c.controller_inputs == 'z':
+      return state['stoch']
+    return self._world.dynamics.get_feat(state)
+
+  def _action(self, outputs):
+    """Actions of linear outputs [..., A]."""
+    if self._choices:
+      return tools.FactoredOneHotDist(outputs, self._choices).mode()
+    return tf.tanh(outputs)
+
+  def _control(self, weights, inputs):
+    """Actions [P, N, A] of controllers [P, n] for inputs [P, N, F]."""
+    size = self._features * self._actions
+    kernel = tf.reshape(weights[:, :size], [-1, self._features, self._actions])
+    return self._action(tf.matmul(inputs, kernel) + weights[:, None, size:])
+
+  # Imagination
+
+  def losses(self, post, seeds):
+    if self._c.evolve == 'environment':
+      return {}, {}
+    fitness = tf.cond(
+      self._waits,
+      lambda: tf.zeros(self.population.shape[:1]),
+      lambda: self.fitness(post, self.population, seeds[: self._c.horizon]),
+    )
+    return {}, dict(fitness=fitness)
+
+  def fitness(self, post, population, seeds):
+    """Returns of controllers in imagination.
+
+        start   s_0   a posterior state of the batch
+        state   s_1    s_2   ...   s_H       each controller's own
+        reward  r_1    r_2   ...   r_H       of the state it is at
+        chance   1     g_1   ...  g_1..g_{H-1}, to get there: pcont / discount
+        noise   e_1    e_2   ...   e_H       the same for all controllers
+
+    Args:
+      post: posterior states {...: [B, T, ...]}.
+      population: weights of the controllers, [P, n].
+      seeds: int32 [H, 2].
+
+    Returns:
+      V_R (Eq. 4), mean over the starts, [P].
+    """
+    c, dynamics, world = self._c, self._world.dynamics, self._world
+    starts = self.starts(post, tf.bitwise.invert(seeds[0]))
+    count, size = starts['stoch'].shape
+    people = population.shape[0]
+
+    def each(tensor):  # [P * N, ...] as [P, N, ...]
+      return tf.reshape(tensor, [people, count, tensor.shape[-1]])
+
+    def step(carry, seed):
+      state, chance, total = carry
+      action = self._control(population, each(self._inputs(state)))
+      action = tf.reshape(action, [people * count, self._actions])
+      state = dynamics.img_step(state, action, seed)
+      noise = tf.tile(distribute.normal([count, size], seed), [people, 1])
+      spread = c.temperature**0.5 * state['std']  # variance times temperature
+      state = dict(state, stoch=state['mean'] + spread * noise)
+      feat = dynamics.get_feat(state)
+      total += chance * world.reward(feat).mean()  # Eq. 4
+      if c.pcont:
+        chance *= world.pcont(feat).mean() / c.discount
+      return state, chance, total
+
+    state = {k: tf.tile(v, [people, 1]) for k, v in starts.items()}
+    zeros = tf.zeros([people * count])
+    _, _, total = tf.foldl(step, seeds, (state, tf.ones_like(zeros), zeros))
+    return tf.reduce_mean(tf.reshape(total, [people, count]), 1)
+
+  def before_update(self, waits):
+    if self._c.evolve == 'imagination':
+      self._load_once()
+    self._waits.assign(waits)
+
+  def after_update(self, metrics):
+    fitness = metrics.pop('fitness', None)
+    if fitness is None or self._waits.numpy():
+      return metrics
+    fitness = fitness.numpy()
+    if np.isfinite(fitness).all():  # else what is logged ends the run
+      self._end_generation(fitness)
+    return dict(
+      metrics,
+      imag_return=fitness.mean(),
+      imag_return_best=fitness.max(),
+      evolve_std=self._search.std,
+    )
+
+  # Episodes
+
+  def before_action(self, reset):
+    if self._c.evolve == 'environment' and np.any(reset):
+      self._load_once()
+      self._begin_episodes(np.asarray(reset))
+
+  def hear(self, index, episode):
+    if self._candidates is None or self._candidates[index] < 0:
+      return {}
+    candidate, self._candidates[index] = self._candidates[index], -1
+    self._returns[candidate] += float(np.sum(episode['reward'], dtype=float))
+    self._episodes[candidate] += 1
+    if self._episodes.min() < self._c.evolve_episodes:
+      self._save()
+      return {}
+    fitness = self._returns / self._episodes
+    self._end_generation(fitness)
+    self._candidates[:] = -1  # what is under way belongs to no generation
+    return dict(
+      generation=self._search.generation,
+      generation_return=fitness.mean(),
+      generation_return_best=fitness.max(),
+      evolve_std=self._search.std,
+    )
+
+  def _begin_episodes(self, reset):
+    """Gives each environment whose episode begins a controller.
+
+    It is the one with the fewest episodes, those under way counted.
+    """
+    if self._candidates is None:
+      self._candidates = np.full(len(reset), -1)
+      shape = [len(reset), self.population.shape[1]]
+      self._acting = tf.Variable(tf.zeros(shape), trainable=False)
+    self._candidates[reset] = -1
+    acting = self._acting.numpy()
+    for index in np.flatnonzero(reset):
+      counts = self._episodes.copy()
+      np.add.at(counts, self._candidates[self._candidates >= 0], 1)
+      self._candidates[index] = candidate = counts.argmin()
+      acting[index] = self._asked[candidate]
+    self._acting.assign(acting)
+
+  # The search
+
+  def _load_once(self):
+    """Goes on from `state`, or begins at the controller's weights."""
+    if self._search.generation is not None:
+      return
+    search, rest = np.split(self._saved.numpy(), [self._search.length])
+    self._returns, self._episodes = np.split(rest.copy(), 2)
+    if search[0]:
+      self._search.restore(search)
+    else:
+      kernel, bias = (w.numpy() for w in self.controller.weights)
+      self._search.begin(np.concatenate([kernel.ravel(), bias]))
+    self._ask()
+
+  def _ask(self):
+    self._before = self._search.state()
+    self._asked = self._search.ask()
+    self.population.assign(self._asked)
+
+  def _end_generation(self, fitness):
+    self._search.tell(self._asked, fitness)
+    self._returns[:] = self._episodes[:] = 0
+    kernel, bias = np.split(self._search.mean, [-self._actions])
+    self.controller.weights[0].assign(kernel.reshape([-1, self._actions]))
+    self.controller.weights[1].assign(bias)
+    self._ask()
+    self._save()
+
+  def _save(self):
+    """Puts all into one variable, of which a checkpoint never holds half."""
+    parts = self._before, self._returns, self._episodes
+    self._saved.assign(np.concatenate(parts))

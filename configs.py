@@ -62,6 +62,7 @@ BEHAVIORS = dict(
   actor_critic=Arm('ActorCritic', 'dreamer'),
   actor=Arm('ActorOnly', 'dreamer-actor'),
   planning=Arm('Planning', 'planet'),
+  evolution=Arm('Evolution', 'world-models'),
 )
 REPRESENTATIONS = dict(
   reconstruction=Arm('Reconstruction', ''),
@@ -116,7 +117,8 @@ FLAGS = {
          'logdir of a run whose weights a new run begins with'),
     Flag('init_only', cli.Names(empty=True), '',
          'networks that --init_from is for: encoder, decoder, dynamics, '
-         'reward, pcont, vector, state, actor, value; the default is all'),
+         'reward, pcont, vector, state, actor, value, controller; the default '
+         'is all'),
     Flag('offline', cli.Folder(), '',
          'folder of episodes to learn from, without collecting any',
          fixed=FIXED),
@@ -259,8 +261,8 @@ FLAGS = {
   ],
   'Behavior': [
     Flag('behavior', BEHAVIOR, 'actor_critic',
-         'how actions are found: Eq. 7 and 8, Eq. 7 with V_R, or PlaNet',
-         'Fig. 4, 7', FIXED),
+         'how actions are found: Eq. 7 and 8, Eq. 7 with V_R, PlaNet, or World '
+         'Models', 'Fig. 4, 7', FIXED),
     Flag('plan_horizon', Whole(1, 1000), 12,
          'agent steps that are planned', 'PlaNet'),
     Flag('plan_candidates', Whole(2, 10**6), 1000,
@@ -268,6 +270,21 @@ FLAGS = {
     Flag('plan_best', Whole(2, 10**6), 100,
          'plans that the next are drawn after', 'PlaNet'),
     Flag('plan_iterations', Whole(1, 1000), 10, 'refits of a plan', 'PlaNet'),
+    Flag('controller_inputs', Choice('z,h', 'z'), 'z,h',
+         'what a linear controller sees: stochastic and deterministic state',
+         'World Models', FIXED),
+    Flag('evolve', Choice('imagination', 'environment'), 'imagination',
+         'where controllers earn their returns: V_R, or real episodes'),
+    Flag('evolve_population', Whole(4, 10**5), 32,
+         'controllers in a generation', 'World Models: 64', FIXED),
+    Flag('evolve_std', Number(1e-6, 1e3), 0.1,
+         'standard deviation of their weights at the start', 'World Models'),
+    Flag('evolve_episodes', POSITIVE, 16,
+         'of each controller of a generation, with --evolve environment',
+         'World Models'),
+    Flag('temperature', Number(0, 100), 1.0,
+         "factor of the variance of the model's noise, in which controllers "
+         'are evolved', 'World Models'),
     Flag('discount', Number(0, 1, above=True), 0.99,
          'gamma, for each agent step', 'App. A'),
     Flag('disclam', Number(0, 1), 0.95, 'lambda of Eq. 6', 'App. A'),
@@ -495,6 +512,10 @@ def _check_offline(config):
     raise UserError('--offline needs --train_steps of 1 or more')
   if config.strategy == 'multiworker':
     raise UserError('--offline runs in one process: --strategy mirrored')
+  if config.behavior == 'evolution' and config.evolve == 'environment':
+    raise UserError(
+      '--offline has no episodes for --evolve environment; choose imagination'
+    )
 
 
 def resolve_actions(config, actspace):

@@ -359,7 +359,8 @@ class Dreamer:
   def _make_optimizers(self):
     c = self._c
     modules = dict(model=self.world.networks.values())
-    modules.update({k: [v] for k, v in self.behavior.networks.items()})
+    behavior = self.behavior
+    modules.update({k: [behavior.networks[k]] for k in behavior.learned})
     return {
       name: tools.Adam(
         name,
@@ -408,7 +409,7 @@ class Dreamer:
     weights = {k: list(v.weights) for k, v in self.networks().items()}
     optimizers = {f'{k}_opt': v.optimizer for k, v in self.optimizers.items()}
     counters = dict(step=self.step, updates=self.updates, random=self._random)
-    return {**counters, **weights, **optimizers}
+    return {**counters, **weights, **optimizers, **self.behavior.state}
 
   def knowledge(self):
     """What of `trackable` acting, imagining and exporting need."""
@@ -416,10 +417,13 @@ class Dreamer:
     return {k: v for k, v in self.trackable().items() if k in names}
 
   def count_parameters(self):
-    """Number of parameters of the optimizers, by name."""
+    """Number of parameters of the optimizers, and of evolution, by name."""
+    groups = {name: opt.variables for name, opt in self.optimizers.items()}
+    for name, layer in self.behavior.networks.items():
+      groups.setdefault(name, layer.weights)
     return {
-      name: sum(int(np.prod(v.shape)) for v in opt.variables)
-      for name, opt in self.optimizers.items()
+      name: sum(int(np.prod(v.shape)) for v in variables)
+      for name, variables in groups.items()
     }
 
   def reseed(self, seed):
@@ -444,6 +448,8 @@ class Dreamer:
       batch = len(reset)
       last = tf.zeros([batch, self.actions])
       state = self.world.dynamics.initial(batch), last
+    if training:
+      self.behavior.before_action(reset)
     dtypes = {k: np.uint8 if spaces.is_image(k) else np.float32 for k in obs}
     seen = {k: np.asarray(obs[k], dtypes[k]) for k in self.world.inputs}
     action, state = self.policy(
@@ -517,12 +523,21 @@ class Dreamer:
 
   # Learning
 
+  @property
+  def _delayed(self):
+    """Whether actions are not learned yet (`--actor_delay`)."""
+    return int(self.updates.numpy()) < self._c.actor_delay
+
   def set_learning_rates(self):
     """As the flags say, which a resumed run may change."""
-    delayed = int(self.updates.numpy()) < self._c.actor_delay
     for name, opt in self.optimizers.items():
-      waits = name == 'actor' and delayed
+      waits = name == 'actor' and self._delayed
       opt.set_learning_rate(0.0 if waits else self._c[f'{name}_lr'])
+
+  def update(self, data):
+    """As `train`, with what a behavior learns by other ways than gradients."""
+    self.behavior.before_update(self._delayed)
+    return self.behavior.after_update(self.train(data))
 
   def train(self, data):
     """One update of all parameters (Algorithm 1, learning).
@@ -554,7 +569,7 @@ class Dreamer:
 
   def _behavior_gradients(self, post):
     """Gradients of the behavior's networks, by name, and metrics."""
-    names = self.behavior.networks
+    names = self.behavior.learned
     with watch(**{k: self.optimizers[k].variables for k in names}) as tapes:
       seeds = self.seeds(2 * self._c.horizon, 1)
       losses, metrics = self.behavior.losses(post, seeds)

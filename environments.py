@@ -131,7 +131,9 @@ def running(run):
   test = None
   try:
     for index in range(0 if config.offline else config.envs):
-      envs.append(make(team.index * config.envs + index, 'train', store))
+      ended = functools.partial(run.episode_ended, index)
+      number = team.index * config.envs + index
+      envs.append(make(number, 'train', [*store, ended]))
     if team.chief:
       test = make(0, 'test', [functools.partial(summarize, prefix='test')])
       if not envs:

@@ -218,7 +218,7 @@ class Learner:
     source, batch = next(self._batches)
     with self._timer(), self._profile(), self._team.errors():
       with self._tracing(first):
-        metrics = self._agent.train(batch)
+        metrics = self._agent.update(batch)
       metrics = {k: float(v) for k, v in metrics.items()}
     self._agent.updates.assign_add(1)
     self._check_finite(metrics, source)

@@ -112,6 +112,11 @@ METRICS = {
   'behavior/imag_reward': 'Mean reward of imagined states',
   'behavior/imag_return': 'Mean return of imagined states: Eq. 6, or 4',
   'behavior/imag_value': 'Mean value of imagined states',
+  'behavior/imag_return_best': 'Largest imagined return of a controller',
+  'behavior/generation': 'Generations of controllers in the environment',
+  'behavior/generation_return': 'Mean return of the controllers of one',
+  'behavior/generation_return_best': 'Largest mean return of a controller',
+  'behavior/evolve_std': 'Standard deviation of the weights of controllers',
 }
 for _prefix, _of in (('', 'an episode'), ('test_', 'an evaluation')):
   METRICS[f'behavior/{_prefix}saturated'] = (

@@ -164,6 +164,9 @@ def _toy(name, opts):
 
 # Gym marks the ends of episodes, so that they can be predicted.
 GYM = dict(action_repeat=1, pcont=True)
+# As World Models (Ha and Schmidhuber, 2018) did: each of 1,000 frames is acted
+# in, from the first on, and ends are not predicted.
+CAR_RACING = dict(GYM, time_limit=1000, pcont=False)
 
 SUITES = dict(
   dmc=Suite(
@@ -189,7 +192,7 @@ SUITES = dict(
   gym=Suite(
     _gym,
     'gym_<id>',
-    defaults={'': GYM},
+    defaults={'': GYM, 'CarRacing-v3': CAR_RACING},
     renders=True,
   ),
   custom=Suite(

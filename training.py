@@ -44,6 +44,7 @@ class Run:
   stop: cli.StopSignal
   logger: Logger
   function: typing.Callable | None = None  # makes custom environments
+  hear: typing.Callable = lambda index, episode: {}  # `Behavior.hear`
 
   @property
   def datadir(self):
@@ -56,6 +57,12 @@ class Run:
 
   def follow(self, learner):
     """Called when there is a learner."""
+
+  def episode_ended(self, index, episode):
+    """Of environment `index`, in training."""
+    metrics = self.hear(index, episode)
+    if metrics:
+      self.logger.scalars(self.steps(), metrics)
 
   def say(self, line):
     self.logger.say(line)
@@ -179,6 +186,11 @@ def setup_devices(config):
       tf.config.experimental.set_memory_growth(gpu, True)
   team = distribute.make_team(config.strategy, config.batch_size)
   team.check_flags(config)
+  evolves = config.behavior == 'evolution' and config.evolve == 'environment'
+  if evolves and team.workers > 1:
+    raise UserError(
+      '--evolve environment runs in one process, with --envs environments'
+    )
   return team
 
 
@@ -313,6 +325,7 @@ def _train(run, make_agent, envs, test_env):
       _initialize(run, agent, make_agent, spec)
     learner = Learner(agent, run)
     run.follow(learner)
+    run.hear = agent.behavior.hear
     progress = checkpoints.make_progress(run, learner)
     progress.resume()
     number_episodes(run, envs)

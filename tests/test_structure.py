@@ -14,7 +14,7 @@ MODULES = {p.stem: p for p in ROOT.glob('*.py') if p.stem != 'setup'}
 # load, and `quiet`, which loads TensorFlow with its messages off.
 OPTIONAL = {
   *('ray', 'rich', 'gym', 'ale_py', 'deepmind_lab', 'dm_control'),
-  *('matplotlib', 'OpenGL', 'ray_workers', 'imageio_ffmpeg'),
+  *('cma', 'matplotlib', 'OpenGL', 'ray_workers', 'imageio_ffmpeg'),
 }
 
 
