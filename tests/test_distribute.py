@@ -53,6 +53,7 @@ CASES = {
   'float16': dict(
     precision='16', inputs='image,pose', kl_balance=0.8, actor_entropy=0.01
   ),
+  'evolution': dict(behavior='evolution', evolve_population=6, free_nats=0.0),
   'jit': dict(jit='True'),  # the last, as it replaces the noise
 }
 
@@ -111,7 +112,7 @@ def _update(folder, team, flags):
     agent.set_learning_rates()
     batch, share = next(batches), config.batch_size // team.workers
     rows = slice(team.index * share, (team.index + 1) * share)
-    made = agent.train(team.place({k: v[rows] for k, v in batch.items()}))
+    made = agent.update(team.place({k: v[rows] for k, v in batch.items()}))
     metrics.append({k: float(v) for k, v in made.items()})
     agent.updates.assign_add(1)
   weights = {

@@ -263,6 +263,7 @@ def test_planning_needs_continuous_actions():
     ({'representation': 'reward'}, 'dreamer-reward'),
     ({'behavior': 'actor'}, 'dreamer-actor'),
     ({'behavior': 'planning'}, 'planet'),
+    ({'behavior': 'evolution'}, 'world-models'),
     ({'behavior': 'planning', 'representation': 'reward'}, 'planet-reward'),
   ],
 )
