@@ -92,6 +92,8 @@ METRICS = {
   'run/updates': 'Gradient steps of all optimizers, so far',
   'run/fps': 'Environment steps a second since the last entry',
   'run/env_restarts': 'Workers that died or hung and were replaced, so far',
+  'run/missed': 'Share of ticks of an episode without a new action in time',
+  'run/test_missed': 'The same of an evaluation',
   'run/resumed': 'The run was resumed here; later steps were lost',
   'world_model/model_loss': 'Nats for a state: Eq. 10 or 12, negated',
   'world_model/image_loss': 'Nats for an image; 11,291.9 where it is exact',
