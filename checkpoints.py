@@ -342,6 +342,11 @@ class Progress:
     share = self._c.action_repeat * self._team.workers
     return dict(steps=-(-steps // share))
 
+  def after_portion(self):
+    """When a portion was collected."""
+    self._learner.catch_up()
+    self.save()
+
   def save(self):
     if self._team.chief:
       self._checkpoints.save(self._learner.updates)
@@ -473,8 +478,18 @@ class ExactProgress(Progress):
       self._learner.unlogged(saved['metrics'])
 
 
+class FreeProgress(Progress):
+  """Progress of a run whose updates go on beside all else."""
+
+  def after_portion(self):
+    self._learner.catch_up()
+    self._saved = 0.0  # so a checkpoint is due after the update under way
+
+
 def make_progress(run, learner):
   """`Progress`, or `ExactProgress` where a run can be exact."""
+  if run.config.learner == 'free':
+    return FreeProgress(run, learner)
   alone = run.config.envs == run.team.workers == 1
   exact = run.config.deterministic and alone and not run.config.offline
   return (ExactProgress if exact else Progress)(run, learner)

@@ -148,6 +148,15 @@ FLAGS = {
     Flag('save_every', WEIGHT, 10.0, 'minutes between checkpoints, at most'),
     Flag('deterministic', Truth(), False,
          'wait for updates before acting, and use exact kernels; slower'),
+    Flag('learner', Choice('scheduled', 'free'), 'scheduled',
+         'updates follow from steps (--train_every, --train_steps), or go on '
+         'without end beside acting', 'Alg. 1; free: DayDreamer'),
+    Flag('max_ratio', WEIGHT, 0.0,
+         'updates for each environment step that --learner free makes at '
+         'most; 0: no limit'),
+    Flag('role', Choice('both', 'act', 'learn'), 'both',
+         'of this process: act and learn, or one of them, beside a process '
+         'with the other role and the same logdir'),
   ],
   'Environment': [
     Flag('envs', Whole(1, 1000), 1,

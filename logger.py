@@ -91,6 +91,8 @@ METRICS = {
   'run/episodes': 'Episodes in the replay',
   'run/updates': 'Gradient steps of all optimizers, so far',
   'run/fps': 'Environment steps a second since the last entry',
+  'run/ups': 'Updates a second since the last entry',
+  'run/ratio': 'Updates for each environment step, of the whole run',
   'run/env_restarts': 'Workers that died or hung and were replaced, so far',
   'run/missed': 'Share of ticks of an episode without a new action in time',
   'run/test_missed': 'The same of an evaluation',

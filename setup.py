@@ -36,6 +36,7 @@ setuptools.setup(
     'distribute',
     'dreamer',
     'environments',
+    'free',
     'gym_env',
     'layers',
     'learner',

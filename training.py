@@ -31,6 +31,7 @@ import spaces
 import suites
 import tools
 from cli import UserError
+from free import FreeLearner
 from learner import Learner
 from logger import Logger
 
@@ -311,7 +312,7 @@ def _train(run, make_agent, envs, test_env):
       run.say(f'Found {count} {name} parameters.')
     if config.init_from and _begins(config):
       _initialize(run, agent, make_agent, spec)
-    learner = Learner(agent, run)
+    learner = _make_learner(run, agent, make_agent, spec)
     run.follow(learner)
     progress = checkpoints.make_progress(run, learner)
     progress.resume()
@@ -323,6 +324,7 @@ def _train(run, make_agent, envs, test_env):
       _collect(run, learner, progress, envs, test_env)
     else:
       _learn_offline(run, learner, progress, test_env)
+    learner.halt()
     progress.save_at_end()
     run.say(_ending(learner, before, config.updates))
     run.team.wait()  # to leave together
@@ -338,14 +340,21 @@ def _train(run, make_agent, envs, test_env):
     learner.halt()
 
 
+def _make_learner(run, agent, make_agent, spec):
+  if run.config.learner == 'scheduled':
+    return Learner(agent, run)
+  copy = make_agent(run.config, spec.actions, inputs=spec.inputs)
+  return FreeLearner(agent, run, copy)
+
+
 def _collect(run, learner, progress, envs, test_env):
   """The loop of Algorithm 1: collect, learn, evaluate, save."""
   state = None
+  learner.begin()
   while learner.step < run.config.steps:
     progress.evaluate_if_due(test_env)
     state = tools.simulate(learner, envs, state=state, **progress.portion())
-    learner.catch_up()
-    progress.save()
+    progress.after_portion()
   progress.evaluate_if_due(test_env)
 
 

@@ -5,8 +5,8 @@ An environment here has `observation_space` (a `gym.spaces.Dict`),
 and `close()`. Images, `obs['image']`, `obs['image_2']`, ..., are uint8
 [64, 64, 3]; all others are vectors. `info['discount']`, where present, is the
 factor that applies to everything after this step: 0 if the task really ended
-there, 1 if only a time limit did. `info['missed']`, where time does not wait for
-the agent, counts the ticks since the last step for which no action came.
+there, 1 if only a time limit did. `info['missed']`, where time does not wait
+for the agent, counts the ticks since the last step for which no action came.
 
 An *environment step* is one step of the simulator, an *agent step* one action
 of the agent; the action repeat lies between the two.
@@ -632,11 +632,11 @@ class ToyRobot(ToyReach):
       agent     | a_0 ->  | a_1 ->  | a_2 ->  |
       robot     | rests   | a_0     | a_1     |
 
-  `step` takes an action, waits for the end of the tick and returns what is seen
-  there. An action that comes later has missed its tick: the robot goes on with
-  the one that it has, and takes the new one at the next. `info['missed']` counts
-  the ticks that passed so since the last step, by the robot's own clock. Their
-  rewards are lost. Between episodes the clock stands still.
+  `step` takes an action, waits for the end of the tick and returns what is
+  seen there. An action that comes later has missed its tick: the robot goes on
+  with the one that it has, and takes the new one at the next. `info['missed']`
+  counts the ticks that passed so since the last step, by the robot's own clock.
+  Their rewards are lost. Between episodes the clock stands still.
   """
 
   PERIOD = 0.05  # seconds
