@@ -42,7 +42,7 @@ LEAST_STEPS = 90_000
 # fmt: off
 FREE = (
   'logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every',
-  'strategy', 'worker_timeout', 'start_timeout', 'env_errors',
+  'strategy', 'worker_timeout', 'start_timeout', 'env_errors', 'role',
 )
 # fmt: on
 

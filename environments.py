@@ -111,7 +111,7 @@ def running(run):
   the first kind, and of the second only if its task can run here.
   """
   config, team, envs = run.config, run.team, []
-  log = workers.open_log(config.logdir / f'workers{team.suffix}.log')
+  log = workers.open_log(run.home / f'workers{team.suffix}.log')
   make = functools.partial(
     make_env, config, lost=Replacements(run), log=log, function=run.function
   )
@@ -130,10 +130,10 @@ def running(run):
   ]
   test = None
   try:
-    for index in range(0 if config.offline else config.envs):
+    for index in range(config.envs if run.collects else 0):
       env = make(team.index * config.envs + index, 'train', store)
       envs.append(Deadlines(env, run, 'missed'))
-    if team.chief:
+    if team.chief and run.evaluates:
       test = make(0, 'test', [functools.partial(summarize, prefix='test')])
       test = Deadlines(test, run, 'test_missed')
       if not envs:

@@ -137,7 +137,7 @@ class Learner:
     )
 
   def begin(self):
-    """Called before the first episode."""
+    """Called before the first episode is collected."""
 
   # Acting
 
