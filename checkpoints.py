@@ -165,6 +165,8 @@ class Checkpoints:
         with file.open('rb') as opened:
           while opened.read(2**20):
             pass
+      except FileNotFoundError:  # a run beside us has just removed it
+        return True
       except OSError as error:
         raise UserError(
           f'the checkpoint {file} cannot be read ({error.strerror}); make it '

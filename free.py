@@ -95,7 +95,7 @@ def _copier(source, target):
   return copy
 
 
-SWITCH = 5e-4  # seconds after which a thread lets another run
+SWITCH = 1e-4  # seconds after which a thread lets another run
 
 
 class Beside:
@@ -298,9 +298,12 @@ class Follower:
     return another
 
   def _follow(self):
-    if self._load():
-      self._actor.take()
-      self._came = time.time()
+    try:
+      if self._load():
+        self._actor.take()
+        self._came = time.time()
+    except cli.UserError as error:  # no reason for a robot to stand still
+      cli.warn(f'acting on with the weights of {self.updates} updates: {error}')
     if self._should_log(self.step):
       self._write_summaries()
     time.sleep(self.LOOK)
