@@ -24,11 +24,13 @@ import logger
 import replay
 import spaces
 import training
+from learner import Learner
 
 FLAGS = (
-  *('--learner=free', '--inputs=image,state', '--prefill=100'),
-  *('--eval_every=100', '--log_every=50', '--max_ratio=2'),
+  *('--learner=free', '--prefill=100', '--max_ratio=2'),
+  *('--eval_every=100', '--log_every=50'),
 )
+STATE = *FLAGS, '--inputs=state', '--log_images=False'
 
 
 def lines(folder, name):
@@ -160,6 +162,29 @@ def test_checkpoints_come_as_often_as_they_are_cheap(learner, monkeypatch):
   assert saved.newest() == 3
 
 
+def test_updates_may_follow_from_steps_again(learner, tmp_path):
+  """From where it resumes: those of earlier steps are not made up for."""
+  first, run = learner
+  first.step = 1000
+  first.pretrain()
+  saver = checkpoints.Checkpoints(tmp_path / 'saved', **first.trackable())
+  saver.save(1)
+  agent = make_agent(tmp_path)
+  agent.config.update(deterministic=True)  # to wait for updates
+  run = training.Run(agent.config, distribute.Team(), run.stop, run.logger)
+  again = Learner(agent, run)
+  saver = checkpoints.Checkpoints(tmp_path / 'saved', **again.trackable())
+  assert saver.restore()
+  obs = dict(state=np.zeros([1, 4]))
+  counts = {}
+  for step in (1000, 1001, 1098, 1099, 1100):
+    again.step = step
+    again(obs, np.array([True]))
+    counts[step] = again.updates
+  assert counts == {1000: 4, 1001: 4, 1098: 4, 1099: 4, 1100: 9}
+  again.halt()
+
+
 @pytest.mark.parametrize(
   'flags, message',
   [
@@ -186,7 +211,7 @@ def test_flags_that_do_not_go_together(flags, message):
 @pytest.mark.slow
 def test_one_process_is_killed_and_resumes(tmp_path):
   logdir = tmp_path / 'run'
-  flags = *FLAGS, '--save_every=0.05', '--steps=400'
+  flags = *FLAGS, '--inputs=image,state', '--save_every=0.05', '--steps=400'
   code, _ = faults.run_until(
     logdir, 'at step 200', signal.SIGKILL, *flags, task='toy_robot'
   )
@@ -207,13 +232,6 @@ def test_one_process_is_killed_and_resumes(tmp_path):
   # be many more.
   assert all(n <= 2 * step + 2 for step, n in updates if step)
   assert updates[-1][1] > saved
-  # Updates that follow from steps go on from here: 5 for each 100.
-  result = faults.run(
-    logdir, '--inputs=image,state', '--steps=500', task='toy_robot'
-  )
-  assert result.returncode == 0, result.stderr
-  last = lines(logdir, 'updates')[-1][1]
-  assert updates[-1][1] < last <= updates[-1][1] + 5
 
 
 # --- Two processes -----------------------------------------------------------
@@ -226,7 +244,7 @@ class Role:
     self._path = logdir.parent / f'{role}.out'
     self._start = self._path.stat().st_size if self._path.exists() else 0
     words = faults.command(
-      logdir, *FLAGS, f'--role={role}', *flags, task='toy_robot'
+      logdir, *STATE, f'--role={role}', *flags, task='toy_robot'
     )
     with self._path.open('ab') as log:
       self.process = subprocess.Popen(words, stdout=log, stderr=log)
@@ -280,49 +298,54 @@ def of_actor(files):
   return {k: v for k, v in files.items() if k.startswith(('act/', 'episodes/'))}
 
 
+def of_learner(files):
+  return dict(files.items() - of_actor(files).items())
+
+
 @pytest.mark.slow
 def test_two_processes_are_killed_and_resume(tmp_path, start):
   """In any order; each writes its own files alone."""
-  logdir, end = tmp_path / 'run', '--steps=500'
-  actor = start(logdir, 'act', end)
+  logdir, endless = tmp_path / 'run', '--steps=1e9'
+  actor = start(logdir, 'act', endless)
   actor.wait_for('Waiting for the first weights')
   assert written(logdir) == of_actor(written(logdir))
-  second = faults.run(logdir, *FLAGS, end, task='toy_robot')
+  second = faults.run(logdir, *STATE, endless, task='toy_robot')
   assert second.returncode == 2
   holder = f'process {actor.process.pid} on'
   assert f'{logdir / "act"} is in use by {holder}' in second.stderr
   actor.process.send_signal(signal.SIGTERM)
   actor.finish()
   before = of_actor(written(logdir))
-  learner = start(logdir, 'learn', end)
+  learner = start(logdir, 'learn', endless)
   learner.wait_for('First update done')
   while updates_saved(logdir) < 5:
     time.sleep(0.1)
   assert of_actor(written(logdir)) == before
-  # The actor goes on alone where the learner is killed, and it comes back.
-  actor = start(logdir, 'act', end)
-  actor.wait_for('at step 150')
+  # Where the learner is killed, the actor goes on.
+  actor = start(logdir, 'act', endless)
+  actor.wait_for('Episode: ')
   learner.kill()
-  saved = updates_saved(logdir)
-  rest = {k: v for k, v in written(logdir).items() if k not in of_actor({k: v})}
-  actor.wait_for('at step 250')
-  after = written(logdir)
-  assert {k: after.get(k) for k in rest} == rest
-  assert after.keys() - rest.keys() == of_actor(after).keys()
-  learner = start(logdir, 'learn', end)
-  learner.wait_for('Resumed at step')
-  assert f', {saved} updates.' in learner.text
-  # The learner goes on alone where the actor is killed, and it comes back.
-  actor.wait_for('at step 300')
+  saved, rest = updates_saved(logdir), of_learner(written(logdir))
+  count = actor.text.count('Episode: ')
+  while actor.text.count('Episode: ') < count + 2:
+    time.sleep(0.1)
   actor.kill()
+  assert of_learner(written(logdir)) == rest
+  # Where the actor is killed, the learner goes on; --steps ends both.
   episodes = faults.read_episodes(logdir)
-  actor = start(logdir, 'act', end)
-  actor.wait_for('at step 350')
-  assert 'Resumed at step 300' in actor.text
+  steps = 50 * len(episodes)
+  learner = start(logdir, 'learn', f'--steps={steps + 200}')
+  learner.wait_for('First update done')
+  assert f'Resumed at step {steps}, {saved} updates.' in learner.text
+  actor = start(logdir, 'act', f'--steps={steps + 200}')
   actor.finish()
   learner.finish()
+  assert f'Resumed at step {steps}.' in actor.text
+  for role in (actor, learner):
+    assert f'Finished at step {steps + 200}, ' in role.text
   after = faults.read_episodes(logdir)
-  assert after[: len(episodes)] == episodes and len(after) == 10
+  assert after[: len(episodes)] == episodes
+  assert len(after) == len(episodes) + 4
   report_missed(logdir, logdir / 'act')
   weights = [n for _, n in lines(logdir / 'act', 'weights')]
   assert weights == sorted(weights) and weights[-1] > saved
@@ -331,10 +354,9 @@ def test_two_processes_are_killed_and_resume(tmp_path, start):
   # Numbers of evaluations go on: each episode of theirs is another.
   (run,) = compare.find_runs([tmp_path])
   scores = [score for _, score in lines(logdir / 'act', 'test/return')]
-  assert sorted(run.scores) == sorted(scores) and len(set(scores)) == len(
-    scores
-  )
-  assert run.method == 'dreamer-free-image-state-debug'
+  assert sorted(run.scores) == sorted(scores)
+  assert len(set(scores)) == len(scores) >= 3
+  assert run.method == 'dreamer-free-state-debug'
 
 
 def test_actor_beside_one_that_acts_is_refused(tmp_path):
@@ -350,7 +372,7 @@ def test_actor_beside_one_that_acts_is_refused(tmp_path):
     words = [sys.executable, '-c', code, str(tmp_path), role]
     pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with subprocess.Popen(words, cwd=faults.ROOT, **pipe) as other:
-      assert other.stdout.readline() == b'held\n'
+      assert b'held\n' in iter(other.stdout.readline, b'')
       if refused:
         with pytest.raises(cli.UserError, match=f'{other.pid} on .*, which'):
           training.setup_logdir(config)
