@@ -95,7 +95,7 @@ def _copier(source, target):
   return copy
 
 
-SWITCH = 1e-4  # seconds after which a thread lets another run
+SWITCH = 5e-4  # seconds after which a thread lets another run
 
 
 class Beside:
