@@ -14,6 +14,7 @@ import time
 
 import tensorflow as tf
 
+import configs
 import replay
 import tools
 from cli import UserError, atomic_write, nearest, warn
@@ -120,6 +121,10 @@ class Checkpoints:
           file.rename(file.with_name(f'{file.name}.broken'))
     return None
 
+  def newest(self):
+    """Number of the newest checkpoint, -1 if there is none."""
+    return max(self._numbers(), default=-1)
+
   def newest_trace(self):
     """Largest number of a checkpoint of which there is any file, 0 if none."""
     names = [path.name for path in self._directory.glob('ckpt-*')]
@@ -160,6 +165,8 @@ class Checkpoints:
         with file.open('rb') as opened:
           while opened.read(2**20):
             pass
+      except FileNotFoundError:  # a run beside us has just removed it
+        return True
       except OSError as error:
         raise UserError(
           f'the checkpoint {file} cannot be read ({error.strerror}); make it '
@@ -342,6 +349,11 @@ class Progress:
     share = self._c.action_repeat * self._team.workers
     return dict(steps=-(-steps // share))
 
+  def after_portion(self):
+    """When a portion was collected."""
+    self._learner.catch_up()
+    self.save()
+
   def save(self):
     if self._team.chief:
       self._checkpoints.save(self._learner.updates)
@@ -508,12 +520,13 @@ class Lock:
   Args:
     directory: the folder.
     name: of the file.
+    note: what else the file says of the holder.
 
   Raises:
     UserError: another process holds it.
   """
 
-  def __init__(self, directory, name='lock'):
+  def __init__(self, directory, name='lock', note=''):
     path = pathlib.Path(directory) / name
     self._file = path.open('a+')
     self._file.seek(0)
@@ -532,10 +545,55 @@ class Lock:
     if holder:
       warn(f'taking over {path} from {holder}, which did not end properly')
     self._file.truncate(0)
-    self._file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    host = socket.gethostname()
+    self._file.write(f'process {os.getpid()} on {host}{note}\n')
     self._file.flush()
 
   def release(self):
     """Ends it; the file stays, empty."""
     self._file.truncate(0)
     self._file.close()
+
+
+LEARNS = ', with --role learn'  # what the lock of a logdir says then
+
+
+@contextlib.contextmanager
+def locked(logdir, role, name='lock'):
+  """Holds the locks of what a role writes; see docs/usage.md, Logdir.
+
+  Args:
+    logdir: the folder.
+    role: `--role`.
+    name: of the file in it.
+
+  Raises:
+    UserError: another process holds one of them.
+  """
+  act = logdir / configs.ACT
+  with contextlib.ExitStack() as stack:
+    if role != 'act':
+      note = LEARNS if role == 'learn' else ''
+      stack.callback(Lock(logdir, name, note).release)
+    if role == 'act' or (role == 'both' and act.is_dir()):
+      stack.callback(Lock(act).release)
+    other = role == 'act' and _holder(logdir / name)
+    if other and not other.endswith(LEARNS):
+      raise UserError(
+        f'--logdir {logdir} is in use by {other}, which acts, too: stop that '
+        'and start it with --role learn, or choose another folder'
+      )
+    yield
+
+
+def _holder(path):
+  """What a lock's file says, if a process holds it; '' if none does."""
+  try:
+    with path.open('r+') as file:
+      text = file.read().strip()
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      return ''
+  except BlockingIOError:
+    return text or 'another process'
+  except OSError:  # there is none, or there are no locks here
+    return ''

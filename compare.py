@@ -31,6 +31,7 @@ import numpy as np
 from scipy import stats
 
 import cli
+import configs
 from cli import UserError
 
 PAPER = pathlib.Path(__file__).with_name('scores') / 'paper.json'
@@ -42,7 +43,7 @@ LEAST_STEPS = 90_000
 # fmt: off
 FREE = (
   'logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every',
-  'strategy', 'worker_timeout', 'start_timeout', 'env_errors',
+  'strategy', 'worker_timeout', 'start_timeout', 'env_errors', 'role',
 )
 # fmt: on
 
@@ -165,20 +166,27 @@ def read_metrics(path, xaxis='step', yaxis='test/return'):
   return read_series(path, xaxis, [yaxis])[yaxis]
 
 
+def metrics_files(path):
+  """A metrics.jsonl, and that of `--role act` beside it."""
+  return path, path.parent / configs.ACT / path.name
+
+
 def read_series(path, xaxis, names):
   """Numbers of several keys of a metrics.jsonl: {name: (x, y) sorted by x}.
 
-  Lines that are not JSON (such as a half-written last one) and numbers that
-  are not finite are left out with a warning.
+  With it is read what a process wrote that acts alone (`--role act`). Lines
+  that are not JSON (such as a half-written last one) and numbers that are not
+  finite are left out with a warning.
   """
   series = {name: [] for name in names}
   broken, infinite, lines = 0, 0, []
-  try:
-    lines = path.read_bytes().splitlines()
-  except FileNotFoundError:
-    pass
-  except OSError as error:
-    warn(f'{path} is left out: {error.strerror}')
+  for file in metrics_files(path):
+    try:
+      lines += file.read_bytes().splitlines()
+    except FileNotFoundError:
+      pass
+    except OSError as error:
+      warn(f'{file} is left out: {error.strerror}')
   for line in lines:
     try:
       record = json.loads(line)

@@ -150,6 +150,15 @@ FLAGS = {
     Flag('save_every', WEIGHT, 10.0, 'minutes between checkpoints, at most'),
     Flag('deterministic', Truth(), False,
          'wait for updates before acting, and use exact kernels; slower'),
+    Flag('learner', Choice('scheduled', 'free'), 'scheduled',
+         'updates follow from steps (--train_every, --train_steps), or go on '
+         'without end beside acting', 'Alg. 1; free: DayDreamer'),
+    Flag('max_ratio', WEIGHT, 0.0,
+         'updates for each environment step that --learner free makes at '
+         'most; 0: no limit'),
+    Flag('role', Choice('both', 'act', 'learn'), 'both',
+         'of this process: act and learn, or one of them, beside a process '
+         'with the other role and the same logdir'),
   ],
   'Environment': [
     Flag('envs', Whole(1, 1000), 1,
@@ -397,6 +406,8 @@ def method_name(config):
   parts = [arm.method for arm in arms]
   if config.get('offline'):
     parts.append('offline')
+  if config.get('learner') == 'free':
+    parts.append('free')
   if config.inputs != 'image':
     parts.append(re.sub(r'[^\w.]+', '-', config.inputs))
   return '-'.join(filter(None, parts))
@@ -460,6 +471,7 @@ def parse_flags(argv):
   config = define_config(**start)
   config.update(given)
   _check_config(config)
+  _check_free(config, given)
   return config
 
 
@@ -518,6 +530,49 @@ def _check_offline(config):
     )
 
 
+def _check_free(config, given):
+  """Refuses what acting and learning at paces of their own cannot have."""
+  c = config
+  if c.learner == 'scheduled':
+    if c.role != 'both':
+      raise UserError(
+        f'--role {c.role} is of --learner free, where two processes act and '
+        'learn at paces of their own: give both flags'
+      )
+    if c.max_ratio:
+      raise UserError(
+        '--max_ratio bounds the updates of --learner free; else they follow '
+        'from --train_every and --train_steps'
+      )
+    return
+  for name in ('train_every', 'train_steps'):
+    if name in given:
+      raise UserError(
+        f'--{name} is of --learner scheduled; with --learner free updates go '
+        f'on without end, or up to --max_ratio for each environment step'
+      )
+  if c.deterministic:
+    raise UserError(
+      '--learner free depends on the clock, and --deterministic True must '
+      'not: choose one of them'
+    )
+  if c.offline:
+    raise UserError(
+      '--offline learns without acting, at full speed already: leave out '
+      '--learner free'
+    )
+  if c.behavior == 'evolution' and c.evolve == 'environment':
+    raise UserError(
+      '--evolve environment gives each episode a controller, and --learner '
+      'free changes what acts within it: choose --evolve imagination'
+    )
+  if c.strategy == 'multiworker':
+    raise UserError(
+      '--learner free makes its updates in one process: --strategy mirrored; '
+      '--role act may be another'
+    )
+
+
 def resolve_actions(config, actspace):
   """Sets what is `auto` by the action space; UserError where flags misfit."""
   discrete = getattr(actspace, 'discrete', False)
@@ -545,6 +600,7 @@ def resolve_actions(config, actspace):
 # --- The file ---------------------------------------------------------------
 
 FORMAT = 1  # of logdirs: older code refuses those of newer
+ACT = 'act'  # folder in a logdir of what --role act writes, but for episodes
 
 
 class UnreadableError(UserError):
@@ -576,11 +632,43 @@ def check_logdir(config):
         'the flags given'
       )
     return []
+  _check_others(logdir)
+  return []
+
+
+def check_actor(config):
+  """As `check_logdir`, for --role act, which changes nothing of the learner's.
+
+  There may be no learner yet.
+  """
+  path = config.logdir / 'config.json'
+  if path.exists():
+    _check_resume(config, _saved_flags(path))
+  else:
+    _check_others(config.logdir)
+
+
+def load_actor(config):
+  """The configuration of --role act beside --role learn, None without one.
+
+  Raises:
+    UserError: the agent of `config` is another.
+  """
+  path = config.logdir / ACT / 'config.json'
+  if not path.exists():
+    return None
+  saved = _saved_flags(path)
+  _check_resume(config, saved, path)
+  return AttrDict(saved)
+
+
+def _check_others(logdir):
+  """UserError where a folder without config.json is not that of a run."""
   names = {p.name for p in logdir.iterdir()}
   if 'config.json.broken' in names:
-    return []
+    return
   # What a run leaves that was killed at its very start.
-  own = rf'episodes|lock(-\d+)?|{cli.TEMPORARY}'
+  own = rf'episodes|{ACT}|lock(-\d+)?|{cli.TEMPORARY}'
   others = sorted(n for n in names if not re.fullmatch(own, n))
   lock, holder = logdir / 'lock', rb'(process \d+ on .*\n)?'
   if lock.is_file() and not re.fullmatch(holder, lock.read_bytes()):
@@ -590,7 +678,6 @@ def check_logdir(config):
       f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '
       'no config.json; choose a new folder'
     )
-  return []
 
 
 def _read_config(path):
@@ -662,15 +749,16 @@ def load_spaces(logdir):
     return None, None
 
 
-def write_config(config, inputs=None, actions=None):
+def write_config(config, inputs=None, actions=None, folder=None):
   """Writes config.json: flags, versions, and when the run first started.
 
   Args:
     config: from `parse_flags`.
     inputs: {name: shape} of what the agent sees, where it is known.
     actions: its action space, likewise.
+    folder: which it is for; None for the logdir.
   """
-  path = config.logdir / 'config.json'
+  path = (folder or config.logdir) / 'config.json'
   now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
   record = _read_config(path) if path.exists() else dict(started=now)
   record.update(method=method_name(config), format=FORMAT)
@@ -727,7 +815,7 @@ def commit():
   return None
 
 
-def _check_resume(config, saved):
+def _check_resume(config, saved, path=None):
   """The flags that differ from the saved ones; UserError if one may not.
 
   A run that has neither episodes nor checkpoints yet may still change all.
@@ -745,7 +833,7 @@ def _check_resume(config, saved):
       raise UserError(
         f'--logdir {logdir} holds a run with --{name} {_shown(old)}, not '
         f'{_shown(new)}. Resume it with the flags that it was started with '
-        f'(see {logdir / "config.json"}) or choose a new folder.'
+        f'(see {path or logdir / "config.json"}) or choose a new folder.'
       )
     changes.append(f'--{name} {_shown(new)} (was {_shown(old)})')
   return changes

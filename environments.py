@@ -111,7 +111,7 @@ def running(run):
   the first kind, and of the second only if its task can run here.
   """
   config, team, envs = run.config, run.team, []
-  log = workers.open_log(config.logdir / f'workers{team.suffix}.log')
+  log = workers.open_log(run.home / f'workers{team.suffix}.log')
   make = functools.partial(
     make_env, config, lost=Replacements(run), log=log, function=run.function
   )
@@ -130,12 +130,14 @@ def running(run):
   ]
   test = None
   try:
-    for index in range(0 if config.offline else config.envs):
+    for index in range(config.envs if run.collects else 0):
       ended = functools.partial(run.episode_ended, index)
       number = team.index * config.envs + index
-      envs.append(make(number, 'train', [*store, ended]))
-    if team.chief:
+      env = make(number, 'train', [*store, ended])
+      envs.append(Deadlines(env, run, 'missed'))
+    if team.chief and run.evaluates:
       test = make(0, 'test', [functools.partial(summarize, prefix='test')])
+      test = Deadlines(test, run, 'test_missed')
       if not envs:
         test = _if_it_runs(run, test)
     yield envs, test
@@ -219,6 +221,42 @@ def _real_value(reward, last, config):
   if last and config.discount < 1:
     totals = totals / weights / (1.0 - config.discount)
   return float(totals.mean())
+
+
+class Deadlines(workers.Wrapper):
+  """Logs the share of each episode's ticks that the agent missed.
+
+  An environment whose time does not wait counts them, by its own clock
+  (`info['missed']`); nothing is logged of others.
+
+  Args:
+    env: a `replay.Collect`.
+    run: `Run`.
+    name: of the metric.
+  """
+
+  def __init__(self, env, run, name):
+    super().__init__(env)
+    self._run, self._name = run, name
+
+  def reset(self, blocking=True):
+    self._ticks = self._missed = 0
+    return self._env.reset(blocking)
+
+  def step(self, action, blocking=True):
+    promise = self._env.step(action, blocking=False)
+    promise = functools.cache(functools.partial(self._count, promise))
+    return promise() if blocking else promise
+
+  def _count(self, promise):
+    obs, reward, done, info = promise()
+    if 'missed' in info:
+      self._missed += info['missed']
+      self._ticks += 1 + info['missed']
+      if done:
+        share = self._missed / self._ticks
+        self._run.logger.scalars(self._run.steps(), {self._name: share})
+    return obs, reward, done, info
 
 
 class Replacements:

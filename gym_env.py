@@ -139,8 +139,10 @@ class GymEnv:
       ended = ended and not truncated[0]
     self._steps += 1
     done = bool(ended or truncated[0] or self._steps == self._limit)
-    discount = np.float32(0 if ended else 1)
-    return self._number(reward), done, {'discount': discount}
+    about = {'discount': np.float32(0 if ended else 1)}
+    if 'missed' in info:
+      about['missed'] = int(info['missed'])
+    return self._number(reward), done, about
 
   def observe(self):
     """Returns the observation of the present state."""

@@ -87,7 +87,8 @@ class Learner:
   """
 
   def __init__(self, agent, run):
-    self._agent, self._run = agent, run
+    self._agent = self._actor = agent
+    self._run = run
     self._c, self._team = run.config, run.team
     self._pending = tf.Variable(0, dtype=tf.int64, trainable=False)
     self._should_train = tools.Every(self._c.train_every)
@@ -135,12 +136,15 @@ class Learner:
       **self._agent.trackable(),
     )
 
+  def begin(self):
+    """Called before the first episode is collected."""
+
   # Acting
 
   def __call__(self, obs, reset, state=None):
     """Learns if that is due, then acts; see `Dreamer.__call__`."""
     self._learn_if_due()
-    action, state = self._agent(obs, reset, state)
+    action, state = self._actor(obs, reset, state)
     agents = len(reset) * self._team.workers  # all collect as many
     self._agent.step.assign_add(agents * self._c.action_repeat)
     return action, state
@@ -148,7 +152,7 @@ class Learner:
   def evaluate(self, obs, reset, state=None):
     """Acts without exploring, counting or learning."""
     self._check_stop()
-    return self._agent(obs, reset, state, training=False)
+    return self._actor(obs, reset, state, training=False)
 
   def _check_stop(self):
     """Raises if the run is to end; several processes do so in updates only."""
@@ -297,15 +301,20 @@ class Learner:
       metrics = {k: np.mean(v) for k, v in self._metrics.items()}
       self._metrics.clear()
     metrics = metrics if self._c.log_scalars else {}
+    mark = dict(now=now, step=step, updates=self.updates)
     if self._last_log:
-      metrics['fps'] = (step - self._last_log[1]) / (now - self._last_log[0])
-    self._last_log = (now, step)
-    self._run.logger.scalars(step, dict(metrics, updates=self.updates))
+      metrics.update(self._rates(self._last_log, mark))
+    self._last_log = mark
+    self._run.logger.scalars(step, dict(metrics, updates=mark['updates']))
     images = images and self._c.log_images and self._team.chief
     if images and self._latest and step >= self._next_picture:
       self._next_picture = step + self._c.log_images_every
       self._write_prediction(step)
     self._run.logger.flush()
+
+  def _rates(self, last, mark):
+    """How fast the run is, between two entries."""
+    return dict(fps=(mark['step'] - last['step']) / (mark['now'] - last['now']))
 
   def _write_prediction(self, step):
     """Logs predictions of six windows: a video, and curves of numbers.

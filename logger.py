@@ -91,7 +91,13 @@ METRICS = {
   'run/episodes': 'Episodes in the replay',
   'run/updates': 'Gradient steps of all optimizers, so far',
   'run/fps': 'Environment steps a second since the last entry',
+  'run/ups': 'Updates a second since the last entry',
+  'run/ratio': 'Updates for each environment step, of the whole run',
   'run/env_restarts': 'Workers that died or hung and were replaced, so far',
+  'run/weights': 'Updates of the weights that act, of another process',
+  'run/weights_age': 'Seconds since these came',
+  'run/missed': 'Share of ticks of an episode without a new action in time',
+  'run/test_missed': 'The same of an evaluation',
   'run/resumed': 'The run was resumed here; later steps were lost',
   'world_model/model_loss': 'Nats for a state: Eq. 10 or 12, negated',
   'world_model/image_loss': 'Nats for an image; 11,291.9 where it is exact',
@@ -151,12 +157,16 @@ class Logger:
     total: environment steps of the whole run, for the progress bar.
     step: environment steps so far.
     worker: number of this process among several; only 0 writes files.
+
+  Attributes:
+    resumes: whether there were metrics before.
   """
 
   def __init__(self, logdir, total, step=0, worker=0):
     logdir = pathlib.Path(logdir)
     self._worker = worker
     self._metrics = logdir / 'metrics.jsonl'
+    self.resumes = self.size() > 0
     self._writer = tf.summary.create_noop_writer()
     if not worker:
       self._cut_half_line()
@@ -195,12 +205,20 @@ class Logger:
 
   def largest(self, name):
     """The largest value of a name in metrics.jsonl, 0 without any."""
-    values = [0]
-    if self._metrics.exists():
-      for line in self._metrics.read_text(errors='replace').splitlines():
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-          values.append(float(json.loads(line).get(name, 0)))
-    return max(values)
+    return max([0, *(value for _, value in self._read(name))])
+
+  def steps_of(self, name):
+    """Steps of the lines of metrics.jsonl that have a name."""
+    return [int(step) for step, _ in self._read(name)]
+
+  def _read(self, name):
+    """Yields (step, value) of a name in metrics.jsonl."""
+    if not self._metrics.exists():
+      return
+    for line in self._metrics.read_text(errors='replace').splitlines():
+      with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+        record = json.loads(line)
+        yield float(record['step']), float(record[name])
 
   def say(self, line):
     line = f'[worker {self._worker}] {line}' if self._worker else line

@@ -395,7 +395,8 @@ def load_dataset(
   Args:
     directory: folder of episodes.
     config: `batch_size` B, `batch_length` T, `dataset_balance`, `seed`,
-      `replay_capacity`; with `offline` the folder is left as it is.
+      `replay_capacity`; with `offline`, or `role` learn, the folder is left as
+      it is.
     start: index of the first batch; batch number n is the same however often
       the run was interrupted, as long as the episodes are.
     actions: A, if episodes with other actions are to be set aside.
@@ -415,7 +416,7 @@ def load_dataset(
     capacity=capacity,
     start=start,
     shapes={**inputs, **(dict(action=(actions,)) if actions else {})},
-    repair=not config.get('offline'),
+    repair=not config.get('offline') and config.get('role') != 'learn',
   )
   while True:
     batch = [next(windows) for _ in range(share)]

@@ -213,10 +213,13 @@ class Reader:
 
 
 def _state(path):
-  """What changes when a file does; None without it."""
-  with contextlib.suppress(OSError):
-    about = path.stat()
-    return about.st_size, about.st_mtime_ns
+  """What changes when a run goes on; [] without any metrics."""
+  state = []
+  for file in compare.metrics_files(path):
+    with contextlib.suppress(OSError):
+      about = file.stat()
+      state.append((about.st_size, about.st_mtime_ns))
+  return state
 
 
 def _thinned(x, y):

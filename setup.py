@@ -37,6 +37,7 @@ setuptools.setup(
     'dreamer',
     'environments',
     'evolution',
+    'free',
     'gym_env',
     'layers',
     'learner',

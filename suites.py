@@ -203,9 +203,9 @@ SUITES = dict(
   ),
   toy=Suite(
     _toy,
-    'toy_reach, toy_catch',
+    'toy_reach, toy_catch, toy_robot',
     names=lambda: list(wrappers.TOYS),
-    defaults=dict(reach=TOY, catch=CATCH),
+    defaults=dict(reach=TOY, catch=CATCH, robot=TOY),
   ),
 )
 

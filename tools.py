@@ -48,6 +48,10 @@ class Every(tf.Module):
       return True
     return False
 
+  def skip(self, step):
+    """As if it had been true at `step`."""
+    self._last.assign(step)
+
 
 class Once(tf.Module):
   """True at the first call of a run, resumed or not, and never again."""

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
+import time
 import typing
 
 import keras
@@ -26,6 +27,7 @@ import cli
 import configs
 import distribute
 import environments
+import free
 import replay
 import spaces
 import suites
@@ -46,14 +48,27 @@ class Run:
   function: typing.Callable | None = None  # makes custom environments
   hear: typing.Callable = lambda index, episode: {}  # `Behavior.hear`
 
+  # What kinds of runs do.
+  collects: typing.ClassVar = True
+  evaluates: typing.ClassVar = True
+  learns: typing.ClassVar = True
+
   @property
   def datadir(self):
     """Folder of the training episodes."""
     return self.config.logdir / 'episodes'
 
+  @property
+  def home(self):
+    """Folder of its log and metrics."""
+    return self.config.logdir
+
   def steps(self):
     """Environment steps in the replay, of all processes."""
     return replay.count_steps(self.datadir, self.config, self.team.folders)
+
+  def wait(self):
+    """Until there is what another process brings."""
 
   def follow(self, learner):
     """Called when there is a learner."""
@@ -73,6 +88,7 @@ class OfflineRun(Run):
   """A run on the episodes of a folder, whose steps follow from its updates."""
 
   updates: typing.Callable = lambda: 0
+  collects: typing.ClassVar = False
 
   @property
   def datadir(self):
@@ -93,6 +109,56 @@ class OfflineRun(Run):
     """Updates of the whole run."""
     c = self.config
     return c.updates or -(-c.steps * c.train_steps // c.train_every)
+
+
+@dataclasses.dataclass
+class ActorRun(Run):
+  """One that acts beside one that learns (`--role act`)."""
+
+  learns: typing.ClassVar = False
+
+  @property
+  def home(self):
+    return self.config.logdir / configs.ACT
+
+
+@dataclasses.dataclass
+class LearnerRun(Run):
+  """One that learns beside one that acts (`--role learn`)."""
+
+  collects: typing.ClassVar = False
+  evaluates: typing.ClassVar = False
+  LOOK: typing.ClassVar = 1.0  # seconds between looks for new episodes
+  _counted: tuple = (0.0, 0)  # when, and how many
+
+  def steps(self):
+    if time.monotonic() > self._counted[0] + self.LOOK:
+      self._counted = time.monotonic(), super().steps()
+    return self._counted[1]
+
+  def wait(self):
+    """Until the prefill is there."""
+    said = False
+    while True:
+      actor = configs.load_actor(self.config)
+      prefill = max(1, (actor or self.config).prefill)
+      if self.steps() >= prefill and (actor or not _begins(self.config)):
+        return
+      if not said:
+        said = True
+        self.say(
+          f'Waiting for {prefill} environment steps: the same command with '
+          '--role act makes them.'
+        )
+      self.stop.check()
+      time.sleep(self.LOOK)
+
+
+def kind_of_run(config):
+  """The class of a run."""
+  if config.offline:
+    return OfflineRun
+  return dict(both=Run, act=ActorRun, learn=LearnerRun)[config.role]
 
 
 # --- Prefill -----------------------------------------------------------------
@@ -201,7 +267,7 @@ def setup_logdir(config, team=None):
   of their episodes, which may be the same.
 
   Returns:
-    A `checkpoints.Lock` on it.
+    Its locks, a `contextlib.ExitStack`.
 
   Raises:
     UserError: it cannot be written, another run is using it, it holds
@@ -216,20 +282,29 @@ def setup_logdir(config, team=None):
     raise UserError(
       f'cannot write to --logdir {logdir}: {error.strerror}'
     ) from None
-  if team.chief:
+  folders = dict(
+    both=[logdir, logdir / 'episodes'],
+    act=[logdir / configs.ACT, logdir / 'episodes'],
+    learn=[logdir],
+  )[config.role]
+  locks = contextlib.ExitStack()
+  if not team.chief:
+    locks.callback(checkpoints.Lock(logdir, f'lock{team.suffix}').release)
+  elif config.role == 'act':
+    configs.check_actor(config)
+    folders[0].mkdir(exist_ok=True)
+    locks.enter_context(checkpoints.locked(logdir, config.role))
+  else:
     changes = configs.check_logdir(config)
-    lock = checkpoints.Lock(logdir)
+    locks.enter_context(checkpoints.locked(logdir, config.role))
     if not (logdir / 'config.json.broken').exists():
       configs.write_config(config)  # else when it is known what run this is
     if changes:
       print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
-  else:
-    lock = checkpoints.Lock(logdir, f'lock{team.suffix}')
-  for folder in (logdir, logdir / 'episodes'):
-    folder.mkdir(exist_ok=True)
-    if team.chief:
-      cli.remove_temporary_files(folder)
-  return lock
+  (logdir / 'episodes').mkdir(exist_ok=True)
+  for folder in folders if team.chief else ():
+    cli.remove_temporary_files(folder)
+  return locks
 
 
 class Estimate:
@@ -270,23 +345,25 @@ def run(config, make_agent, function=None):
   with _failures():
     team = setup_devices(config)
     with team.chief_first():
-      lock = setup_logdir(config, team)
+      locks = setup_logdir(config, team)
     team.compare_folders(config.logdir)
+    if team.workers > 1 and config.learner == 'free':
+      raise UserError('--learner free makes its updates in one process')
     if team.folders > 1:
       cli.remove_temporary_files(config.logdir / 'episodes')
     stop = cli.StopSignal()
     stop.install()
     datadir = config.logdir / 'episodes'
     step = replay.count_steps(datadir, config, team.folders)
-    logger = Logger(config.logdir, config.steps, step, team.index)
-    kind = OfflineRun if config.offline else Run
-    this = kind(config, team, stop, logger, function)
+    this = kind_of_run(config)(config, team, stop, None, function)
+    logger = Logger(this.home, config.steps, step, team.index)
+    this.logger = logger
     try:
       with environments.running(this) as (envs, test_env):
         _train(this, make_agent, envs, test_env)
     finally:
       logger.close()
-      lock.release()
+      locks.close()
 
 
 @contextlib.contextmanager
@@ -314,6 +391,7 @@ def _train(run, make_agent, envs, test_env):
   together, in which the others wait for it.
   """
   config = run.config
+  run.wait()
   spec = _prepare(run, envs, test_env)
   if envs:
     prefill(run, envs)
@@ -321,12 +399,12 @@ def _train(run, make_agent, envs, test_env):
     agent = make_agent(config, spec.actions, run.team, spec.inputs)
     for name, count in agent.count_parameters().items():
       run.say(f'Found {count} {name} parameters.')
-    if config.init_from and _begins(config):
+    if config.init_from and run.learns and _begins(config):
       _initialize(run, agent, make_agent, spec)
-    learner = Learner(agent, run)
+    learner = _make_learner(run, agent, make_agent, spec)
     run.follow(learner)
     run.hear = agent.behavior.hear
-    progress = checkpoints.make_progress(run, learner)
+    progress = _make_progress(run, learner)
     progress.resume()
     number_episodes(run, envs)
   before, estimate = learner.updates, Estimate(run, learner)
@@ -334,10 +412,13 @@ def _train(run, make_agent, envs, test_env):
   try:
     if envs:
       _collect(run, learner, progress, envs, test_env)
-    else:
+    elif config.offline:
       _learn_offline(run, learner, progress, test_env)
+    else:
+      _learn_beside(run, learner)
+    learner.halt()
     progress.save_at_end()
-    run.say(_ending(learner, before, config.updates))
+    run.say(_ending(run, learner, before))
     run.team.wait()  # to leave together
   except cli.Stopped:
     learner.halt()
@@ -351,15 +432,40 @@ def _train(run, make_agent, envs, test_env):
     learner.halt()
 
 
+def _make_learner(run, agent, make_agent, spec):
+  """What acts, and makes the updates beside it."""
+  if run.config.learner == 'scheduled':
+    return Learner(agent, run)
+  if not run.collects:
+    return free.FreeLearner(agent, run)
+  copy = make_agent(run.config, spec.actions, inputs=spec.inputs)
+  kind = free.FreeLearner if run.learns else free.Follower
+  return kind(agent, run, copy)
+
+
+def _make_progress(run, learner):
+  if run.config.learner == 'scheduled':
+    return checkpoints.make_progress(run, learner)
+  return free.PROGRESS[run.config.role](run, learner)
+
+
 def _collect(run, learner, progress, envs, test_env):
   """The loop of Algorithm 1: collect, learn, evaluate, save."""
   state = None
+  learner.begin()
   while learner.step < run.config.steps:
     progress.evaluate_if_due(test_env)
     state = tools.simulate(learner, envs, state=state, **progress.portion())
-    learner.catch_up()
-    progress.save()
+    progress.after_portion()
   progress.evaluate_if_due(test_env)
+
+
+def _learn_beside(run, learner):
+  """Updates until another process has collected all steps."""
+  if learner.step < run.config.steps:
+    learner.pretrain()
+  while learner.step < run.config.steps:
+    learner.learn_on()
 
 
 def _learn_offline(run, learner, progress, test_env):
@@ -381,14 +487,17 @@ def _prepare(run, envs, test_env):
   if config.offline and not replay.describe(run.datadir)[0]:
     raise UserError(f'--offline {config.offline} holds no whole episode')
   env = envs[0] if envs else test_env
-  spec = environments.env_spec(config, env) if env else _replay_spec(run)
+  if env:
+    spec = environments.env_spec(config, env)
+  else:
+    spec = _replay_spec(run) if config.offline else _told_spec(run)
   configs.resolve_actions(config, spec.actions)
   if config.init_from and _begins(config):
     configs.load_config(config.init_from)  # or an error, before the work
   shapes = {**spec.inputs, 'action': spec.actions.shape}
   replay.Replay(run.datadir, shapes=shapes, repair=bool(envs)).check()
   if run.team.chief:
-    configs.write_config(config, spec.inputs, spec.actions)
+    configs.write_config(config, spec.inputs, spec.actions, run.home)
     _announce(run, policy)
     for line in spec.about:
       run.say(line)
@@ -405,6 +514,15 @@ def _replay_spec(run):
   inputs = environments.input_shapes(run.config, shapes)
   about = [f'The agent sees {", ".join(inputs)}, of the episodes.']
   return environments.Spec(inputs, spaces.action_space(record), about)
+
+
+def _told_spec(run):
+  """`Spec` that a process with environments has written."""
+  folders = run.config.logdir / configs.ACT, run.config.logdir
+  folder = next(x for x in folders if (x / 'config.json').exists())
+  inputs, actions = configs.load_spaces(folder)
+  about = [f'The agent sees {", ".join(inputs)}, of another process.']
+  return environments.Spec(inputs, actions, about)
 
 
 def _begins(config):
@@ -450,15 +568,17 @@ def _announce(run, policy):
     run.say('Other than the defaults: ' + ', '.join(changed) + '.')
 
 
-def _ending(learner, before, updates):
+def _ending(run, learner, before):
   """What a run says when it has finished.
 
   Args:
+    run: `Run`.
     learner: as it is at the end.
     before: updates that it had at the start.
-    updates: as many as --updates asks for.
   """
   line = f'Finished at step {learner.step}, {learner.updates} updates.'
+  if not run.learns:
+    return line
   if not learner.updates:
     return (
       f'{line} Nothing was learned, as the replay already holds --steps. To '
@@ -466,6 +586,6 @@ def _ending(learner, before, updates):
       'the number of updates to begin with.'
     )
   if learner.updates == before:
-    flag = '--updates' if updates else '--steps'
+    flag = '--updates' if run.config.updates else '--steps'
     line += f' Nothing was left to do; a larger {flag} goes on.'
   return line

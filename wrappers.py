@@ -5,7 +5,8 @@ An environment here has `observation_space` (a `gym.spaces.Dict`),
 and `close()`. Images, `obs['image']`, `obs['image_2']`, ..., are uint8
 [64, 64, 3]; all others are vectors. `info['discount']`, where present, is the
 factor that applies to everything after this step: 0 if the task really ended
-there, 1 if only a time limit did.
+there, 1 if only a time limit did. `info['missed']`, where time does not wait
+for the agent, counts the ticks since the last step for which no action came.
 
 An *environment step* is one step of the simulator, an *agent step* one action
 of the agent; the action repeat lies between the two.
@@ -17,9 +18,11 @@ workers. suites.py has them by the names of tasks.
 
 import functools
 import importlib.util
+import math
 import os
 import pathlib
 import sys
+import time
 import traceback
 
 import numpy as np
@@ -597,14 +600,16 @@ class ToyReach(Toy):
         return self._observe()
 
   def step(self, action):
-    action = _check_action(action, self.action_space)
-    velocity = self.SPEED * np.clip(action.astype(np.float64), -1, 1)
-    self._dot = np.clip(self._dot + velocity, -1, 1)
+    self._move(_check_action(action, self.action_space))
     self._step += 1
     # The square keeps a slope nearly everywhere, and 0 only in the corners.
     reward = (1 - self._distance() / np.sqrt(2)) ** 2
     done = self._step >= self.LENGTH
     return self._observe(), float(reward), done, {'discount': np.float32(1)}
+
+  def _move(self, action):
+    velocity = self.SPEED * np.clip(action.astype(np.float64), -1, 1)
+    self._dot = np.clip(self._dot + velocity, -1, 1)
 
   def _distance(self):
     return np.linalg.norm(self._dot - self.TARGET)
@@ -614,6 +619,45 @@ class ToyReach(Toy):
     _draw_disc(image, 31.5 + 24 * self.TARGET, 9, (255, 60, 60))
     _draw_disc(image, 31.5 + 24 * self._dot, 7, (60, 255, 60))
     return image
+
+
+class ToyRobot(ToyReach):
+  """`ToyReach` at 20 ticks of wall time a second: a stand-in for a robot.
+
+  It does not wait for its agent, and each action takes effect one tick late:
+  while the agent finds one, the robot carries out the one before.
+
+      tick      0         1         2         3
+      seen     o_0       o_1       o_2       o_3
+      agent     | a_0 ->  | a_1 ->  | a_2 ->  |
+      robot     | rests   | a_0     | a_1     |
+
+  `step` takes an action, waits for the end of the tick and returns what is
+  seen there. An action that comes later has missed its tick: the robot goes on
+  with the one that it has, and takes the new one at the next. `info['missed']`
+  counts the ticks that passed so since the last step, by the robot's own clock.
+  Their rewards are lost. Between episodes the clock stands still.
+  """
+
+  PERIOD = 0.05  # seconds
+
+  def reset(self):
+    self._held = np.zeros(2)
+    self._next = time.monotonic() + self.PERIOD  # end of this tick
+    return super().reset()
+
+  def step(self, action):
+    action = np.array(_check_action(action, self.action_space))
+    late = time.monotonic() - self._next
+    missed = max(0, math.ceil(late / self.PERIOD))
+    for _ in range(missed):
+      self._move(self._held)
+    self._next += missed * self.PERIOD
+    time.sleep(max(0.0, self._next - time.monotonic()))
+    self._next += self.PERIOD
+    obs, reward, done, info = super().step(self._held)
+    self._held = action
+    return obs, reward, done, dict(info, missed=missed)
 
 
 class ToyCatch(Toy):
@@ -664,7 +708,7 @@ class ToyCatch(Toy):
     return image
 
 
-TOYS = dict(reach=ToyReach, catch=ToyCatch)
+TOYS = dict(reach=ToyReach, catch=ToyCatch, robot=ToyRobot)
 
 
 def _draw_disc(image, center, radius, color):
@@ -705,7 +749,7 @@ class ActionRepeat(Wrapper):
 
   def step(self, action):
     unseen = hasattr(self._env, 'advance')
-    total, discount = 0.0, 1.0
+    total, discount, missed = 0.0, 1.0, 0
     for _ in range(self._amount):
       if unseen:
         reward, done, info = self._env.advance(action)
@@ -713,12 +757,15 @@ class ActionRepeat(Wrapper):
         obs, reward, done, info = self._env.step(action)
       total += reward
       discount *= info.get('discount', 1.0)
+      missed += info.get('missed', 0)
       if done:
         break
     if unseen:
       obs = self._env.observe()
     if 'discount' in info:
       info = {**info, 'discount': np.float32(discount)}
+    if 'missed' in info:
+      info = {**info, 'missed': missed}
     return obs, total, done, info
 
 

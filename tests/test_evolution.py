@@ -339,5 +339,7 @@ def test_flags_that_do_not_go_together(tmp_path):
   with pytest.raises(cli.UserError, match='--evolve environment'):
     flags = [f'--offline={tmp_path}', '--evolve=environment']
     configs.parse_flags([*words, *flags])
+  with pytest.raises(cli.UserError, match='choose --evolve imagination'):
+    configs.parse_flags([*words, '--learner=free', '--evolve=environment'])
   with pytest.raises(cli.UserError, match='did you mean environment'):
     configs.parse_flags([*words, '--evolve=enviroment'])

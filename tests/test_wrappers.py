@@ -18,6 +18,7 @@ import types
 import numpy as np
 import pytest
 
+import gym_env
 import suites
 import workers
 import wrappers
@@ -369,7 +370,7 @@ def load_tasks(names):
 def test_task_names_are_those_of_the_suite():
   assert set(wrappers.DMC_TASKS.values()) == in_worker(suite_names)
   names = suites.task_names()
-  assert len(names) == len(set(names)) == 51 + 1 + 2 + 104
+  assert len(names) == len(set(names)) == 51 + 1 + 3 + 104
   assert set(PAPER_TASKS) < set(names)
 
 
@@ -730,6 +731,60 @@ def test_toys_with_repeat(task):
     expected = singles[2 * step - 1][1] + singles[2 * step][1]
     assert rows[step][1] == pytest.approx(expected)
     assert (rows[step][0]['image'] == singles[2 * step][0]['image']).all()
+
+
+class TestRobot:
+  """By the wall clock, of a machine that may be busy."""
+
+  def test_acts_one_tick_late(self):
+    robot, reach = wrappers.ToyRobot(3), wrappers.ToyReach(3)
+    actions = np.random.default_rng(0).uniform(-1, 1, [6, 2])
+    robot.reset()
+    reach.reset()
+    held = np.zeros(2)
+    for action in actions:
+      _, reward, _, info = robot.step(action)
+      for _ in range(1 + info['missed']):
+        expected = reach.step(held)[1]
+      assert reward == expected
+      assert (robot.state == reach.state).all()
+      held = action
+
+  def test_counts_ticks_without_a_new_action(self):
+    robot, pause = wrappers.ToyRobot(0), 0.12
+    robot.reset()
+    start, ticks = time.monotonic(), 0
+    for late in (False, True, True, False):
+      time.sleep(late * pause)
+      *_, info = robot.step(np.ones(2))
+      ticks += 1 + info['missed']
+      passed = (time.monotonic() - start) / robot.PERIOD
+      assert ticks - 0.1 < passed  # it waits for the end of the tick
+      # Deadlines are kept from the start, not from call to call.
+      assert info['missed'] >= (2 if late else 0)
+    slack = 1.5  # ticks, if this process slept too long at the last
+    assert ticks > passed - slack
+
+  def test_repeated_actions_add_up_what_was_missed(self):
+    env = suites.make_task('toy_robot', 2, 50, seed=0)
+    env.reset()
+    time.sleep(0.12)
+    assert env.step(np.zeros(2, np.float32))[3]['missed'] >= 2
+
+  def test_of_gym(self):
+    class Robot(gym.Env):
+      observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+      action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+      def reset(self, seed=None):
+        return np.zeros(2, np.float32), {}
+
+      def step(self, action):
+        return np.zeros(2, np.float32), 0.0, False, False, {'missed': 3}
+
+    env = gym_env.GymEnv('robot', inputs='state', function=Robot)
+    env.reset()
+    assert env.step(np.zeros(1, np.float32))[3]['missed'] == 3
 
 
 # ---------------------------------------------------------------------------

@@ -1,0 +1,398 @@
+"""Acting and learning at paces of their own, in one process and in two."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import test_faults as faults
+
+import checkpoints
+import cli
+import compare
+import configs
+import distribute
+import dreamer
+import free
+import logger
+import replay
+import spaces
+import training
+from learner import Learner
+
+FLAGS = (
+  *('--learner=free', '--prefill=100', '--max_ratio=2'),
+  *('--eval_every=100', '--log_every=50'),
+)
+STATE = *FLAGS, '--inputs=state', '--log_images=False'
+
+
+def lines(folder, name):
+  """(step, value) of all lines of a metrics.jsonl that have a name."""
+  records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+  return [(x['step'], x[name]) for x in records if name in x]
+
+
+def updates_saved(logdir):
+  return max(int(p.stem[5:]) for p in logdir.glob('checkpoints/ckpt-*.index'))
+
+
+def report_missed(logdir, folder):
+  """Prints it; machines that are busy miss more."""
+  for name in ('missed', 'test_missed'):
+    shares = [f'{100 * x:.1f}' for _, x in lines(folder, name)]
+    print(f'{logdir.name}: {name}, in % of an episode: {" ".join(shares)}')
+
+
+# --- The parts ---------------------------------------------------------------
+
+
+def make_agent(tmp_path, *flags):
+  words = [f'--logdir={tmp_path}', '--preset=debug', '--task=toy_robot']
+  config = configs.parse_flags([*words, '--inputs=state', '--learner=free'])
+  config.update(dict(x.split('=') for x in flags))
+  space = spaces.gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+  return dreamer.Dreamer(config, space, inputs=dict(state=(4,)))
+
+
+@pytest.fixture
+def pair(tmp_path):
+  """An agent that learns, and an actor on a copy of it."""
+  source, copy = make_agent(tmp_path), make_agent(tmp_path)
+  actor = free.Actor(copy, source)
+  actor.prepare(1, seed=0)
+  return source, copy, actor
+
+
+def test_actor_has_the_weights_that_it_took(pair):
+  source, copy, actor = pair
+  obs = dict(state=np.full([1, 4], 0.5, np.float32))
+  state = copy.world.dynamics.initial(1), tf.zeros([1, 2])
+
+  def act(agent):
+    agent.reseed(0)
+    return agent(obs, np.array([False]), state)[0]
+
+  before = act(copy)
+  assert (act(source) == before).all()
+  for layer in source.networks().values():
+    for weight in layer.weights:
+      weight.assign(weight + 0.1)
+  source.updates.assign(7)
+  moved = act(source)
+  assert (moved != before).any()
+  assert (act(copy) == before).all()
+  actor.take()
+  assert (act(copy) == moved).all()
+  assert int(copy.updates) == 7
+
+
+def test_nothing_is_compiled_once_acting_begins(pair):
+  _, copy, actor = pair
+  count = copy.policy.experimental_get_tracing_count()
+  state = None
+  for reset in (True, False, False):
+    obs = dict(state=np.zeros([1, 4], np.float64))
+    _, state = actor(obs, np.array([reset]), state)
+  actor(obs, np.array([True]), None, training=False)
+  assert copy.policy.experimental_get_tracing_count() == count
+
+
+@pytest.fixture
+def learner(tmp_path):
+  """One of `--role learn` with two episodes, and what they are counted by."""
+  agent = make_agent(tmp_path)
+  rng = np.random.default_rng(0)
+  for _ in range(2):
+    episode = dict(
+      state=rng.normal(size=[51, 4]).astype(np.float32),
+      action=rng.uniform(-1, 1, [51, 2]).astype(np.float32),
+      reward=rng.uniform(size=51).astype(np.float32),
+      discount=np.ones(51, np.float32),
+    )
+    replay.save_episodes(tmp_path / 'episodes', [episode])
+  log = logger.Logger(tmp_path, 1000)
+  agent.config.update(role='learn', max_ratio=0.1, pretrain=4)
+  run = training.LearnerRun(
+    agent.config, distribute.Team(), cli.StopSignal(), log
+  )
+  yield free.FreeLearner(agent, run), run
+  log.close()
+
+
+def test_updates_stop_at_the_largest_ratio(learner):
+  learner, run = learner
+  learner.pretrain()
+  assert learner.updates == 4
+  learner.step = run.steps()
+  assert learner.step == 100
+  saves = []
+  learner.after_update = lambda: saves.append(learner.updates)
+  for _ in range(20):
+    learner.learn_on()
+  assert learner.updates == 10
+  # A checkpoint may come due while updates wait.
+  assert saves == [*range(5, 11), *[10] * 14]
+
+
+def test_checkpoints_come_as_often_as_they_are_cheap(learner, monkeypatch):
+  learner, run = learner
+  progress = free.LearnerProgress(run, learner)
+  learner.after_update = progress.save_if_due
+  monkeypatch.setattr(progress, 'LEAST', 0.0)
+  monkeypatch.setattr(progress, 'SHARE', 1e9)
+  saved = checkpoints.Checkpoints(run.config.logdir / 'checkpoints')
+  learner.learn_on()
+  assert saved.newest() == 1
+  learner.learn_on()
+  assert saved.newest() == 2
+  monkeypatch.setattr(progress, 'SHARE', 1e-9)
+  learner.learn_on()
+  assert saved.newest() == 2
+  monkeypatch.setattr(progress, 'SHARE', 1e9)
+  progress.save_if_due()
+  assert saved.newest() == 3
+  progress.save_if_due()  # there is nothing new
+  assert saved.newest() == 3
+
+
+def test_updates_may_follow_from_steps_again(learner, tmp_path):
+  """From where it resumes: those of earlier steps are not made up for."""
+  first, run = learner
+  first.step = 1000
+  first.pretrain()
+  saver = checkpoints.Checkpoints(tmp_path / 'saved', **first.trackable())
+  saver.save(1)
+  agent = make_agent(tmp_path)
+  agent.config.update(deterministic=True)  # to wait for updates
+  run = training.Run(agent.config, distribute.Team(), run.stop, run.logger)
+  again = Learner(agent, run)
+  saver = checkpoints.Checkpoints(tmp_path / 'saved', **again.trackable())
+  assert saver.restore()
+  obs = dict(state=np.zeros([1, 4]))
+  counts = {}
+  for step in (1000, 1001, 1098, 1099, 1100):
+    again.step = step
+    again(obs, np.array([True]))
+    counts[step] = again.updates
+  assert counts == {1000: 4, 1001: 4, 1098: 4, 1099: 4, 1100: 9}
+  again.halt()
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--role=act'], '--role act is of --learner free'),
+    (['--max_ratio=1'], '--max_ratio bounds the updates of --learner free'),
+    (['--train_every=9'], '--train_every is of --learner scheduled'),
+    (['--train_steps=9'], '--train_steps is of --learner scheduled'),
+    (['--deterministic=True'], '--learner free depends on the clock'),
+    (['--offline=/tmp'], 'leave out --learner free'),
+    (['--strategy=multiworker'], '--learner free makes its updates in one'),
+    (['--role=actor'], '--role takes one of both, act, learn'),
+  ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+  scheduled = 'max_ratio' in flags[0] or flags == ['--role=act']
+  words = [*flags, *([] if scheduled else ['--learner=free'])]
+  with pytest.raises(cli.UserError, match=message):
+    configs.parse_flags(['--logdir=/tmp/x', *words])
+
+
+# --- One process -------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_process_is_killed_and_resumes(tmp_path):
+  logdir = tmp_path / 'run'
+  flags = *FLAGS, '--inputs=image,state', '--save_every=0.05', '--steps=400'
+  code, _ = faults.run_until(
+    logdir, 'at step 200', signal.SIGKILL, *flags, task='toy_robot'
+  )
+  assert code == -signal.SIGKILL
+  episodes, saved = faults.read_episodes(logdir), updates_saved(logdir)
+  assert saved >= 5
+  result = faults.run(logdir, *flags, task='toy_robot')
+  assert result.returncode == 0, result.stderr
+  assert f'Resumed at step 200, {saved} updates' in result.stdout
+  after = faults.read_episodes(logdir)
+  assert after[: len(episodes)] == episodes and len(after) == 8
+  report_missed(logdir, logdir)
+  assert len(lines(logdir, 'missed')) == 8
+  assert len(lines(logdir, 'test_missed')) == len(lines(logdir, 'test/return'))
+  ratios, updates = lines(logdir, 'ratio'), lines(logdir, 'updates')
+  assert ratios[-1][1] == pytest.approx(updates[-1][1] / ratios[-1][0])
+  # One at each start is waited for. In the time of the other steps there would
+  # be many more.
+  assert all(n <= 2 * step + 2 for step, n in updates if step)
+  assert updates[-1][1] > saved
+
+
+# --- Two processes -----------------------------------------------------------
+
+
+class Role:
+  """A process with a role, and what it prints."""
+
+  def __init__(self, logdir, role, *flags):
+    self._path = logdir.parent / f'{role}.out'
+    self._start = self._path.stat().st_size if self._path.exists() else 0
+    words = faults.command(
+      logdir, *STATE, f'--role={role}', *flags, task='toy_robot'
+    )
+    with self._path.open('ab') as log:
+      self.process = subprocess.Popen(words, stdout=log, stderr=log)
+
+  @property
+  def text(self):
+    return self._path.read_bytes()[self._start :].decode()
+
+  def wait_for(self, words, seconds=200):
+    end = time.time() + seconds
+    while words not in self.text:
+      assert self.process.poll() is None, self.text
+      assert time.time() < end, self.text
+      time.sleep(0.1)
+
+  def kill(self):
+    self.process.kill()
+    self.process.wait()
+
+  def finish(self):
+    assert self.process.wait(200) == 0, self.text
+
+
+@pytest.fixture
+def start():
+  """Starts roles, and ends them after the test."""
+  roles = []
+
+  def start(*args):
+    roles.append(Role(*args))
+    return roles[-1]
+
+  yield start
+  for role in roles:
+    role.kill()
+
+
+def written(logdir):
+  """{path: time and size} of all files of a logdir."""
+  found = {}
+  for path in logdir.rglob('*'):
+    with contextlib.suppress(FileNotFoundError):
+      about = path.stat()
+      if not path.is_dir():
+        name = str(path.relative_to(logdir))
+        found[name] = about.st_mtime_ns, about.st_size
+  return found
+
+
+def of_actor(files):
+  return {k: v for k, v in files.items() if k.startswith(('act/', 'episodes/'))}
+
+
+def of_learner(files):
+  return dict(files.items() - of_actor(files).items())
+
+
+@pytest.mark.slow
+def test_two_processes_are_killed_and_resume(tmp_path, start):
+  """In any order; each writes its own files alone."""
+  logdir, endless = tmp_path / 'run', '--steps=1e9'
+  actor = start(logdir, 'act', endless)
+  actor.wait_for('Waiting for the first weights')
+  assert written(logdir) == of_actor(written(logdir))
+  second = faults.run(logdir, *STATE, endless, task='toy_robot')
+  assert second.returncode == 2
+  holder = f'process {actor.process.pid} on'
+  assert f'{logdir / "act"} is in use by {holder}' in second.stderr
+  actor.process.send_signal(signal.SIGTERM)
+  actor.finish()
+  before = of_actor(written(logdir))
+  learner = start(logdir, 'learn', endless)
+  learner.wait_for('First update done')
+  while updates_saved(logdir) < 5:
+    time.sleep(0.1)
+  assert of_actor(written(logdir)) == before
+  # Where the learner is killed, the actor goes on.
+  actor = start(logdir, 'act', endless)
+  actor.wait_for('Episode: ')
+  learner.kill()
+  saved, rest = updates_saved(logdir), of_learner(written(logdir))
+  count = actor.text.count('Episode: ')
+  while actor.text.count('Episode: ') < count + 2:
+    time.sleep(0.1)
+  actor.kill()
+  assert of_learner(written(logdir)) == rest
+  # Where the actor is killed, the learner goes on; --steps ends both.
+  episodes = faults.read_episodes(logdir)
+  steps = 50 * len(episodes)
+  learner = start(logdir, 'learn', f'--steps={steps + 200}')
+  learner.wait_for('First update done')
+  assert f'Resumed at step {steps}, {saved} updates.' in learner.text
+  actor = start(logdir, 'act', f'--steps={steps + 200}')
+  actor.finish()
+  learner.finish()
+  assert f'Resumed at step {steps}.' in actor.text
+  for role in (actor, learner):
+    assert f'Finished at step {steps + 200}, ' in role.text
+  after = faults.read_episodes(logdir)
+  assert after[: len(episodes)] == episodes
+  assert len(after) == len(episodes) + 4
+  report_missed(logdir, logdir / 'act')
+  weights = [n for _, n in lines(logdir / 'act', 'weights')]
+  assert weights == sorted(weights) and weights[-1] > saved
+  assert not lines(logdir, 'train/return')
+  assert lines(logdir, 'resumed') and lines(logdir / 'act', 'resumed')
+  # Numbers of evaluations go on: each episode of theirs is another.
+  (run,) = compare.find_runs([tmp_path])
+  scores = [score for _, score in lines(logdir / 'act', 'test/return')]
+  assert sorted(run.scores) == sorted(scores)
+  assert len(set(scores)) == len(scores) >= 3
+  assert run.method == 'dreamer-free-state-debug'
+
+
+def test_actor_beside_one_that_acts_is_refused(tmp_path):
+  config = make_agent(tmp_path).config
+  code = (
+    'import pathlib, sys, checkpoints\n'
+    'with checkpoints.locked(pathlib.Path(sys.argv[1]), sys.argv[2]):\n'
+    '  print("held", flush=True)\n'
+    '  sys.stdin.read()\n'
+  )
+  config.role = 'act'
+  for role, refused in (('both', True), ('learn', False)):
+    words = [sys.executable, '-c', code, str(tmp_path), role]
+    pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(words, cwd=faults.ROOT, **pipe) as other:
+      assert b'held\n' in iter(other.stdout.readline, b'')
+      if refused:
+        with pytest.raises(cli.UserError, match=f'{other.pid} on .*, which'):
+          training.setup_logdir(config)
+      else:
+        training.setup_logdir(config).close()
+      os.kill(other.pid, signal.SIGKILL)
+  training.setup_logdir(config).close()  # the lock ended with its process
+
+
+def test_roles_have_the_same_agent(tmp_path):
+  config = make_agent(tmp_path).config
+  (tmp_path / 'act').mkdir()
+  (tmp_path / 'episodes').mkdir()
+  (tmp_path / 'episodes/0-0-51.npz').touch()
+  assert configs.load_actor(config) is None
+  configs.write_config(config, folder=tmp_path / 'act')
+  assert configs.load_actor(config).deter_size == 16
+  other = cli.AttrDict(config, deter_size=17)
+  with pytest.raises(cli.UserError, match='--deter_size 16, not 17.*act/conf'):
+    configs.load_actor(other)
+  configs.write_config(config)
+  with pytest.raises(cli.UserError, match='--deter_size 16, not 17'):
+    configs.check_actor(other)
