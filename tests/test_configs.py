@@ -318,7 +318,7 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
     (tmp_path / name).write_text('')
   training.setup_logdir(
     configs.parse_flags(['--logdir', str(tmp_path)])
-  ).release()
+  ).close()
   left = {p.name for p in tmp_path.iterdir()}
   assert left == {'lock', 'config.json', 'episodes'}
   assert (tmp_path / 'episodes' / '.notes.tmp').exists()  # not of a run
@@ -387,7 +387,7 @@ def test_what_changes_the_function_of_the_weights_is_fixed(
 ):
   config = dreamer.define_config('gym_Some-v0')
   config.logdir = tmp_path / 'run'
-  training.setup_logdir(config).release()
+  training.setup_logdir(config).close()
   (config.logdir / 'episodes' / 'a-b-3.npz').touch()
   old = config[name]
   config[name] = value
@@ -395,21 +395,21 @@ def test_what_changes_the_function_of_the_weights_is_fixed(
     training.setup_logdir(config)
   assert _shown(value) in str(error.value)
   config[name] = old
-  training.setup_logdir(config).release()
+  training.setup_logdir(config).close()
 
 
 def test_all_other_flags_that_change_are_said(tmp_path, capsys):
   config = dreamer.define_config('toy_reach')
   config.logdir = tmp_path / 'run'
-  training.setup_logdir(config).release()
+  training.setup_logdir(config).close()
   capsys.readouterr()
-  training.setup_logdir(config).release()
+  training.setup_logdir(config).close()
   assert capsys.readouterr().out == ''
   config.expl = 'additive_gaussian'  # what auto stands for is no change
-  training.setup_logdir(config).release()
+  training.setup_logdir(config).close()
   assert capsys.readouterr().out == ''
   config.update(precision='32', model_lr=0.5, expl='completely_random')
-  training.setup_logdir(config).release()
+  training.setup_logdir(config).close()
   line = 'Resuming with other flags: --precision 32 (was auto), --model_lr 0.5 '
   line += '(was 0.003), --expl completely_random (was additive_gaussian).\n'
   assert capsys.readouterr().out == line
