@@ -347,7 +347,8 @@ class Evolution(Behavior):
 
   def build(self, feat):
     c, population = self._c, self._c.evolve_population
-    self._features = self._inputs(self._example(feat)).shape[-1]
+    state = self._world.dynamics.initial(1)
+    self._features = self._inputs(state).shape[-1]
     self.controller.build([1, self._features])
     size = (self._features + 1) * self._actions
     self._search = evolution.Search(size, population, c.evolve_std, c.seed)
@@ -358,10 +359,6 @@ class Evolution(Behavior):
     self.population = tf.Variable(
       tf.zeros([population, size]), trainable=False, name='population'
     )
-
-  def _example(self, feat):
-    sizes = [self._c.stoch_size, self._c.deter_size]
-    return dict(zip(('stoch', 'deter'), tf.split(feat, sizes, -1), strict=True))
 
   # Acting
 
