@@ -309,14 +309,17 @@ def test_learns_toy_reach_in_imagination(tmp_path):
 
 @pytest.mark.slow
 def test_learns_toy_catch_by_the_largest_output(tmp_path):
-  """From vectors: a random policy catches a third, which is -0.33."""
+  """From vectors: a random policy catches a third, which is -0.33.
+
+  Means of 30 evaluations were 0.60 and 0.47 at 3,500 and 4,500 steps.
+  """
   flags = ('--inputs', 'state', '--behavior', 'evolution', '--expl_amount', '0')
   flags += ('--imag_starts', '32', '--eval_episodes', '30')
-  train_toy(tmp_path / 'run', 'toy_catch', 5500, *flags)
+  train_toy(tmp_path / 'run', 'toy_catch', 4500, *flags)
   metrics = read_metrics(tmp_path / 'run')
   test = [x['test/return'] for x in metrics if 'test/return' in x][-30:]
   print(f'learned {np.mean(test):.2f}')
-  assert np.mean(test) > 0.2
+  assert np.mean(test) > 0
 
 
 @pytest.mark.slow
