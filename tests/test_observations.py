@@ -217,5 +217,7 @@ def test_state_of_the_toys():
     obs = env.reset()
     assert list(obs) == ['state', 'reward']
     assert obs['state'].shape == toy(0).state.shape
-    step = env.step(np.eye(3)[0] if task == 'catch' else np.ones(2))
+    action = np.eye(3)[0] if task == 'catch' else np.ones(2)
+    env.step(action)  # the robot's actions come one tick late
+    step = env.step(action)
     assert (step[0]['state'] != obs['state']).any()
