@@ -560,7 +560,7 @@ LEARNS = ', with --role learn'  # what the lock of a logdir says then
 
 @contextlib.contextmanager
 def locked(logdir, role, name='lock'):
-  """Holds the locks of what a role writes; see docs/usage.md, Logdir.
+  """Holds the locks of what a role writes; see docs/usage.md, "Two processes".
 
   Args:
     logdir: the folder.

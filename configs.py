@@ -343,12 +343,8 @@ PRESETS = {
     actor_layers=3,
     collect_action='mode',
   ),
-  # For machines without a GPU: small networks and batches, found by runs
-  # (docs/results.md). Few nats are in small images of small networks: so the
-  # prior must follow the posterior more than hold it back. Most multiplications
-  # are of imagination, so it begins at some states only; what that saves goes
-  # into longer windows. The entropy keeps actions out of the tanh's saturation,
-  # where they have no gradient.
+  # For machines without a GPU: small networks and batches, by a search
+  # (docs/results.md has the reason for each value).
   'cpu': dict(
     batch_size=16,
     batch_length=32,
@@ -389,7 +385,7 @@ PRESETS = {
 # not be held to the prior as for images, while the prior must follow it
 # (docs/experiments.md).
 STATE = dict(free_nats=1.0, kl_scale=0.6, kl_balance=0.83, actor_entropy=0.01)
-# What presets are there.
+# What presets are there instead.
 STATE_PRESETS = {
   'cpu': dict(
     PRESETS['cpu'],

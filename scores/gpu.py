@@ -23,7 +23,16 @@ WAYS = '16,True', '16,False', 'bfloat16,True', '32,True'
 
 
 def measure(precision, jit, preset, lock):
-  """Figures of one way, in this process."""
+  """Figures of one way, in this process.
+
+  Args:
+    precision, jit, preset: flags of those names.
+    lock: path of a file that is held while timing.
+
+  Returns:
+    Dictionary: `first_update_s`, `update_s` and `policy_ms` as (median, least,
+    largest), and on a GPU `peak_gib`.
+  """
   import gym
   import numpy as np
   import tensorflow as tf
@@ -56,14 +65,15 @@ def measure(precision, jit, preset, lock):
     agent.updates.assign_add(1)
     return {k: float(v) for k, v in metrics.items()}
 
-  obs = dict(image=np.zeros((1, 64, 64, 3), np.uint8))
+  obs, reset = dict(image=np.zeros((1, 64, 64, 3), np.uint8)), np.zeros(1, bool)
   start = time.perf_counter()
   update()
   figures = dict(first_update_s=time.perf_counter() - start)
   with open(lock, 'w') as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     figures['update_s'] = benchmark.median(update, 30)
-    act = benchmark.median(lambda: agent(obs, np.zeros(1, bool)), 100)
+    state = agent(obs, reset)[1]
+    act = benchmark.median(lambda: agent(obs, reset, state), 100)
     figures['policy_ms'] = [1e3 * x for x in act]
   if tf.config.list_physical_devices('GPU'):
     memory = tf.config.experimental.get_memory_info('GPU:0')

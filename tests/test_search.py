@@ -3,6 +3,7 @@
 import json
 import sys
 
+import gpu
 import numpy as np
 import pytest
 import release
@@ -84,3 +85,14 @@ def test_search_keeps_finished_runs(tmp_path, monkeypatch):
   text = log.read_text()
   search.main()  # nothing is left to do
   assert 'Finished at step 300' in text and log.read_text() == text
+
+
+def test_times_of_a_gpu_on_a_cpu(tmp_path, monkeypatch):
+  path = tmp_path / 'gpu.json'
+  words = ['gpu.py', '--preset=debug', '--ways', '32,False', f'--json={path}']
+  monkeypatch.setattr(sys, 'argv', words)
+  gpu.main()
+  (figures,) = json.loads(path.read_text()).values()
+  middle, least, largest = figures['update_s']
+  assert 0 < least <= middle <= largest < figures['first_update_s']
+  assert figures['policy_ms'][0] > 0 and 'peak_gib' not in figures
