@@ -224,7 +224,8 @@ def test_one_process_is_killed_and_resumes(tmp_path):
   after = faults.read_episodes(logdir)
   assert after[: len(episodes)] == episodes and len(after) == 8
   report_missed(logdir, logdir)
-  assert len(lines(logdir, 'missed')) == 8
+  # That of the episode that it was killed after may be missing.
+  assert len(lines(logdir, 'missed')) >= 7
   assert len(lines(logdir, 'test_missed')) == len(lines(logdir, 'test/return'))
   ratios, updates = lines(logdir, 'ratio'), lines(logdir, 'updates')
   assert ratios[-1][1] == pytest.approx(updates[-1][1] / ratios[-1][0])

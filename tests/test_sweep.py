@@ -77,14 +77,12 @@ class Command:
     return code
 
   def wait_for_checkpoint(self, *names):
-    """Until the runs `names` are amid their work."""
+    """Until the runs `names` are amid their work, and save updates."""
     for name in names:
-      path = self.logdir / name / 'checkpoints/checkpoint'
-      before = path.stat().st_mtime_ns if path.exists() else 0
+      folder = self.logdir / name / 'checkpoints'
+      before = newest_save(folder)
       wait_for(
-        lambda path=path, before=before: (
-          path.exists() and path.stat().st_mtime_ns > before
-        ),
+        lambda folder=folder, before=before: newest_save(folder) > before,
         lambda: self.process.poll() is None or self.out,
       )
 
@@ -98,6 +96,12 @@ class Command:
   def kill_run(self, name):
     """As the system would when memory runs out."""
     os.kill(self.trainer(name), signal.SIGKILL)
+
+
+def newest_save(folder):
+  """How many updates it holds; a new run begins with a save of none."""
+  numbers = (int(path.stem[5:]) for path in folder.glob('ckpt-*.index'))
+  return max(numbers, default=0)
 
 
 def wait_for(condition, alive=lambda: True, seconds=180):
