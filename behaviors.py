@@ -28,7 +28,7 @@ class Behavior:
 
   Attributes:
     networks: {name in checkpoints and of its optimizer: Keras layer}.
-    state: {name in checkpoints: variable}, what else resumes with them.
+    state: {name in checkpoints: variable or list of them}, what else resumes.
   """
 
   def __init__(self, config, world, actions, choices=None):
@@ -269,14 +269,39 @@ class ActorCritic(ActorOnly):
 
   def __init__(self, config, world, actions, choices=None):
     super().__init__(config, world, actions, choices)
-    self.value = models.DenseDecoder(
-      (),
-      config.value_layers,
-      config.num_units,
-      act=config.dense_act,
-      name='value',
+    self.networks['value'] = self.value = self._value_model('value')
+    self._slow = config.slow_value and self._value_model('slow_value')
+
+  def _value_model(self, name):
+    c = self._c
+    return models.DenseDecoder(
+      (), c.value_layers, c.num_units, act=c.dense_act, name=name
     )
-    self.networks['value'] = self.value
+
+  def build(self, feat):
+    super().build(feat)
+    if self._slow:
+      self._slow(feat)
+      self._follows = tf.Variable(False, trainable=False)
+      weights = list(self._slow.weights)
+      self.state = dict(slow_value=weights, slow_value_follows=self._follows)
+
+  def before_update(self, waits):
+    if self._slow and not self._follows.numpy():
+      self._follow(tf.constant(1.0))
+      self._follows.assign(True)
+
+  def after_update(self, metrics):
+    if self._slow:
+      self._follow(tf.constant(self._c.slow_value))
+    return metrics
+
+  @tf.function
+  def _follow(self, share):
+    """The slow copy goes a share of the way to the value model."""
+    pairs = zip(self._slow.weights, self.value.weights, strict=True)
+    for slow, fast in pairs:
+      slow.assign(slow + share * (fast - slow))
 
   def losses(self, post, seeds):
     actor_loss, imag, metrics = self.actor_loss(post, seeds)
@@ -285,13 +310,17 @@ class ActorCritic(ActorOnly):
     return losses, {**metrics, **value_metrics}
 
   def returns(self, feat, reward, pcont):
-    """V_lambda of Eq. 6 and the value model's v, [H-1, N] each."""
+    """V_lambda of Eq. 6 and the value model's v, [H-1, N] each.
+
+    With `--slow_value` the values in Eq. 6 are those of the slow copy.
+    """
     value = self.value(feat).mean()
+    target = self._slow(feat).mean() if self._slow else value
     returns = tools.lambda_return(  # Eq. 6
       reward[:-1],
-      value[:-1],
+      target[:-1],
       pcont[:-1],
-      bootstrap=value[-1],
+      bootstrap=target[-1],
       lambda_=self._c.disclam,
       axis=0,
     )

@@ -302,6 +302,10 @@ FLAGS = {
     Flag('imag_starts', Whole(), 0,
          'states of a batch that imagination starts from, drawn anew; 0: all',
          'section 3: all'),
+    Flag('slow_value', RATE, 0.0,
+         'share of the way to the value model that a slow copy goes in each '
+         'update, whose values are those in Eq. 6; 0: no copy',
+         'DreamerV3: 0.02', FIXED),
     Flag('actor_entropy', Number(0, 100), 0.0,
          'weight of the entropy of actions beside Eq. 7, for each nat',
          'DreamerV2'),

@@ -42,7 +42,7 @@ SMALL = dict(
 
 SHAPES = dict(image=(64, 64, 3), pose=(3,))
 CASES = {
-  'plain': dict(free_nats=0.0),
+  'plain': dict(free_nats=0.0, slow_value=0.1),
   'contrastive': dict(
     representation='contrastive',
     action_dist='onehot',

@@ -217,6 +217,32 @@ def test_actor_and_value_loss_by_hand(tmp_path):
   assert np.isclose(value_loss, (discounts * error).mean(), rtol=1e-5)
 
 
+def test_values_of_the_slow_copy_are_those_in_eq_6(tmp_path):
+  changes = dict(discount=0.9, disclam=0.5, slow_value=0.1)
+  agent = constant_agent(tmp_path, 1.0, 10.0, **changes)
+  behavior = agent.behavior
+  _, _, post = model_losses(agent)
+
+  def values():
+    """Those that the model says, and those in the last target."""
+    _, imag, _ = behavior.actor_loss(post, dream_seeds(agent))
+    return imag['value'].numpy().mean(), imag['returns'].numpy()[-1].mean()
+
+  behavior.before_update(False)  # the first update: the copy is a copy
+  assert values() == pytest.approx((10, 1 + 0.9 * 10), rel=1e-5)
+  set_bias(behavior.value, 20.0)
+  behavior.before_update(False)
+  assert values() == pytest.approx((20, 1 + 0.9 * 10), rel=1e-5)
+  behavior.after_update({})
+  assert values() == pytest.approx((20, 1 + 0.9 * 11), rel=1e-5)
+  behavior.after_update({})
+  assert values() == pytest.approx((20, 1 + 0.9 * 11.9), rel=1e-5)
+  # A checkpoint has it, and who only acts needs none.
+  assert len(agent.trackable()['slow_value']) == len(behavior.value.weights)
+  assert 'slow_value' not in agent.knowledge()
+  assert all('slow' not in w.path for w in agent.optimizers['value'].variables)
+
+
 def test_pcont_weights_and_starts(tmp_path):
   agent = constant_agent(tmp_path, 1.0, 2.0, pcont=True, disclam=1.0)
   set_bias(agent.world.pcont, np.log(0.8 / 0.2))

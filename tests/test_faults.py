@@ -93,6 +93,7 @@ def everything(logdir):
 EXACT = (
   *('--deterministic=True', '--steps=600', '--log_every=150'),
   *('--eval_every=150', '--save_every=0', '--train_every=70'),
+  *('--slow_value=0.1',),
 )
 
 
