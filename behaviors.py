@@ -372,7 +372,6 @@ class Evolution(Behavior):
     )
     self.networks = dict(controller=self.controller)
     self._acting = None  # weights [E, n] of the controllers of this moment
-    self._candidates = None  # of each environment its controller, or -1
 
   def build(self, feat):
     c, population = self._c, self._c.evolve_population
@@ -380,9 +379,11 @@ class Evolution(Behavior):
     self._features = self._inputs(state).shape[-1]
     self.controller.build([1, self._features])
     size = (self._features + 1) * self._actions
-    self._search = evolution.Search(size, population, c.evolve_std, c.seed)
-    length = self._search.length + 2 * population
-    self._saved = tf.Variable(tf.zeros([length], tf.float64), trainable=False)
+    search = evolution.Search(size, population, c.evolve_std, c.seed)
+    self._generations = evolution.Generations(
+      search, population, c.evolve_episodes
+    )
+    self._saved = tf.Variable(self._generations.blank(), trainable=False)
     self.state = dict(search=self._saved)
     self._waits = tf.Variable(False, trainable=False)
     self.population = tf.Variable(
@@ -483,88 +484,64 @@ class Evolution(Behavior):
       return metrics
     fitness = fitness.numpy()
     if np.isfinite(fitness).all():  # else what is logged ends the run
-      self._end_generation(fitness)
+      self._generations.end(fitness)
+      self._begin_generation()
     return dict(
       metrics,
       imag_return=fitness.mean(),
       imag_return_best=fitness.max(),
-      evolve_std=self._search.std,
+      evolve_std=self._generations.search.std,
     )
 
   # Episodes
 
   def before_action(self, reset):
-    if self._c.evolve == 'environment' and np.any(reset):
-      self._load_once()
-      self._begin_episodes(np.asarray(reset))
-
-  def hear(self, index, episode):
-    if self._candidates is None or self._candidates[index] < 0:
-      return {}
-    candidate, self._candidates[index] = self._candidates[index], -1
-    self._returns[candidate] += float(np.sum(episode['reward'], dtype=float))
-    self._episodes[candidate] += 1
-    if self._episodes.min() < self._c.evolve_episodes:
-      self._save()
-      return {}
-    fitness = self._returns / self._episodes
-    self._end_generation(fitness)
-    self._candidates[:] = -1  # what is under way belongs to no generation
-    return dict(
-      generation=self._search.generation,
-      generation_return=fitness.mean(),
-      generation_return_best=fitness.max(),
-      evolve_std=self._search.std,
-    )
-
-  def _begin_episodes(self, reset):
-    """Gives each environment whose episode begins a controller.
-
-    It is the one with the fewest episodes, those under way counted.
-    """
-    if self._candidates is None:
-      self._candidates = np.full(len(reset), -1)
+    if self._c.evolve == 'imagination' or not np.any(reset):
+      return
+    self._load_once()
+    if self._acting is None:
       shape = [len(reset), self.population.shape[1]]
       self._acting = tf.Variable(tf.zeros(shape), trainable=False)
-    self._candidates[reset] = -1
     acting = self._acting.numpy()
-    for index in np.flatnonzero(reset):
-      counts = self._episodes.copy()
-      np.add.at(counts, self._candidates[self._candidates >= 0], 1)
-      self._candidates[index] = candidate = counts.argmin()
-      acting[index] = self._asked[candidate]
+    chosen = self._generations.begin_episodes(np.asarray(reset))
+    for index, weights in chosen.items():
+      acting[index] = weights
     self._acting.assign(acting)
+
+  def hear(self, index, episode):
+    if self._acting is None:
+      return {}
+    score = float(np.sum(episode['reward'], dtype=float))
+    fitness = self._generations.end_episode(index, score)
+    if fitness is None:
+      self._saved.assign(self._generations.state())
+      return {}
+    self._begin_generation()
+    return dict(
+      generation=self._generations.search.generation,
+      generation_return=fitness.mean(),
+      generation_return_best=fitness.max(),
+      evolve_std=self._generations.search.std,
+    )
 
   # The search
 
   def _load_once(self):
     """Goes on from `state`, or begins at the controller's weights."""
-    if self._search.generation is not None:
-      return
-    search, rest = np.split(self._saved.numpy(), [self._search.length])
-    self._returns, self._episodes = np.split(rest.copy(), 2)
-    if search[0]:
-      self._search.restore(search)
-    else:
+    if self._generations.population is None:
       kernel, bias = (w.numpy() for w in self.controller.weights)
-      self._search.begin(np.concatenate([kernel.ravel(), bias]))
-    self._ask()
+      mean = np.concatenate([kernel.ravel(), bias])
+      self._generations.load(self._saved.numpy(), mean)
+      self.population.assign(self._generations.population)
 
-  def _ask(self):
-    self._before = self._search.state()
-    self._asked = self._search.ask()
-    self.population.assign(self._asked)
+  def _begin_generation(self):
+    """The answer so far becomes the controller, and all is saved.
 
-  def _end_generation(self, fitness):
-    self._search.tell(self._asked, fitness)
-    self._returns[:] = self._episodes[:] = 0
-    kernel, bias = np.split(self._search.mean, [-self._actions])
+    In one variable, of which a checkpoint never holds half.
+    """
+    mean = self._generations.search.mean
+    kernel, bias = np.split(mean, [-self._actions])
     self.controller.weights[0].assign(kernel.reshape([-1, self._actions]))
     self.controller.weights[1].assign(bias)
-    self._ask()
-    self._save()
-
-  def _save(self):
-    """Puts all into one variable, of which a checkpoint never holds half."""
-    parts = self._before, self._returns, self._episodes
-    self._saved.assign(np.concatenate(parts))
+    self.population.assign(self._generations.population)
+    self._saved.assign(self._generations.state())

@@ -146,3 +146,92 @@ class Search:
     else:
       scales = cma.transformations.DiagonalDecoding(parts['scales'])
       es.sigma_vec = scales
+
+
+class Generations:
+  """The generations of a search, whose controllers may have episodes.
+
+  Args:
+    search: `Search`.
+    population: P.
+    episodes: of each controller in a generation, at least.
+
+  Attributes:
+    search: as given.
+    population: weights of the controllers of this generation, float64 [P, n];
+      None before `load`.
+  """
+
+  def __init__(self, search, population, episodes):
+    self.search, self._least = search, episodes
+    self._length = search.length + 2 * population
+    self.population = None
+    self._candidates = None  # of each environment its controller, or -1
+
+  def blank(self):
+    """The `state` that a new search begins from."""
+    return np.zeros(self._length)
+
+  def load(self, state, mean):
+    """Goes on from a `state`, or begins around `mean` [n] if that is blank."""
+    search, rest = np.split(np.array(state), [self.search.length])
+    self._returns, self._episodes = np.split(rest, 2)
+    if search[0]:
+      self.search.restore(search)
+    else:
+      self.search.begin(mean)
+    self._ask()
+
+  def state(self):
+    """What asks for the same population again, with its returns so far."""
+    return np.concatenate([self._before, self._returns, self._episodes])
+
+  def end(self, fitness):
+    """Ends a generation whose controllers have a fitness [P]."""
+    self.search.tell(self.population, fitness)
+    self._returns[:] = self._episodes[:] = 0
+    self._ask()
+
+  def _ask(self):
+    self._before = self.search.state()
+    self.population = self.search.ask()
+
+  def begin_episodes(self, reset):
+    """Gives each environment whose episode begins a controller.
+
+    It is the one with the fewest episodes, those under way counted.
+
+    Args:
+      reset: bool [E].
+
+    Returns:
+      {index of an environment: weights [n]}.
+    """
+    if self._candidates is None:
+      self._candidates = np.full(len(reset), -1)
+    self._candidates[reset] = -1
+    acting = {}
+    for index in np.flatnonzero(reset):
+      counts = self._episodes.copy()
+      np.add.at(counts, self._candidates[self._candidates >= 0], 1)
+      self._candidates[index] = candidate = counts.argmin()
+      acting[index] = self.population[candidate]
+    return acting
+
+  def end_episode(self, index, score):
+    """Takes the return of the episode that environment `index` ended.
+
+    Returns:
+      Mean return of each controller [P] if that ended the generation, or None.
+    """
+    if self._candidates is None or self._candidates[index] < 0:
+      return None  # it belongs to no generation
+    candidate, self._candidates[index] = self._candidates[index], -1
+    self._returns[candidate] += score
+    self._episodes[candidate] += 1
+    if self._episodes.min() < self._least:
+      return None
+    fitness = self._returns / self._episodes
+    self.end(fitness)
+    self._candidates[:] = -1  # nor does what is under way
+    return fitness

@@ -263,7 +263,7 @@ def test_updates_go_on_bit_for_bit(tmp_path):
   update(other)
   kernel, bias = first.behavior.controller.get_weights()
   mean = np.append(kernel.ravel(), bias)
-  away = other.behavior._search.mean - mean
+  away = other.behavior._generations.search.mean - mean
   assert 0 < np.abs(away).max() < 0.4
 
 
