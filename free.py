@@ -27,6 +27,7 @@ import configs
 import spaces
 import tools
 from learner import Learner
+from progress import Progress
 
 # --- Acting ------------------------------------------------------------------
 
@@ -348,7 +349,7 @@ class Follower:
 # --- Progress ----------------------------------------------------------------
 
 
-class FreeProgress(checkpoints.Progress):
+class FreeProgress(Progress):
   """Progress of a run whose updates go on beside all else."""
 
   def after_portion(self):
@@ -381,7 +382,7 @@ class LearnerProgress(FreeProgress):
       self.save()
 
 
-class ActorProgress(checkpoints.Progress):
+class ActorProgress(Progress):
   """Progress of --role act: evaluations. It has no checkpoints of its own."""
 
   def after_portion(self):

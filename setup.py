@@ -44,6 +44,7 @@ setuptools.setup(
     'library',
     'logger',
     'models',
+    'progress',
     'quiet',
     'ray_workers',
     'replay',

@@ -35,6 +35,7 @@ import tools
 from cli import UserError
 from learner import Learner
 from logger import Logger
+from progress import make_progress
 
 
 @dataclasses.dataclass
@@ -445,7 +446,7 @@ def _make_learner(run, agent, make_agent, spec):
 
 def _make_progress(run, learner):
   if run.config.learner == 'scheduled':
-    return checkpoints.make_progress(run, learner)
+    return make_progress(run, learner)
   return free.PROGRESS[run.config.role](run, learner)
 
 

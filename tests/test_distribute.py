@@ -83,9 +83,9 @@ def _update(folder, team, flags):
   import gym
   import keras
 
-  import checkpoints
   import dreamer
   import models
+  import progress
   import wrappers
 
   if 'jit' in flags:  # XLA draws other noise; the world model is in it on one
@@ -103,7 +103,7 @@ def _update(folder, team, flags):
     agent.updates.assign(7)
     for variable in agent.optimizers['model'].variables:
       variable.assign(1.1 * variable)
-  checkpoints.receive(team, agent.trackable(), config.seed)
+  progress.receive(team, agent.trackable(), config.seed)
   for opt in agent.optimizers.values():  # so that float16 does not overflow
     opt.optimizer.dynamic_scale.assign(16.0)
   batches = dreamer.load_dataset(folder / 'episodes', config, inputs=inputs)

@@ -1,0 +1,211 @@
+"""When a run saves and evaluates, and what it resumes from."""
+
+import time
+
+import tensorflow as tf
+
+import checkpoints
+import replay
+import tools
+from cli import UserError
+
+
+class Progress:
+  """What a run has done: its checkpoints, and the evaluations made.
+
+  Args:
+    run: `Run`.
+    learner: `Learner`.
+  """
+
+  exact = False
+
+  def __init__(self, run, learner):
+    self._run, self._learner = run, learner
+    self._c, self._team = run.config, run.team
+    self._evaluations = 0
+    self._should_eval = tools.Every(self._c.eval_every)
+    self._state = checkpoints.RunState(self._collect)
+    self._checkpoints = checkpoints.Checkpoints(
+      self._c.logdir / 'checkpoints',
+      should_eval=self._should_eval,
+      run=self._state,
+      **learner.trackable(),
+    )
+    self._saved = time.time()
+
+  def _collect(self):
+    return dict(
+      exact=self.exact,
+      evaluations=self._evaluations,
+      episodes=replay.count_episodes(self._run.datadir)[0],
+      metrics_size=self._run.logger.size(),
+      metrics=self._learner.unlogged(),
+    )
+
+  def portion(self):
+    """What is collected until the next look at evaluations and checkpoints."""
+    steps = min(self._c.eval_every, self._c.steps - self._learner.step)
+    share = self._c.action_repeat * self._team.workers
+    return dict(steps=-(-steps // share))
+
+  def after_portion(self):
+    """When a portion was collected."""
+    self._learner.catch_up()
+    self.save()
+
+  def save(self):
+    if self._team.chief:
+      self._checkpoints.save(self._learner.updates)
+    self._saved = time.time()
+
+  def save_if_due(self):
+    """Between updates."""
+    if time.time() > self._saved + 60 * self._c.save_every:
+      self.save()
+
+  def save_at_end(self):
+    """When the run has finished or is stopped: logs and saves all."""
+    self._learner.finish()
+    self.save()
+
+  def save_when_stopped(self):
+    """As `save_at_end`; returns what to say of it."""
+    self.save_at_end()
+    return ''
+
+  def evaluate_if_due(self, env):
+    """Episodes without learning, exploration noise or stored rows.
+
+    Args:
+      env: for evaluations, or None where there is none.
+    """
+    due = self._team.chief and self._should_eval(self._learner.step)
+    if not due or not env:
+      return
+    env.number(self._evaluations)
+    count = self._c.eval_episodes
+    tools.simulate(self._learner.evaluate, [env], episodes=count)
+    self._evaluations += count
+
+  def resume(self):
+    """Restores the newest checkpoint; steps are those of whole episodes."""
+    restored = self._team.chief and self._checkpoints.restore(repair=True)
+    if self._team.chief:
+      self._check_lost(restored)
+    if restored:
+      self._rewind(self._state.restored)
+    before = self._learner.step
+    self._learner.step = self._run.steps()
+    receive(self._team, self._learner.trackable(), self._c.seed)
+    if not restored:
+      # From now on, a run without a checkpoint is one that has lost it.
+      self.save()
+      return
+    self._evaluations = self._state.restored['evaluations']
+    line = (
+      f'Resumed at step {self._learner.step}, {self._learner.updates} updates.'
+    )
+    if self._learner.step < before:
+      dropped = before - self._learner.step
+      line += f' ({dropped} steps of unfinished episodes were dropped.)'
+    self._run.say(line)
+    self._resumed(self._state.restored)
+
+  def _rewind(self, saved):
+    """Deletes data newer than the checkpoint, if it will be regenerated."""
+
+  def _resumed(self, saved):
+    updates = self._learner.updates
+    self._run.logger.scalars(
+      self._learner.step, dict(resumed=1, updates=updates)
+    )
+    if saved['exact']:
+      self.save()  # or a later exact run would take back what comes now
+
+  def _check_lost(self, restored):
+    """UserError if the run has learned, and would begin anew now.
+
+    Args:
+      restored: path of the checkpoint that was restored, or None.
+    """
+    trace = self._checkpoints.newest_trace()
+    if restored:
+      number = int(restored.rpartition('-')[2])
+      anew = self._learner.updates == 0 and trace > number
+    else:
+      anew = trace or self._run.logger.largest('updates')
+    if anew:
+      folder = self._c.logdir
+      raise UserError(
+        f'--logdir {folder} holds a run that has learned, but no checkpoint '
+        f'with its weights. Put whole files ckpt-* back into '
+        f'{folder / "checkpoints"} (those ending in .broken have wrong bytes). '
+        'To learn anew from its episodes, move checkpoints and metrics.jsonl '
+        'out of the logdir'
+      )
+
+
+class ExactProgress(Progress):
+  """Progress of a run that is the same however often it is interrupted.
+
+  With --deterministic and one environment: checkpoints are made between
+  episodes only, and a resumed run deletes what is newer than its checkpoint,
+  in replay and metrics.jsonl; it will be regenerated.
+  """
+
+  exact = True
+
+  def portion(self):
+    return dict(episodes=1)
+
+  def save_if_due(self):
+    pass
+
+  def save_at_end(self):
+    self.save()  # a longer run goes on as if it had not ended here
+    self._learner.finish()
+
+  def save_when_stopped(self):
+    return ' what came after the last whole episode will be regenerated;'
+
+  def _rewind(self, saved):
+    if not saved['exact']:
+      return
+    later = sorted(self._run.datadir.glob('*.npz'))[saved['episodes'] :]
+    for path in later:
+      path.unlink()
+    if self._run.logger.size() > saved['metrics_size']:
+      self._run.logger.rewind(saved['metrics_size'])
+    if later:
+      self._run.say(f'{len(later)} episodes will be regenerated.')
+
+  def _resumed(self, saved):
+    if saved['exact']:
+      self._learner.unlogged(saved['metrics'])
+
+
+def make_progress(run, learner):
+  """`Progress`, or `ExactProgress` where a run can be exact."""
+  alone = run.config.envs == run.team.workers == 1
+  exact = run.config.deterministic and alone and not run.config.offline
+  return (ExactProgress if exact else Progress)(run, learner)
+
+
+def receive(team, objects, seed):
+  """Gives all processes the chief's weights, optimizers and schedules.
+
+  Args:
+    team: `distribute.Team`.
+    objects: {name: variable, list of them, module, optimizer or generator}.
+    seed: of the noise of acting, which differs between processes.
+  """
+  variables = []
+  for name, item in objects.items():
+    if isinstance(item, tf.Variable):
+      variables.append(item)
+    elif name != 'random':  # a list, a module or an optimizer
+      variables += getattr(item, 'variables', item)
+  team.broadcast(variables)
+  if not team.chief:
+    objects['random'].reset_from_seed(team.seed(seed + int(objects['step'])))
