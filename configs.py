@@ -357,6 +357,7 @@ PRESETS = {
     free_nats=1.0,
     kl_balance=0.83,
     imag_starts=64,
+    slow_value=0.02,
     actor_entropy=0.01,
     pretrain=500,
     model_lr=1e-3,
@@ -469,6 +470,7 @@ def parse_flags(argv):
   given = parser.parse_given(argv)
   start = {k: given[k] for k in START if k in given}
   config = define_config(**start)
+  config.update(_flags_since(given['logdir']))
   config.update(given)
   _check_config(config)
   _check_free(config, given)
@@ -715,7 +717,10 @@ def load_config(logdir):
 
 
 def _saved_flags(path):
-  """All flags of a config.json; what it lacks has its default."""
+  """All flags of a config.json.
+
+  A flag that it lacks came later, and its default is what was done before.
+  """
   saved = _read_config(path)['config']
   saved.setdefault('inputs', 'image')  # before there were others
   if not all(isinstance(saved.get(k), str) for k in START):
@@ -728,10 +733,20 @@ def _saved_flags(path):
       raise UserError(
         f'{path} has --{name} {_shown(saved[name])}, which is not {kind}'
       ) from None
-  return {
-    **define_config(**{k: saved[k] for k in START if k in saved}),
-    **saved,
-  }
+  return {**{k: flag.default for k, flag in all_flags().items()}, **saved}
+
+
+def _flags_since(logdir):
+  """Values of flags that came after the run in a logdir began: the defaults.
+
+  A preset may have another value by now, which would be of another run.
+  """
+  try:
+    saved = _read_config(logdir / 'config.json')['config']
+  except UserError:
+    return {}
+  flags = all_flags().items()
+  return {k: x.default for k, x in flags if k not in {*saved, *START, 'logdir'}}
 
 
 def load_spaces(logdir):

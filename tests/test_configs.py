@@ -347,6 +347,26 @@ def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   assert saved['code'] == configs.commit()
 
 
+def test_run_that_is_older_than_a_flag_goes_on_without_it(tmp_path):
+  """Though its preset has another value by now."""
+  words = [f'--logdir={tmp_path}', '--task=toy_reach', '--preset=cpu']
+  config = configs.parse_flags(words)
+  assert config.slow_value > 0
+  training.setup_logdir(config)
+  (tmp_path / 'episodes' / 'a-b-3.npz').touch()
+  path = tmp_path / 'config.json'
+  record = json.loads(path.read_text())
+  del record['config']['slow_value']
+  path.write_text(json.dumps(record))
+  assert configs.load_config(tmp_path).slow_value == 0
+  config = configs.parse_flags(words)
+  assert config.slow_value == 0 and config.imag_starts == 64
+  training.setup_logdir(config)
+  config = configs.parse_flags([*words, '--slow_value=0.02'])
+  with pytest.raises(cli.UserError, match='--slow_value 0.0, not 0.02'):
+    training.setup_logdir(config)
+
+
 def test_commit_is_that_of_this_code(tmp_path):
   git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a']
   shutil.copy(configs.__file__, tmp_path)
