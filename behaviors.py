@@ -192,6 +192,7 @@ class ActorOnly(Behavior):
       step,
       tf.reshape(seeds, [self._c.horizon, 2, 2]),
       (start, tf.zeros_like(start['stoch'][:, 0])),
+      unroll=dynamics.unroll,
     )
     return dynamics.get_feat(states), entropy
 
@@ -323,6 +324,7 @@ class ActorCritic(ActorOnly):
       bootstrap=target[-1],
       lambda_=self._c.disclam,
       axis=0,
+      unroll=self._world.dynamics.unroll,
     )
     return returns, value[:-1]
 

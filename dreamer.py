@@ -385,6 +385,7 @@ class Dreamer:
     """
     several = self._team.replicas > 1
     graph = functools.partial(tf.function, autograph=False)
+    self.world.dynamics.unroll = not self.jit
     self.policy = graph(self.policy, jit_compile=self.jit)
     self.train = graph(self.train, jit_compile=self.jit and not several)
     if self.jit and several:

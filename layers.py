@@ -3,6 +3,9 @@
 Each layer has the weights of its Keras layer; docs/performance.md says why.
 """
 
+import contextlib
+import threading
+
 import keras
 import tensorflow as tf
 from keras import layers as kl
@@ -38,10 +41,100 @@ def _bias_gradient(dy):
   return tf.matmul(tf.ones([1, tf.shape(rows)[0]], dy.dtype), rows)[0]
 
 
+class Gathering:
+  """Gradients of weights that are used many times, as in an unrolled loop.
+
+  Each use adds a product to the gradient of the same weights. Here the parts
+  are gathered, and all are one product:
+
+      sum_t x_t^T dy_t  =  [x_1; ...; x_T]^T [dy_1; ...; dy_T]
+  """
+
+  _here = threading.local()
+
+  def __init__(self):
+    self._graph, self._uses = _graph(), {}
+
+  @classmethod
+  @contextlib.contextmanager
+  def active(cls):
+    """Within it `tape.gradient` leaves out what `added` has."""
+    cls._here.one = cls()
+    try:
+      yield cls._here.one
+    finally:
+      cls._here.one = None
+
+  @classmethod
+  def take(cls, weights, x, dy):
+    """Whether x and dy are taken: not from within a loop of TensorFlow.
+
+    Args:
+      weights: Keras variables: a kernel, its bias, and the row of the bias.
+    """
+    one = getattr(cls._here, 'one', None)
+    if one is None or _graph() is not one._graph:
+      return False
+    uses = one._uses.setdefault(id(weights[0]), (weights, [], []))
+    uses[1].append(x)
+    uses[2].append(dy)
+    return True
+
+  def added(self, grads, variables):
+    """Gradients of Keras variables, with the parts that were taken."""
+    grads = dict(zip(map(id, variables), grads, strict=True))
+
+    def add(variable, grad):
+      if id(variable) in grads:
+        grad, before = tf.cast(grad, variable.dtype), grads[id(variable)]
+        grads[id(variable)] = grad if before is None else before + grad
+
+    for (kernel, bias, row), *parts in self._uses.values():
+      x, dy = (tf.concat(part, 0) for part in parts)
+      add(kernel, tf.matmul(x, dy, transpose_a=True))
+      offset = _bias_gradient(dy)
+      if row is not None:
+        offset = (
+          tf.one_hot(row, bias.shape[0], dtype=dy.dtype)[:, None] * offset
+        )
+      add(bias, offset)
+    return list(grads.values())
+
+
+def _graph():
+  """The one that TensorFlow's operations now go to; None if they run."""
+  return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def affine(x, kernel, bias, row=None):
+  """x @ kernel + bias, with gradients that may be gathered.
+
+  Args:
+    x: [N, I].
+    kernel, bias: Keras variables [I, O] and [O], or [R, O] with a `row`.
+  """
+
+  @tf.custom_gradient
+  def apply(x, weights, offset):
+    def grad(dy):
+      dx = tf.matmul(dy, weights, transpose_b=True)
+      if Gathering.take((kernel, bias, row), x, dy):
+        return dx, None, None
+      return dx, tf.matmul(x, dy, transpose_a=True), _bias_gradient(dy)
+
+    return tf.nn.bias_add(tf.matmul(x, weights), offset), grad
+
+  offset = tf.convert_to_tensor(bias)
+  offset = offset if row is None else tf.unstack(offset)[row]
+  return apply(x, tf.convert_to_tensor(kernel), offset)
+
+
 class Dense(kl.Dense):
-  """Keras' layer, with the bias of `add_bias`."""
+  """Keras' layer, with the gradients of `affine` and `add_bias`."""
 
   def call(self, x):
+    if x.shape.rank == 2:
+      return self.activation(affine(x, self.kernel, self.bias))
     x = keras.ops.matmul(x, self.kernel)
     return self.activation(add_bias(x, self.bias))
 
@@ -154,9 +247,8 @@ class GRUCell(kl.GRUCell):
   """
 
   def call(self, x, state):
-    bias = tf.unstack(tf.convert_to_tensor(self.bias))
-    x = add_bias(tf.matmul(x, self.kernel), bias[0])
-    inner = add_bias(tf.matmul(state, self.recurrent_kernel), bias[1])
+    x = affine(x, self.kernel, self.bias, 0)
+    inner = affine(state, self.recurrent_kernel, self.bias, 1)
     x_update, x_reset, x_new = tf.split(x, 3, -1)
     h_update, h_reset, h_new = tf.split(inner, 3, -1)
     update = _sigmoid(x_update + h_update)

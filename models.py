@@ -48,6 +48,7 @@ class RSSM(keras.layers.Layer):
 
   def __init__(self, stoch=30, deter=200, hidden=200, act='elu', **kwargs):
     super().__init__(**kwargs)
+    self.unroll = False
     self._stoch_size = stoch
     self._deter_size = deter
     self._cell = GRUCell(deter, name='gru')
@@ -82,6 +83,7 @@ class RSSM(keras.layers.Layer):
       lambda carry, x: self.obs_step(carry[0], *x),
       (_swap(action), _swap(embed), seed),
       (state, state),
+      unroll=self.unroll,
     )
     return _map(_swap, post), _map(_swap, prior)
 

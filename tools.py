@@ -17,6 +17,7 @@ from tensorflow_probability import random as tfr
 
 import distribute
 from cli import AttrDict as AttrDict
+from layers import Gathering
 from logger import encode_gif as encode_gif
 from logger import video_summary as video_summary
 from replay import count_episodes as count_episodes
@@ -69,7 +70,7 @@ class Once(tf.Module):
 # --- Scans and returns ------------------------------------------------------
 
 
-def static_scan(fn, inputs, start, reverse=False):
+def static_scan(fn, inputs, start, reverse=False, unroll=False):
   """Runs `carry = fn(carry, inputs[t])` over the leading axis.
 
   Args:
@@ -77,14 +78,25 @@ def static_scan(fn, inputs, start, reverse=False):
     inputs: nested tensors, each [T, ...].
     start: nested tensors, the carry before the first input.
     reverse: run from the last input to the first.
+    unroll: without a loop of TensorFlow, if T is known: faster on a CPU, and
+      slower to compile.
 
   Returns:
     The carries, stacked: nested [T, ...], in the order of the inputs.
   """
-  return tf.scan(fn, inputs, start, reverse=reverse)
+  length = tf.nest.flatten(inputs)[0].shape[0]
+  if not unroll or not length:
+    return tf.scan(fn, inputs, start, reverse=reverse)
+  times = zip(*map(tf.unstack, tf.nest.flatten(inputs)), strict=True)
+  times, carries = list(times)[:: -1 if reverse else 1], []
+  for flat in times:
+    start = fn(start, tf.nest.pack_sequence_as(inputs, flat))
+    carries.append(start)
+  carries = carries[:: -1 if reverse else 1]
+  return tf.nest.map_structure(lambda *x: tf.stack(x), *carries)
 
 
-def lambda_return(reward, value, pcont, bootstrap, lambda_, axis):
+def lambda_return(reward, value, pcont, bootstrap, lambda_, axis, unroll=False):
   """V_lambda of Eq. 6, computed backwards.
 
       index            0      1     ...    N-1
@@ -106,6 +118,7 @@ def lambda_return(reward, value, pcont, bootstrap, lambda_, axis):
     bootstrap: the value after the last index, without `axis`; None is zero.
     lambda_: number in [0, 1].
     axis: the time axis.
+    unroll: as of `static_scan`.
 
   Returns:
     Tensor of the shape of `reward`.
@@ -126,6 +139,7 @@ def lambda_return(reward, value, pcont, bootstrap, lambda_, axis):
     (one_step, pcont),
     bootstrap,
     reverse=True,
+    unroll=unroll,
   )
   return tf.transpose(returns, order)
 
@@ -449,7 +463,9 @@ class Adam:
       self._active.scale_loss(tf.ones_like(loss)) / distribute.replica()[1]
     )
     variables = [v.value for v in self.variables]
-    return tape.gradient(loss, variables, output_gradients=scale)
+    with Gathering.active() as gathering:
+      grads = tape.gradient(loss, variables, output_gradients=scale)
+    return gathering.added(grads, self.variables)
 
   def apply(self, grads):
     """Moves the variables; returns the norm before clipping as a metric.

@@ -11,6 +11,7 @@ import scipy.special
 import scipy.stats
 import tensorflow as tf
 
+import layers
 import models
 import tools
 
@@ -294,6 +295,75 @@ def test_kl_of_state_distributions():
   log_prob = scipy.stats.norm(p['mean'], p['std']).logpdf(q['mean']).sum(-1)
   actual = dists[0].log_prob(q['mean'].astype(np.float32))
   np.testing.assert_allclose(actual, log_prob, rtol=1e-4)
+
+
+# --- Gradients of unrolled loops ----------------------------------------------
+
+
+def loop_gradients(rssm, gather, wanted='', kinds=2):
+  """Of a loss on posterior and prior states, by weights `wanted`.
+
+  Returns:
+    The gradients, and the types of the operations of their graph.
+  """
+  steps, rng = 5, np.random.default_rng(0)
+  embed, action = (
+    tf.constant(rng.normal(size=[2, steps, n]), tf.float32)
+    for n in (EMBED, ACTIONS)
+  )
+  seeds = tf.constant(rng.integers(2**31, size=[steps, 2]), tf.int32)
+  weights = [v for v in rssm.trainable_variables if wanted in v.path]
+
+  @tf.function(autograph=False)
+  def gradients():
+    with tf.GradientTape() as tape:
+      states = rssm.observe(embed, action, seed=seeds)[:kinds]
+      loss = sum(tf.reduce_sum(x[k] ** 2) for x in states for k in x)
+    values = [v.value for v in weights]
+    if not gather:
+      return tape.gradient(loss, values)
+    with layers.Gathering.active() as gathering:
+      grads = tape.gradient(loss, values)
+    return gathering.added(grads, weights)
+
+  graph = gradients.get_concrete_function().graph
+  return gradients(), [op.type for op in graph.get_operations()]
+
+
+def assert_gradients_equal(ours, theirs):
+  for one, two in zip(ours, theirs, strict=True):
+    scale = np.abs(two).max()
+    assert scale > 0
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize('wanted', ['', 'gru', 'obs1/bias'])
+def test_gathered_gradients_are_those_of_a_loop(wanted):
+  rssm = make_rssm()
+  expected, _ = loop_gradients(rssm, False, wanted)
+  rssm.unroll = True
+  apart, many = loop_gradients(rssm, False, wanted)
+  gathered, few = loop_gradients(rssm, True, wanted)
+  assert_gradients_equal(apart, expected)
+  assert_gradients_equal(gathered, expected)
+  assert not any('While' in kind for kind in few)
+  assert few.count('MatMul') < many.count('MatMul')
+
+
+def test_layers_without_a_part_in_the_loss_have_no_gradient():
+  """The prior's last layers, where the loss is on posteriors alone."""
+  rssm = make_rssm()
+  rssm.unroll = True
+  assert loop_gradients(rssm, True, 'img3', kinds=1)[0] == [None, None]
+  grads, _ = loop_gradients(rssm, True, 'obs2', kinds=1)
+  assert_gradients_equal(grads, loop_gradients(rssm, False, 'obs2', 1)[0])
+
+
+def test_uses_within_a_loop_of_tensorflow_are_not_gathered():
+  rssm = make_rssm()
+  expected, kinds = loop_gradients(rssm, False)
+  assert any('While' in kind for kind in kinds)
+  assert_gradients_equal(loop_gradients(rssm, True)[0], expected)
 
 
 # --- Images -----------------------------------------------------------------

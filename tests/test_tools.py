@@ -183,8 +183,9 @@ def test_lambda_return_gradients():
       )
 
 
+@pytest.mark.parametrize('unroll', [False, True])
 @pytest.mark.parametrize('reverse', [False, True])
-def test_static_scan_is_a_loop(reverse):
+def test_static_scan_is_a_loop(reverse, unroll):
   rng = np.random.default_rng(0)
   inputs = rng.normal(size=(5, 2, 3))
   start = rng.normal(size=(2, 3))
@@ -197,11 +198,13 @@ def test_static_scan_is_a_loop(reverse):
     tf.constant(inputs),
     tf.constant(start),
     reverse=reverse,
+    unroll=unroll,
   )
   np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
-def test_static_scan_nested():
+@pytest.mark.parametrize('unroll', [False, True])
+def test_static_scan_nested(unroll):
   inputs = ({'a': tf.range(1.0, 4.0)}, tf.constant([10.0, 20.0, 30.0]))
   start = {'sum': tf.constant(0.0), 'pair': (tf.constant(1.0),)}
 
@@ -209,7 +212,7 @@ def test_static_scan_nested():
     total = carry['sum'] + x[0]['a'] * x[1]
     return {'sum': total, 'pair': (carry['pair'][0] * x[0]['a'],)}
 
-  actual = tools.static_scan(fn, inputs, start)
+  actual = tools.static_scan(fn, inputs, start, unroll=unroll)
   np.testing.assert_allclose(actual['sum'], [10.0, 50.0, 140.0])
   np.testing.assert_allclose(actual['pair'][0], [1.0, 2.0, 6.0])
 
