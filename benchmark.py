@@ -37,6 +37,7 @@ import environments
 import replay
 import tools
 import training
+from layers import Gathering
 from learner import Learner
 from logger import Logger
 
@@ -157,7 +158,10 @@ def _pieces(agent, batch, config):
           tapes['all'].watch(tensor)
         result = loss(*given)
       wanted = [*given, *(v.value for v in variables)]
-      return tapes['all'].gradient(result, wanted)
+      with Gathering.active() as gathering:
+        grads = tapes['all'].gradient(result, wanted)
+      count = len(given)
+      return grads[:count] + gathering.added(grads[count:], variables)
 
     return run
 

@@ -257,6 +257,10 @@ class Reference:
     return metrics
 
 
+# What presets add to the equations of the paper, left out of both.
+EQUATIONS = dict(imag_starts=0, kl_balance=0.0, actor_entropy=0.0, slow_value=0)
+
+
 def random_batch(config, actions):
   """Noise of the shapes of a batch: what is timed does not look at it."""
   rng = np.random.default_rng(0)
@@ -281,6 +285,7 @@ def main():
   parser.add_argument('--repeats', type=int, default=7)
   args = parser.parse_args()
   config = dreamer.define_config('dmc_walker_walk', args.preset)
+  config.update(EQUATIONS)
   training.setup_precision(args.precision)
   space = gym.spaces.Box(-1, 1, (args.actions,), np.float32)
   agent = dreamer.Dreamer(config, space)
