@@ -294,10 +294,10 @@ class ActorCritic(ActorOnly):
 
   def after_update(self, metrics):
     if self._slow:
-      self._follow(tf.constant(self._c.slow_value))
+      self._follow(tf.constant(self._c.slow_value, tf.float32))
     return metrics
 
-  @tf.function
+  @tf.function(autograph=False)
   def _follow(self, share):
     """The slow copy goes a share of the way to the value model."""
     pairs = zip(self._slow.weights, self.value.weights, strict=True)

@@ -81,7 +81,12 @@ class Gathering:
     return True
 
   def added(self, grads, variables):
-    """Gradients of Keras variables, with the parts that were taken."""
+    """Gradients with the parts that were taken.
+
+    Args:
+      grads: of `tape.gradient`, None where all parts were taken.
+      variables: Keras variables that they are of.
+    """
     grads = dict(zip(map(id, variables), grads, strict=True))
 
     def add(variable, grad):
@@ -90,6 +95,8 @@ class Gathering:
         grads[id(variable)] = grad if before is None else before + grad
 
     for (kernel, bias, row), *parts in self._uses.values():
+      if not grads.keys() & {id(kernel), id(bias)}:
+        continue  # a loss of others has its gradient through these
       x, dy = (tf.concat(part, 0) for part in parts)
       add(kernel, tf.matmul(x, dy, transpose_a=True))
       offset = _bias_gradient(dy)

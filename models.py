@@ -44,6 +44,9 @@ class RSSM(keras.layers.Layer):
     deter: D, size of the GRU.
     hidden: units of the dense layers.
     act: activation of the dense layers.
+
+  Attributes:
+    unroll: whether loops over time are unrolled, as of `tools.static_scan`.
   """
 
   def __init__(self, stoch=30, deter=200, hidden=200, act='elu', **kwargs):
