@@ -223,20 +223,25 @@ def test_values_of_the_slow_copy_are_those_in_eq_6(tmp_path):
   behavior = agent.behavior
   _, _, post = model_losses(agent)
 
-  def values():
-    """Those that the model says, and those in the last target."""
+  def check(value, slow):
+    """Values are the model's, and all in the targets the slow copy's."""
     _, imag, _ = behavior.actor_loss(post, dream_seeds(agent))
-    return imag['value'].numpy().mean(), imag['returns'].numpy()[-1].mean()
+    np.testing.assert_allclose(imag['value'], value, rtol=1e-5)
+    third = 1 + 0.9 * slow
+    second = 1 + 0.9 * (0.5 * slow + 0.5 * third)
+    first = 1 + 0.9 * (0.5 * slow + 0.5 * second)
+    returns = np.array([first, second, third])[:, None]
+    np.testing.assert_allclose(imag['returns'] / returns, 1, rtol=1e-5)
 
   behavior.before_update(False)  # the first update: the copy is a copy
-  assert values() == pytest.approx((10, 1 + 0.9 * 10), rel=1e-5)
+  check(10, slow=10)
   set_bias(behavior.value, 20.0)
   behavior.before_update(False)
-  assert values() == pytest.approx((20, 1 + 0.9 * 10), rel=1e-5)
+  check(20, slow=10)
   behavior.after_update({})
-  assert values() == pytest.approx((20, 1 + 0.9 * 11), rel=1e-5)
+  check(20, slow=11)
   behavior.after_update({})
-  assert values() == pytest.approx((20, 1 + 0.9 * 11.9), rel=1e-5)
+  check(20, slow=11.9)
   # A checkpoint has it, and who only acts needs none.
   assert len(agent.trackable()['slow_value']) == len(behavior.value.weights)
   assert 'slow_value' not in agent.knowledge()
