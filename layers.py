@@ -36,9 +36,17 @@ def add_bias(x, bias):
 
 
 def _bias_gradient(dy):
-  """The sum [C] of dy [..., C]."""
-  rows = tf.reshape(dy, [-1, dy.shape[-1]])
-  return tf.matmul(tf.ones([1, tf.shape(rows)[0]], dy.dtype), rows)[0]
+  """The sum [C] of dy [N, ..., C].
+
+  The product is over N alone: with the few columns of C it is slow. What is
+  left, a row for each pixel, is summed in float32.
+  """
+  rows = tf.shape(dy)[0]
+  sums = tf.matmul(tf.ones([1, rows], dy.dtype), tf.reshape(dy, [rows, -1]))
+  if dy.shape.rank == 2:
+    return sums[0]
+  sums = tf.reduce_sum(float32(tf.reshape(sums, [-1, dy.shape[-1]])), 0)
+  return tf.cast(sums, dy.dtype)
 
 
 class Gathering:
@@ -189,15 +197,17 @@ def _four_patches(x):
 class Deconv(kl.Conv2DTranspose):
   """Keras' layer, stride 2, with the bias of `add_bias`.
 
-  From 1x1 pixels it is a matrix product, and to few channels (images) a
+  From 1x1 pixels it is a matrix product, and with an even kernel a
   convolution; TensorFlow's kernel is slower there (docs/performance.md).
   """
 
   def call(self, x):
-    if self.filters < 8 and self.kernel_size[0] % 2 == 0:
+    if self.kernel_size[0] % 2 == 0:
       weights = self.kernel, self.bias
       weights = [tf.convert_to_tensor(w) for w in weights]
-      return self.activation(_subpixel_deconv(x, *weights))
+      relu = self.activation is keras.activations.relu
+      x = _subpixel_deconv(x, *weights, relu)
+      return x if relu else self.activation(x)
     if x.shape[1:3] == (1, 1):
       x = tf.einsum('nc,hwoc->nhwo', x[:, 0, 0], self.kernel)
     else:
@@ -205,46 +215,56 @@ class Deconv(kl.Conv2DTranspose):
     return self.activation(add_bias(x, self.bias))
 
 
-@tf.custom_gradient
-def _subpixel_deconv(x, kernel, bias):
+def _subpixel_deconv(x, kernel, bias, relu):
   """Transposed convolution of stride 2 as a convolution of stride 1.
 
   Each pixel of the result's 2x2 blocks sees the same (K/2)x(K/2) pixels of x,
   through taps of the kernel of its own: a convolution to 4 * O channels, the
-  four pixels of a block. Padded to 16 channels for vectorization.
+  four pixels of a block. TensorFlow makes one pass of it, bias and relu.
 
   Args:
     x: [N, h, w, C].
     kernel: [K, K, O, C], K even.
     bias: [O].
+    relu: whether the result goes through it.
 
   Returns:
     [N, 2 * h + K - 2, 2 * w + K - 2, O].
   """
   size, _, out, channels = kernel.shape
   taps = size // 2
-  blocks = tf.reshape(kernel, [taps, 2, taps, 2, out, channels])
-  blocks = tf.reverse(tf.transpose(blocks, [0, 2, 5, 1, 3, 4]), [0, 1])
-  blocks = tf.reshape(blocks, [taps, taps, channels, 4 * out])
-  fill = [0, -4 * out % 16]
-  blocks = tf.pad(blocks, [[0, 0]] * 3 + [fill])
-  border = [taps - 1, taps - 1]
-  y = tf.nn.conv2d(x, blocks, 1, [[0, 0], border, border, [0, 0]])
-  y = tf.nn.bias_add(y, tf.pad(tf.tile(bias, [4]), [fill]))
-  y = tf.nn.depth_to_space(y[..., : 4 * out], 2)
+  height, width = (n + taps - 1 for n in x.shape[1:3])
 
-  def grad(dy):
-    dx = tf.nn.conv2d(dy, kernel, 2, 'VALID')
-    dkernel = tf.raw_ops.Conv2DBackpropFilter(
-      input=dy,
-      filter_sizes=kernel.shape,
-      out_backprop=x,
-      strides=[1, 2, 2, 1],
-      padding='VALID',
-    )
-    return dx, dkernel, _bias_gradient(dy)
+  @tf.custom_gradient
+  def apply(x, kernel, bias):
+    blocks = tf.reshape(kernel, [taps, 2, taps, 2, out, channels])
+    blocks = tf.reverse(tf.transpose(blocks, [0, 2, 5, 1, 3, 4]), [0, 1])
+    blocks = tf.reshape(blocks, [taps, taps, channels, 4 * out])
+    border = [taps - 1, taps - 1]
+    y = tf.nn.conv2d(x, blocks, 1, [[0, 0], border, border, [0, 0]])
+    y = tf.nn.bias_add(y, tf.tile(bias, [4]))
+    y = tf.nn.relu(y) if relu else y
+    # Upper and lower halves of a row's blocks become rows. As depth_to_space.
+    y = tf.reshape(y, [-1, width, 2, 2 * out])
+    y = tf.transpose(y, [0, 2, 1, 3])
+    y = tf.reshape(y, [-1, 2 * height, 2 * width, out])
 
-  return y, grad
+    def grad(dy):
+      if relu:
+        dy = tf.raw_ops.ReluGrad(gradients=dy, features=y)
+      dx = tf.nn.conv2d(dy, kernel, 2, 'VALID')
+      dkernel = tf.raw_ops.Conv2DBackpropFilter(
+        input=dy,
+        filter_sizes=kernel.shape,
+        out_backprop=x,
+        strides=[1, 2, 2, 1],
+        padding='VALID',
+      )
+      return dx, dkernel, _bias_gradient(dy)
+
+    return y, grad
+
+  return apply(x, kernel, bias)
 
 
 class GRUCell(kl.GRUCell):
