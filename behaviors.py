@@ -21,7 +21,7 @@ class Behavior:
   """A way to choose actions; without networks of its own.
 
   Args:
-    config: from `configs.define_config`, actions resolved.
+    config: from `commandline.parse_flags`, actions resolved.
     world: `dreamer.WorldModel`.
     actions: A.
     choices: of discrete actions, how many of the A belong to each; else None.

@@ -30,11 +30,13 @@ import numpy as np
 import tensorflow as tf
 
 import cli
+import commandline
 import configs
 import distribute
 import dreamer
 import environments
 import replay
+import runfile
 import tools
 import training
 from layers import Gathering
@@ -463,7 +465,7 @@ def run(argv):
   with tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
     words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]
-    config = configs.parse_flags([*words, f'--logdir={logdir}'])
+    config = commandline.parse_flags([*words, f'--logdir={logdir}'])
     if args.work:
       print(json.dumps(work(args.work[0], config, args.repeats)))
       return
@@ -480,7 +482,7 @@ def run(argv):
 def gather(parts, words, repeats, logdir):
   """Runs each part in a process of its own, and joins what they measured."""
   report = dict(
-    machine=configs.machine(), versions=configs.versions(), spread={}
+    machine=runfile.machine(), versions=runfile.versions(), spread={}
   )
   peaks = {}
   for part in ('gemm', *(p for p in parts if p != 'memory')):

@@ -14,7 +14,7 @@ import time
 
 import tensorflow as tf
 
-import configs
+import runfile
 from cli import UserError, atomic_write, nearest, warn
 
 
@@ -240,7 +240,7 @@ def load_agent(config, make_agent, actspace, inputs):
   """The agent of a logdir as its newest checkpoint has it, without optimizers.
 
   Args:
-    config: from `configs.load_config`.
+    config: from `runfile.load_config`.
     make_agent: class of the agent: `dreamer.Dreamer`.
     actspace: its action space.
     inputs: {name: shape} of what it sees.
@@ -367,7 +367,7 @@ def locked(logdir, role, name='lock'):
   Raises:
     UserError: another process holds one of them.
   """
-  act = logdir / configs.ACT
+  act = logdir / runfile.ACT
   with contextlib.ExitStack() as stack:
     if role != 'act':
       note = LEARNS if role == 'learn' else ''

@@ -31,7 +31,7 @@ import numpy as np
 from scipy import stats
 
 import cli
-import configs
+import runfile
 from cli import UserError
 
 PAPER = pathlib.Path(__file__).with_name('scores') / 'paper.json'
@@ -168,7 +168,7 @@ def read_metrics(path, xaxis='step', yaxis='test/return'):
 
 def metrics_files(path):
   """A metrics.jsonl, and that of `--role act` beside it."""
-  return path, path.parent / configs.ACT / path.name
+  return path, path.parent / runfile.ACT / path.name
 
 
 def read_series(path, xaxis, names):

@@ -28,10 +28,11 @@ import functools
 import sys
 
 import cli
+import commandline
 import configs
 
 if __name__ == '__main__':  # typos and --help need not wait for TensorFlow
-  cli.check('dreamer.py', configs.parse_flags)
+  cli.check('dreamer.py', commandline.parse_flags)
 
 import quiet  # noqa: F401  (before TensorFlow)
 
@@ -647,7 +648,7 @@ def main(argv=None):
   """Returns the exit code; see `cli.main`."""
   return cli.main(
     'dreamer.py',
-    lambda words: training.run(configs.parse_flags(words), Dreamer),
+    lambda words: training.run(commandline.parse_flags(words), Dreamer),
     argv,
   )
 

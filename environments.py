@@ -186,7 +186,7 @@ def describe_behavior(episode, config):
 
   Args:
     episode: as stored, T + 1 rows.
-    config: from `configs.define_config`, actions resolved.
+    config: from `commandline.parse_flags`, actions resolved.
 
   Returns:
     saturated: share of numbers in actions beyond 0.99, if they are continuous.

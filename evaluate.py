@@ -33,6 +33,7 @@ import dreamer
 import environments
 import library
 import logger
+import runfile
 import spaces
 import tools
 import training
@@ -93,7 +94,7 @@ def evaluate(config, episodes, outdir=None):
   """Runs whole episodes; returns figures as --json writes them.
 
   Args:
-    config: from `configs.load_config`; its seed is that of the evaluation.
+    config: from `runfile.load_config`; its seed is that of the evaluation.
     episodes: how many.
     outdir: folder for videos, or None.
   """
@@ -235,7 +236,7 @@ def parse_flags(argv):
 def run(argv):
   args = parse_flags(argv)
   cli.make_folders(args.outdir, args.json and args.json.parent, args.export)
-  config = configs.load_config(args.logdir)
+  config = runfile.load_config(args.logdir)
   config.update(seed=args.seed, eval_noise=0.0)
   if args.outdir and not spaces.names_image(config.inputs):
     config.record = 'image'  # for the video alone

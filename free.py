@@ -23,7 +23,7 @@ import tensorflow as tf
 
 import checkpoints
 import cli
-import configs
+import runfile
 import spaces
 import tools
 from learner import Learner
@@ -282,9 +282,9 @@ class Follower:
     """Whether there are weights that --pretrain has ended for."""
     if self._saved.newest() < 0:
       return False
-    configs.check_actor(self._c)  # or a UserError, as the agents differ
+    runfile.check_actor(self._c)  # or a UserError, as the agents differ
     self._load()
-    pretrain = configs.load_config(self._c.logdir).pretrain
+    pretrain = runfile.load_config(self._c.logdir).pretrain
     return self.updates >= max(1, pretrain)
 
   def _load(self):

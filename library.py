@@ -17,8 +17,10 @@ import numpy as np
 import tensorflow as tf
 
 import checkpoints
+import commandline
 import configs
 import environments
+import runfile
 import spaces
 import training
 from cli import AttrDict, UserError, kept_signals
@@ -268,7 +270,7 @@ def load(logdir, make_agent):
   Raises:
     UserError: there is none, or it is of other code.
   """
-  config = configs.load_config(logdir)
+  config = runfile.load_config(logdir)
   training.setup_precision(config.precision)
   return Agent(load_dreamer(config, make_agent))
 
@@ -277,11 +279,11 @@ def load_dreamer(config, make_agent, env=None):
   """`checkpoints.load_agent`, asking the environment where config.json is old.
 
   Args:
-    config: from `configs.load_config`.
+    config: from `runfile.load_config`.
     make_agent: class of the agent.
     env: of the run's task; None to make one, if it is needed.
   """
-  inputs, actions = configs.load_spaces(config.logdir)
+  inputs, actions = runfile.load_spaces(config.logdir)
   if inputs is None:
     asked = env or environments.make_env(config, 0, 'test')
     try:
@@ -296,7 +298,9 @@ def train(make_env, logdir, make_agent, **flags):
   """Trains on environments that a function makes; see `dreamer.train`."""
   name = re.sub(r'\W+', '', getattr(make_env, '__name__', 'env'))
   flags = {'task': f'custom_{name}', **flags, 'logdir': logdir}
-  config = configs.parse_flags([f'--{k}={_text(v)}' for k, v in flags.items()])
+  config = commandline.parse_flags(
+    [f'--{k}={_text(v)}' for k, v in flags.items()]
+  )
   try:
     cloudpickle.dumps(make_env)
   except Exception as error:  # whatever its parts raise

@@ -35,9 +35,11 @@ import numpy as np
 
 import charts
 import cli
+import commandline
 import compare
 import configs
 import media
+import runfile
 from charts import Chart, Level, Line
 from cli import UserError
 
@@ -275,7 +277,7 @@ def _flags(command):
   quiet = contextlib.redirect_stdout(io.StringIO())  # with --help
   with contextlib.suppress(ValueError, UserError, SystemExit), quiet:
     words = shlex.split(command)
-    return dict(configs.parse_flags(words[words.index('dreamer.py') + 1 :]))
+    return dict(commandline.parse_flags(words[words.index('dreamer.py') + 1 :]))
   return {}
 
 
@@ -283,7 +285,7 @@ def _defaults(run, *start):
   """Defaults by task, preset and inputs, and what `auto` is for the run."""
   config = configs.define_config(*start)
   with contextlib.suppress(UserError):
-    _, actions = configs.load_spaces(run.folder)
+    _, actions = runfile.load_spaces(run.folder)
     if actions is not None:
       configs.resolve_actions(config, actions)
   return config

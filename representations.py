@@ -18,7 +18,7 @@ class RewardOnly:
   """Rewards alone are explained: no term for images (Figure 8).
 
   Args:
-    config: from `configs.define_config`.
+    config: from `commandline.parse_flags`.
     images: names of the images among the inputs.
 
   Attributes:

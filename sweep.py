@@ -42,6 +42,7 @@ import sys
 import time
 
 import cli
+import commandline
 import compare
 import configs
 import ray_runs
@@ -195,7 +196,7 @@ def check_flags(pairs, extra):
   for task, arm in pairs:
     words = ['--logdir', 'unused', '--task', task, *arm.flags, *extra]
     try:
-      config = configs.parse_flags(words)
+      config = commandline.parse_flags(words)
     except UserError as error:
       raise UserError(f'dreamer.py: {error}') from None
     method = configs.method_name(config)

@@ -29,6 +29,7 @@ import distribute
 import environments
 import free
 import replay
+import runfile
 import spaces
 import suites
 import tools
@@ -120,7 +121,7 @@ class ActorRun(Run):
 
   @property
   def home(self):
-    return self.config.logdir / configs.ACT
+    return self.config.logdir / runfile.ACT
 
 
 @dataclasses.dataclass
@@ -141,7 +142,7 @@ class LearnerRun(Run):
     """Until the prefill is there."""
     said = False
     while True:
-      actor = configs.load_actor(self.config)
+      actor = runfile.load_actor(self.config)
       prefill = max(1, (actor or self.config).prefill)
       if self.steps() >= prefill and (actor or not _begins(self.config)):
         return
@@ -285,21 +286,21 @@ def setup_logdir(config, team=None):
     ) from None
   folders = dict(
     both=[logdir, logdir / 'episodes'],
-    act=[logdir / configs.ACT, logdir / 'episodes'],
+    act=[logdir / runfile.ACT, logdir / 'episodes'],
     learn=[logdir],
   )[config.role]
   locks = contextlib.ExitStack()
   if not team.chief:
     locks.callback(checkpoints.Lock(logdir, f'lock{team.suffix}').release)
   elif config.role == 'act':
-    configs.check_actor(config)
+    runfile.check_actor(config)
     folders[0].mkdir(exist_ok=True)
     locks.enter_context(checkpoints.locked(logdir, config.role))
   else:
-    changes = configs.check_logdir(config)
+    changes = runfile.check_logdir(config)
     locks.enter_context(checkpoints.locked(logdir, config.role))
     if not (logdir / 'config.json.broken').exists():
-      configs.write_config(config)  # else when it is known what run this is
+      runfile.write_config(config)  # else when it is known what run this is
     if changes:
       print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
   (logdir / 'episodes').mkdir(exist_ok=True)
@@ -334,7 +335,7 @@ def run(config, make_agent, function=None):
   """Trains, from an empty logdir or from where the last run stopped.
 
   Args:
-    config: from `configs.parse_flags`.
+    config: from `commandline.parse_flags`.
     make_agent: class of the agent: `dreamer.Dreamer`.
     function: makes the environment of a custom task.
 
@@ -494,11 +495,11 @@ def _prepare(run, envs, test_env):
     spec = _replay_spec(run) if config.offline else _told_spec(run)
   configs.resolve_actions(config, spec.actions)
   if config.init_from and _begins(config):
-    configs.load_config(config.init_from)  # or an error, before the work
+    runfile.load_config(config.init_from)  # or an error, before the work
   shapes = {**spec.inputs, 'action': spec.actions.shape}
   replay.Replay(run.datadir, shapes=shapes, repair=bool(envs)).check()
   if run.team.chief:
-    configs.write_config(config, spec.inputs, spec.actions, run.home)
+    runfile.write_config(config, spec.inputs, spec.actions, run.home)
     _announce(run, policy)
     for line in spec.about:
       run.say(line)
@@ -519,9 +520,9 @@ def _replay_spec(run):
 
 def _told_spec(run):
   """`Spec` that a process with environments has written."""
-  folders = run.config.logdir / configs.ACT, run.config.logdir
+  folders = run.config.logdir / runfile.ACT, run.config.logdir
   folder = next(x for x in folders if (x / 'config.json').exists())
-  inputs, actions = configs.load_spaces(folder)
+  inputs, actions = runfile.load_spaces(folder)
   about = [f'The agent sees {", ".join(inputs)}, of another process.']
   return environments.Spec(inputs, actions, about)
 
@@ -534,8 +535,8 @@ def _begins(config):
 def _initialize(run, agent, make_agent, spec):
   """Takes the weights of another run that fit (`--init_from`)."""
   c = run.config
-  other = configs.load_config(c.init_from)
-  inputs, actions = configs.load_spaces(c.init_from)
+  other = runfile.load_config(c.init_from)
+  inputs, actions = runfile.load_spaces(c.init_from)
   actions = actions or spec.actions
   source = checkpoints.load_agent(
     other, make_agent, actions, inputs or spec.inputs

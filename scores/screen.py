@@ -29,9 +29,10 @@ import numpy as np
 import tensorflow as tf
 
 import cli
-import configs
+import commandline
 import dreamer
 import replay
+import runfile
 import training
 
 # Of `--preset cpu` before the search.
@@ -70,7 +71,7 @@ def make_config(folder, flags, seed):
   config = json.loads((folder / 'config.json').read_text())['config']
   words = [f'--logdir={folder}', f'--task={config["task"]}', '--preset=cpu']
   words += [f'--{k}={v}' for k, v in {**FIRST, **flags}.items()]
-  return configs.parse_flags([*words, f'--seed={seed}', '--precision=32'])
+  return commandline.parse_flags([*words, f'--seed={seed}', '--precision=32'])
 
 
 def split(folder, learned):
@@ -124,7 +125,7 @@ def learn(folder, flags, seed, updates):
   keras.backend.clear_session()
   keras.utils.set_random_seed(seed)
   training.setup_precision(config.precision)
-  _, actions = configs.load_spaces(folder)
+  _, actions = runfile.load_spaces(folder)
   agent = dreamer.Dreamer(config, actions)
   update = make_update(agent)
   size = config.batch_size, config.batch_length, config.decode_images
@@ -146,7 +147,7 @@ def time_costs(folder, repeats=15):
   for size in COSTS:
     flags = dict(zip(names, size, strict=True))
     config = make_config(folder, flags, 0)
-    agent = dreamer.Dreamer(config, configs.load_spaces(folder)[1])
+    agent = dreamer.Dreamer(config, runfile.load_spaces(folder)[1])
     batch = next(replay.load_dataset(folder / 'episodes', config))
     calls[size] = make_update(agent), batch
   times = {size: [] for size in calls}

@@ -20,6 +20,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import cli
+import commandline
 import compare
 import configs
 
@@ -114,7 +115,7 @@ def time_costs(task, inputs, repeats=15):
 
   calls, counts = {}, {}
   for arm in ARMS:
-    config = configs.parse_flags(command('x', task, arm, 0, inputs)[1:])
+    config = commandline.parse_flags(command('x', task, arm, 0, inputs)[1:])
     agent = benchmark.training_agent(config)
     size = config.batch_size, config.batch_length
     batch = {
@@ -157,7 +158,7 @@ def main():
       for task in tasks:
         logdir = args.logdir / task / arm / seed
         words = command(logdir, task, arm, seed, args.inputs)
-        config = configs.parse_flags(words[1:])
+        config = commandline.parse_flags(words[1:])
         method = f'{configs.method_name(config)}-cpu-{arm}'
         folder = RUNS / task / method / seed
         if (folder / 'run.json').exists():

@@ -17,11 +17,13 @@ from hypothesis import strategies
 
 import benchmark
 import cli
+import commandline
 import compare
 import configs
 import dreamer
 import evaluate
 import replay
+import runfile
 import training
 import wrappers
 
@@ -46,14 +48,14 @@ def test_release_defaults():
 
 def test_suite_defaults_and_flags_before_them(tmp_path):
   flags = [f'--logdir={tmp_path}', '--task=atari_pong']
-  config = configs.parse_flags(flags)
+  config = commandline.parse_flags(flags)
   expected = dict(action_repeat=4, time_limit=108_000, clip_rewards='tanh')
   expected.update(pcont=True, kl_scale=0.1, horizon=10, expl_amount=0.4)
   assert expected.items() <= config.items()
-  config = configs.parse_flags([*flags, '--horizon=15', '--pcont=False'])
+  config = commandline.parse_flags([*flags, '--horizon=15', '--pcont=False'])
   assert (config.horizon, config.pcont, config.kl_scale) == (15, False, 0.1)
   flags[1] = '--task=gym_CartPole-v1'
-  config = configs.parse_flags(flags)
+  config = commandline.parse_flags(flags)
   assert (config.action_repeat, config.pcont) == (1, True)
 
 
@@ -85,7 +87,7 @@ def test_actions_are_chosen_by_the_action_space():
 
 
 def parse(*argv):
-  return configs.parse_flags(['--logdir', '/tmp/x', *argv])
+  return commandline.parse_flags(['--logdir', '/tmp/x', *argv])
 
 
 def test_flags_parse_as_in_the_release():
@@ -188,7 +190,7 @@ def _shown(value):
 def test_any_text_for_any_flag_is_taken_as_its_kind_or_refused(name, text):
   flag = FLAGS[name]
   try:
-    config = configs.parse_flags(['--logdir=run', f'--{name}={text}'])
+    config = commandline.parse_flags(['--logdir=run', f'--{name}={text}'])
   except cli.UserError as error:
     assert len(str(error).splitlines()) == 1
     return
@@ -279,12 +281,12 @@ def test_what_a_flag_shows_can_be_given_back(name):
   for task in ('dmc_walker_walk', 'toy_reach', 'atari_pong'):
     expected = dreamer.define_config(task)[name]
     words = ['--logdir=run', f'--task={task}', f'--{name}={_shown(expected)}']
-    assert configs.parse_flags(words)[name] == expected
+    assert commandline.parse_flags(words)[name] == expected
 
 
 def test_help_names_every_flag(capsys):
   with pytest.raises(SystemExit) as stop:
-    configs.parse_flags(['--help'])
+    commandline.parse_flags(['--help'])
   assert stop.value.code == 0
   shown = capsys.readouterr().out
   for name in dreamer.define_config():
@@ -317,7 +319,7 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
   for name in names:
     (tmp_path / name).write_text('')
   training.setup_logdir(
-    configs.parse_flags(['--logdir', str(tmp_path)])
+    commandline.parse_flags(['--logdir', str(tmp_path)])
   ).close()
   left = {p.name for p in tmp_path.iterdir()}
   assert left == {'lock', 'config.json', 'episodes'}
@@ -344,13 +346,13 @@ def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   assert saved['config']['steps'] == 123
   assert saved['versions']['tensorflow'] == tf.__version__
   assert saved['machine'].startswith(f'{os.cpu_count()} cores of ')
-  assert saved['code'] == configs.commit()
+  assert saved['code'] == runfile.commit()
 
 
 def test_run_that_is_older_than_a_flag_goes_on_without_it(tmp_path):
   """Though its preset has another value by now."""
   words = [f'--logdir={tmp_path}', '--task=toy_reach', '--preset=cpu']
-  config = configs.parse_flags(words)
+  config = commandline.parse_flags(words)
   assert config.slow_value > 0
   training.setup_logdir(config)
   (tmp_path / 'episodes' / 'a-b-3.npz').touch()
@@ -358,25 +360,25 @@ def test_run_that_is_older_than_a_flag_goes_on_without_it(tmp_path):
   record = json.loads(path.read_text())
   del record['config']['slow_value']
   path.write_text(json.dumps(record))
-  assert configs.load_config(tmp_path).slow_value == 0
-  config = configs.parse_flags(words)
+  assert runfile.load_config(tmp_path).slow_value == 0
+  config = commandline.parse_flags(words)
   assert config.slow_value == 0 and config.imag_starts == 64
   training.setup_logdir(config)
-  config = configs.parse_flags([*words, '--slow_value=0.02'])
+  config = commandline.parse_flags([*words, '--slow_value=0.02'])
   with pytest.raises(cli.UserError, match='--slow_value 0.0, not 0.02'):
     training.setup_logdir(config)
 
 
 def test_commit_is_that_of_this_code(tmp_path):
   git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a']
-  shutil.copy(configs.__file__, tmp_path)
+  shutil.copy(runfile.__file__, tmp_path)
   code = 'import importlib.util as u, sys; spec = u.spec_from_file_location('
   code += '"c", sys.argv[1]); c = u.module_from_spec(spec); '
   code += 'spec.loader.exec_module(c); print(c.commit())'
 
   def commit(folder=tmp_path):
-    words = [sys.executable, '-c', code, str(folder / 'configs.py')]
-    root = pathlib.Path(configs.__file__).parent
+    words = [sys.executable, '-c', code, str(folder / 'runfile.py')]
+    root = pathlib.Path(runfile.__file__).parent
     done = subprocess.run(words, cwd=root, capture_output=True, text=True)
     return done.stdout.strip()
 
@@ -385,10 +387,10 @@ def test_commit_is_that_of_this_code(tmp_path):
     subprocess.run([*git, *words], check=True)
   head = subprocess.check_output([*git, 'rev-parse', 'HEAD'], text=True)
   assert head.startswith(commit()) and len(commit()) >= 7
-  (tmp_path / 'configs.py').open('a').write('\n')
+  (tmp_path / 'runfile.py').open('a').write('\n')
   assert head.startswith(commit()[:-1]) and commit()[-1] == '+'
   (tmp_path / 'below').mkdir()  # such as a virtual environment
-  shutil.copy(configs.__file__, tmp_path / 'below')
+  shutil.copy(runfile.__file__, tmp_path / 'below')
   assert commit(tmp_path / 'below') == 'None'
 
 
@@ -441,7 +443,7 @@ def test_all_other_flags_that_change_are_said(tmp_path, capsys):
 def test_a_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch, name):
   monkeypatch.setenv('HOME', str(tmp_path))
   module = dict(
-    dreamer=configs, evaluate=evaluate, compare=compare, benchmark=benchmark
+    dreamer=commandline, evaluate=evaluate, compare=compare, benchmark=benchmark
   )[name]
   flags = dict(
     dreamer=('logdir',),
@@ -493,4 +495,4 @@ def test_saved_values_are_checked(tmp_path, name, value):
   record = {'config': dict(task='toy_reach', preset='debug', **{name: value})}
   (tmp_path / 'config.json').write_text(json.dumps(record))
   with pytest.raises(cli.UserError, match=f'--{name} {value}, which is not'):
-    configs.load_config(tmp_path)
+    runfile.load_config(tmp_path)

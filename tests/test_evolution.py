@@ -16,7 +16,7 @@ from test_learning import read_metrics, train_toy
 
 import checkpoints
 import cli
-import configs
+import commandline
 import spaces
 import tools
 from evolution import Search
@@ -341,8 +341,8 @@ def test_flags_that_do_not_go_together(tmp_path):
   words = [f'--logdir={tmp_path}', '--task=toy_reach', '--behavior=evolution']
   with pytest.raises(cli.UserError, match='--evolve environment'):
     flags = [f'--offline={tmp_path}', '--evolve=environment']
-    configs.parse_flags([*words, *flags])
+    commandline.parse_flags([*words, *flags])
   with pytest.raises(cli.UserError, match='choose --evolve imagination'):
-    configs.parse_flags([*words, '--learner=free', '--evolve=environment'])
+    commandline.parse_flags([*words, '--learner=free', '--evolve=environment'])
   with pytest.raises(cli.UserError, match='did you mean environment'):
-    configs.parse_flags([*words, '--evolve=enviroment'])
+    commandline.parse_flags([*words, '--evolve=enviroment'])

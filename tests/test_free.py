@@ -15,13 +15,14 @@ import test_faults as faults
 
 import checkpoints
 import cli
+import commandline
 import compare
-import configs
 import distribute
 import dreamer
 import free
 import logger
 import replay
+import runfile
 import spaces
 import training
 from learner import Learner
@@ -55,7 +56,7 @@ def report_missed(logdir, folder):
 
 def make_agent(tmp_path, *flags):
   words = [f'--logdir={tmp_path}', '--preset=debug', '--task=toy_robot']
-  config = configs.parse_flags([*words, '--inputs=state', '--learner=free'])
+  config = commandline.parse_flags([*words, '--inputs=state', '--learner=free'])
   config.update(dict(x.split('=') for x in flags))
   space = spaces.gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
   return dreamer.Dreamer(config, space, inputs=dict(state=(4,)))
@@ -202,7 +203,7 @@ def test_flags_that_do_not_go_together(flags, message):
   scheduled = 'max_ratio' in flags[0] or flags == ['--role=act']
   words = [*flags, *([] if scheduled else ['--learner=free'])]
   with pytest.raises(cli.UserError, match=message):
-    configs.parse_flags(['--logdir=/tmp/x', *words])
+    commandline.parse_flags(['--logdir=/tmp/x', *words])
 
 
 # --- One process -------------------------------------------------------------
@@ -388,12 +389,12 @@ def test_roles_have_the_same_agent(tmp_path):
   (tmp_path / 'act').mkdir()
   (tmp_path / 'episodes').mkdir()
   (tmp_path / 'episodes/0-0-51.npz').touch()
-  assert configs.load_actor(config) is None
-  configs.write_config(config, folder=tmp_path / 'act')
-  assert configs.load_actor(config).deter_size == 16
+  assert runfile.load_actor(config) is None
+  runfile.write_config(config, folder=tmp_path / 'act')
+  assert runfile.load_actor(config).deter_size == 16
   other = cli.AttrDict(config, deter_size=17)
   with pytest.raises(cli.UserError, match='--deter_size 16, not 17.*act/conf'):
-    configs.load_actor(other)
-  configs.write_config(config)
+    runfile.load_actor(other)
+  runfile.write_config(config)
   with pytest.raises(cli.UserError, match='--deter_size 16, not 17'):
-    configs.check_actor(other)
+    runfile.check_actor(other)

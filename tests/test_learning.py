@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import checkpoints
-import configs
 import dreamer
+import runfile
 import wrappers
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ def test_learns_toy_catch(tmp_path):
   assert -0.5 < random < -0.15
   assert learned > 0.3
   # Predicted discounts after training: low where an episode ends only.
-  config = configs.load_config(logdir)
+  config = runfile.load_config(logdir)
   datadir = logdir / 'episodes'
   agent = dreamer.Dreamer(config, wrappers.OneHotBox(3))
   assert checkpoints.Checkpoints(

@@ -12,6 +12,7 @@ from tensorflow_probability import distributions as tfd
 from test_dreamer import batch_of, run_here
 
 import cli
+import commandline
 import configs
 import dreamer
 import logger
@@ -321,6 +322,6 @@ def test_updates_are_recorded_for_the_profiler(tmp_path):
 def test_bad_plans_are_refused(tmp_path):
   flags = [f'--logdir={tmp_path}', '--behavior=planning']
   with pytest.raises(cli.UserError, match='--plan_candidates is at least'):
-    configs.parse_flags([*flags, '--plan_candidates=50'])
+    commandline.parse_flags([*flags, '--plan_candidates=50'])
   with pytest.raises(cli.UserError, match='--representation takes one of'):
-    configs.parse_flags([*flags, '--representation=contrast'])
+    commandline.parse_flags([*flags, '--representation=contrast'])

@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+import commandline
 import configs
 import spaces
 import suites
@@ -64,9 +65,9 @@ def test_method_names_say_the_inputs():
 
 def test_the_preset_for_state_is_not_that_for_images(tmp_path):
   words = ['--logdir', str(tmp_path), '--preset', 'cpu']
-  image = configs.parse_flags(words)
-  state = configs.parse_flags([*words, '--inputs', 'state'])
-  both = configs.parse_flags([*words, '--inputs', 'image,state'])
+  image = commandline.parse_flags(words)
+  state = commandline.parse_flags([*words, '--inputs', 'state'])
+  both = commandline.parse_flags([*words, '--inputs', 'image,state'])
   assert image.kl_scale == both.kl_scale == 1 and state.kl_scale == 0.6
   assert image.train_steps == both.train_steps == 100
   assert state.train_steps == 200 and state.precision == '32'

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import cli
-import configs
+import commandline
 import environments
 import workers
 import wrappers
@@ -86,7 +86,9 @@ def test_low_detail_is_nearly_the_same_image(task):
 def test_the_flag_reaches_the_environment():
   found = []
   for detail in ('full', 'low'):
-    config = configs.parse_flags(['--logdir=x', f'--render_detail={detail}'])
+    config = commandline.parse_flags(
+      ['--logdir=x', f'--render_detail={detail}']
+    )
     env = environments.make_worker(config)
     try:
       found.append(env.reset()['image'])
@@ -94,7 +96,7 @@ def test_the_flag_reaches_the_environment():
       env.close()
   assert (found[0] != found[1]).any()
   with pytest.raises(cli.UserError, match='toy_reach has none'):
-    configs.parse_flags(
+    commandline.parse_flags(
       ['--logdir=x', '--task=toy_reach', '--render_detail=low']
     )
 

@@ -19,6 +19,7 @@ import pytest
 from test_compare import WALK, write_metrics, write_run
 
 import charts
+import commandline
 import compare
 import configs
 import media
@@ -226,7 +227,7 @@ def test_command_repeats_the_run(made):
   (line,) = [x for x in texts if x.startswith('python') and '--seed 2' in x]
   words = shlex.split(line)
   assert words[:2] == ['python', 'dreamer.py']
-  again = configs.parse_flags(words[2:])
+  again = commandline.parse_flags(words[2:])
   expected = full_config(WALK, 2, horizon=10)
   assert {**again, 'logdir': str(again.logdir)} == {
     **expected,

@@ -10,7 +10,7 @@ import release
 import screen
 import search
 
-import configs
+import commandline
 import dreamer
 
 
@@ -19,7 +19,7 @@ def test_arms_differ_and_take_as_long():
   seen = []
   for arm, flags in search.ARMS.items():
     words = search.command('x', 'dmc_walker_walk', arm, '0', 'state')
-    config = configs.parse_flags(words[1:])
+    config = commandline.parse_flags(words[1:])
     assert (config.preset, config.eval_episodes) == ('cpu', 3)
     assert all(config[k] == v for k, v in flags.items())
     seen.append({k: v for k, v in config.items() if k != 'eval_every'})

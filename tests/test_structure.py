@@ -57,7 +57,7 @@ def test_functions_import_only_what_is_optional(name):
 
 
 @pytest.mark.parametrize(
-  'name', ['suites', 'configs', 'compare', 'sweep', 'report']
+  'name', ['suites', 'commandline', 'compare', 'sweep', 'report']
 )
 def test_loads_without_tensorflow(name):
   """Workers must not have it, and tables and flags should not wait for it."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import checkpoints
-import configs
+import commandline
 import dreamer
 import environments
 import replay
@@ -230,7 +230,7 @@ def test_learns_from_random_and_mixed_episodes(tmp_path):
   """To 1.5 times the return of the random ones, without acting once."""
   folder = tmp_path / 'data'
   flags = ['--task=toy_reach', '--inputs=state', '--precision=32']
-  config = configs.parse_flags([*flags, '--logdir=x', '--parallel=thread'])
+  config = commandline.parse_flags([*flags, '--logdir=x', '--parallel=thread'])
   env = environments.make_worker(config)
   rng, returns = np.random.default_rng(0), []
   for number in range(60):

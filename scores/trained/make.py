@@ -17,9 +17,9 @@ import quiet  # noqa: F401  (before TensorFlow)
 # isort: split
 import checkpoints
 import cli
-import configs
 import dreamer
 import library
+import runfile
 import training
 
 
@@ -29,12 +29,12 @@ def run(argv):
   parser.flag('--outdir', cli.Path(), help='new folder', required=True)
   args = parser.parse(argv)
   cli.make_folders(args.outdir)
-  config = configs.load_config(args.logdir)
+  config = runfile.load_config(args.logdir)
   training.setup_precision(config.precision)
   agent = library.load_dreamer(config, dreamer.Dreamer)
   shutil.copy(args.logdir / 'config.json', args.outdir)
   config.logdir = args.outdir
-  configs.write_config(config, agent.world.inputs, agent.action_space)
+  runfile.write_config(config, agent.world.inputs, agent.action_space)
   saved = checkpoints.Checkpoints(
     args.outdir / 'checkpoints', **agent.knowledge()
   )

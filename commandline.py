@@ -1,0 +1,142 @@
+"""The command line of a run: from flags to a configuration that can be run.
+
+Precedence: flag > preset > inputs > task > default. No TensorFlow.
+"""
+
+import cli
+import runfile
+import suites
+from cli import UserError
+from configs import FLAGS, START, define_config
+
+
+def parse_flags(argv):
+  """Resolves the command line: defaults < task < inputs < preset < flags.
+
+  Raises:
+    UserError: unknown flag or task, a value that a flag does not take, values
+      that do not go together.
+  """
+  parser = cli.Parser(
+    'Dreamer: learns to act from images by latent imagination.',
+    epilog='The same command again resumes the run in its logdir.',
+  )
+  for group, flags in FLAGS.items():
+    section = parser.add_argument_group(group)
+    for name, kind, default, meaning, source, _ in flags:
+      shown = '' if name == 'logdir' else str(default)
+      about = '; '.join(filter(None, (shown, source)))
+      parser.flag(
+        f'--{name}',
+        kind,
+        default,
+        f'{meaning} ({about})' if about else meaning,
+        section,
+        required=name == 'logdir',
+      )
+  given = parser.parse_given(argv)
+  start = {k: given[k] for k in START if k in given}
+  config = define_config(**start)
+  config.update(runfile.flags_since(given['logdir']))
+  config.update(given)
+  _check_config(config)
+  _check_free(config, given)
+  return config
+
+
+def _check_config(config):
+  """Refuses values that do not go together, with the flags' names."""
+  seen = f'{config.inputs},{config.record}'
+  suites.check_parallel(config.task, config.parallel, seen)
+  if config.cameras and not config.task.startswith('dmc_'):
+    raise UserError(
+      f'--cameras are of the control suite; {config.task} has none to choose'
+    )
+  if config.render_detail != 'auto' and not config.task.startswith('dmc_'):
+    raise UserError(
+      f'--render_detail is of the control suite; {config.task} has none'
+    )
+  if config.init_only and not config.init_from:
+    raise UserError('--init_only says what of --init_from is taken: give both')
+  _check_offline(config)
+  if config.env_args and not config.task.startswith('gym_'):
+    raise UserError(
+      f'--env_args is for gym_ tasks; {config.task} takes no arguments'
+    )
+  if config.plan_candidates < config.plan_best:
+    raise UserError(
+      f'--plan_candidates is at least --plan_best, {config.plan_best}, not '
+      f'{config.plan_candidates}'
+    )
+  rows = config.time_limit // config.action_repeat + 1
+  if config.batch_length > rows:
+    hint = f'Choose {rows} or less'
+    if rows < 2:
+      hint = 'Choose a larger --time_limit or a smaller --action_repeat'
+    raise UserError(
+      f'--batch_length {config.batch_length} is longer than any episode: '
+      f'{config.time_limit} environment steps with action repeat '
+      f'{config.action_repeat} make {rows} rows. {hint}.'
+    )
+
+
+def _check_offline(config):
+  """The number of updates of a run without collecting follows from flags."""
+  if not config.offline:
+    if config.updates:
+      raise UserError(
+        '--updates is for --offline; else updates follow from --steps, '
+        '--train_every and --train_steps'
+      )
+    return
+  if not config.train_steps:
+    raise UserError('--offline needs --train_steps of 1 or more')
+  if config.strategy == 'multiworker':
+    raise UserError('--offline runs in one process: --strategy mirrored')
+  if config.behavior == 'evolution' and config.evolve == 'environment':
+    raise UserError(
+      '--offline has no episodes for --evolve environment; choose imagination'
+    )
+
+
+def _check_free(config, given):
+  """Refuses what acting and learning at paces of their own cannot have."""
+  c = config
+  if c.learner == 'scheduled':
+    if c.role != 'both':
+      raise UserError(
+        f'--role {c.role} is of --learner free, where two processes act and '
+        'learn at paces of their own: give both flags'
+      )
+    if c.max_ratio:
+      raise UserError(
+        '--max_ratio bounds the updates of --learner free; else they follow '
+        'from --train_every and --train_steps'
+      )
+    return
+  for name in ('train_every', 'train_steps'):
+    if name in given:
+      raise UserError(
+        f'--{name} is of --learner scheduled; with --learner free updates go '
+        f'on without end, or up to --max_ratio for each environment step'
+      )
+  if c.deterministic:
+    raise UserError(
+      '--learner free depends on the clock, and --deterministic True must '
+      'not: choose one of them'
+    )
+  if c.offline:
+    raise UserError(
+      '--offline learns without acting, at full speed already: leave out '
+      '--learner free'
+    )
+  if c.behavior == 'evolution' and c.evolve == 'environment':
+    raise UserError(
+      '--evolve environment gives each episode a controller, and --learner '
+      'free changes what acts within it: choose --evolve imagination'
+    )
+  if c.strategy == 'multiworker':
+    raise UserError(
+      '--learner free makes its updates in one process: --strategy mirrored; '
+      '--role act may be another'
+    )

@@ -1,0 +1,277 @@
+"""config.json, which says whose run a logdir is, and by what it was made.
+
+No TensorFlow.
+"""
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+
+import cli
+import spaces
+from cli import AttrDict, UserError
+from configs import RESOLVED, START, all_flags, define_config, method_name
+
+FORMAT = 1  # of logdirs: older code refuses those of newer
+ACT = 'act'  # folder in a logdir of what --role act writes, but for episodes
+
+
+class UnreadableError(UserError):
+  """A config.json that was cut short or is not one."""
+
+
+def check_logdir(config):
+  """Checks that the run in a logdir, or what else is there, is this run.
+
+  Returns:
+    What flags change where a run resumes, as a list of texts.
+
+  Raises:
+    UserError: it is not this run.
+  """
+  logdir, path = config.logdir, config.logdir / 'config.json'
+  if path.exists():
+    try:
+      return _check_resume(config, _saved_flags(path))
+    except UnreadableError:
+      if not (logdir / 'episodes').is_dir():
+        raise UserError(
+          f'--logdir {logdir} holds something else (a config.json that is of '
+          'no run); choose a new folder'
+        ) from None
+      path.rename(path.with_suffix('.json.broken'))
+      cli.warn(
+        f'{path} is not readable and is now {path.name}.broken; going on with '
+        'the flags given'
+      )
+    return []
+  _check_others(logdir)
+  return []
+
+
+def check_actor(config):
+  """As `check_logdir`, for --role act, which changes nothing of the learner's.
+
+  There may be no learner yet.
+  """
+  path = config.logdir / 'config.json'
+  if path.exists():
+    _check_resume(config, _saved_flags(path))
+  else:
+    _check_others(config.logdir)
+
+
+def load_actor(config):
+  """The configuration of --role act beside --role learn, None without one.
+
+  Raises:
+    UserError: the agent of `config` is another.
+  """
+  path = config.logdir / ACT / 'config.json'
+  if not path.exists():
+    return None
+  saved = _saved_flags(path)
+  _check_resume(config, saved, path)
+  return AttrDict(saved)
+
+
+def _check_others(logdir):
+  """UserError where a folder without config.json is not that of a run."""
+  names = {p.name for p in logdir.iterdir()}
+  if 'config.json.broken' in names:
+    return
+  # What a run leaves that was killed at its very start.
+  own = rf'episodes|{ACT}|lock(-\d+)?|{cli.TEMPORARY}'
+  others = sorted(n for n in names if not re.fullmatch(own, n))
+  lock, holder = logdir / 'lock', rb'(process \d+ on .*\n)?'
+  if lock.is_file() and not re.fullmatch(holder, lock.read_bytes()):
+    others.append('lock')
+  if others:
+    raise UserError(
+      f'--logdir {logdir} holds something else ({", ".join(others[:3])}) and '
+      'no config.json; choose a new folder'
+    )
+
+
+def _read_config(path):
+  """What `write_config` wrote; UserError if broken or of newer code."""
+  try:
+    record = json.loads(path.read_text())
+    record = dict(record, config=dict(record['config']))
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}') from None
+  except (ValueError, KeyError, TypeError):
+    raise UnreadableError(
+      f'{path} is not readable as the configuration of a run'
+    ) from None
+  unknown = set(record['config']) - set(define_config())
+  if record.get('format', FORMAT) != FORMAT or unknown:
+    what = f'flags {", ".join(sorted(unknown))}' if unknown else 'format'
+    raise UserError(
+      f'{path} is of another version of this code ({what}); use that version'
+    )
+  return record
+
+
+def load_config(logdir):
+  """The configuration of a run, as `define_config` gives it.
+
+  Raises:
+    UserError: the folder does not hold a run that this code can read.
+  """
+  path = pathlib.Path(logdir) / 'config.json'
+  if not path.exists():
+    raise UserError(
+      f'--logdir {logdir} is not the logdir of a run: there is no config.json'
+    )
+  return AttrDict(_saved_flags(path), logdir=pathlib.Path(logdir))
+
+
+def _saved_flags(path):
+  """All flags of a config.json.
+
+  A flag that it lacks came later, and its default is what was done before.
+  """
+  saved = _read_config(path)['config']
+  saved.setdefault('inputs', 'image')  # before there were others
+  if not all(isinstance(saved.get(k), str) for k in START):
+    raise UnreadableError(f'{path} does not say its {", ".join(START)}')
+  for name in saved.keys() - {'logdir', 'task'}:
+    kind = all_flags()[name].kind
+    try:
+      kind.parse(str(_shown(saved[name])))
+    except (ValueError, KeyError, OverflowError):
+      raise UserError(
+        f'{path} has --{name} {_shown(saved[name])}, which is not {kind}'
+      ) from None
+  return {**{k: flag.default for k, flag in all_flags().items()}, **saved}
+
+
+def flags_since(logdir):
+  """Values of flags that came after the run in a logdir began: the defaults.
+
+  A preset may have another value by now, which would be of another run.
+  """
+  try:
+    saved = _read_config(logdir / 'config.json')['config']
+  except UserError:
+    return {}
+  flags = all_flags().items()
+  return {k: x.default for k, x in flags if k not in {*saved, *START, 'logdir'}}
+
+
+def load_spaces(logdir):
+  """What the agent of a run sees and does, as config.json says.
+
+  Returns:
+    {name: shape} of its inputs, and its action space; None twice where the
+    file does not say, as those of older code.
+  """
+  record = _read_config(pathlib.Path(logdir) / 'config.json')
+  try:
+    inputs = {k: tuple(map(int, v)) for k, v in record['observations'].items()}
+    return inputs, spaces.action_space(record['actions'])
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return None, None
+
+
+def write_config(config, inputs=None, actions=None, folder=None):
+  """Writes config.json: flags, versions, and when the run first started.
+
+  Args:
+    config: from `parse_flags`.
+    inputs: {name: shape} of what the agent sees, where it is known.
+    actions: its action space, likewise.
+    folder: which it is for; None for the logdir.
+  """
+  path = (folder or config.logdir) / 'config.json'
+  now = datetime.datetime.now().astimezone().isoformat(timespec='seconds')
+  record = _read_config(path) if path.exists() else dict(started=now)
+  record.update(method=method_name(config), format=FORMAT)
+  record['config'] = {k: _plain(v) for k, v in config.items()}
+  about = '{cores} cores of {cpu}, {system}'.format(**machine())
+  record.update(versions=versions(), code=commit(), machine=about)
+  if inputs:
+    record['observations'] = {k: list(v) for k, v in inputs.items()}
+    record['actions'] = spaces.action_record(actions)
+  with cli.atomic_write(path) as file:
+    file.write((json.dumps(record, indent=2) + '\n').encode())
+
+
+def _plain(value):
+  return str(value) if isinstance(value, pathlib.Path) else value
+
+
+def versions():
+  """Of the packages that matter, by name."""
+  # fmt: off
+  packages = (
+    'tensorflow', 'keras', 'tensorflow-probability', 'dm-control',
+    'mujoco', 'gym', 'numpy',
+  )
+  # fmt: on
+  versions = dict(python=sys.version.split()[0])
+  for package in packages:  # not all of them need be there
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  return versions
+
+
+def machine():
+  """What this machine is: its processor, cores and system."""
+  cpu = platform.processor() or platform.machine()
+  info = pathlib.Path('/proc/cpuinfo')
+  if info.exists():
+    names = [x for x in info.read_text().splitlines() if 'model name' in x]
+    cpu = names[0].split(':')[1].strip() if names else cpu
+  return dict(cpu=cpu, cores=os.cpu_count(), system=platform.platform())
+
+
+def commit():
+  """Of this code, with a + where files differ from it; None if unknown."""
+  root = str(pathlib.Path(__file__).parent)
+  git = ['git', '--no-optional-locks', '-C', root]
+  ask = functools.partial(
+    subprocess.run, capture_output=True, text=True, check=True
+  )
+  with contextlib.suppress(OSError, subprocess.CalledProcessError):
+    if ask([*git, 'rev-parse', '--show-prefix']).stdout.strip():
+      return None  # installed below another repository
+    return ask([*git, 'describe', '--always', '--dirty=+']).stdout.strip()
+  return None
+
+
+def _check_resume(config, saved, path=None):
+  """The flags that differ from the saved ones; UserError if one may not.
+
+  A run that has neither episodes nor checkpoints yet may still change all.
+  """
+  changes, logdir = [], config.logdir
+  made = (logdir.glob(x) for x in ('episodes/*.npz', 'checkpoints/ckpt-*'))
+  begun = any(map(any, made))
+  for name, flag in all_flags().items():
+    old, new = saved[name], config[name]
+    if name == 'logdir' or old == new:
+      continue
+    if name in RESOLVED and 'auto' in (old, new):
+      continue
+    if flag.fixed and begun:
+      raise UserError(
+        f'--logdir {logdir} holds a run with --{name} {_shown(old)}, not '
+        f'{_shown(new)}. Resume it with the flags that it was started with '
+        f'(see {path or logdir / "config.json"}) or choose a new folder.'
+      )
+    changes.append(f'--{name} {_shown(new)} (was {_shown(old)})')
+  return changes
+
+
+def _shown(value):
+  return json.dumps(value) if isinstance(value, dict) else value
