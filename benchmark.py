@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 
+import episode_files
 import quiet  # noqa: F401  (before TensorFlow)
 
 # isort: split
@@ -374,7 +375,7 @@ def collect(config):
     0,
     'train',
     [
-      lambda episode: replay.save_episodes(
+      lambda episode: episode_files.save_episodes(
         config.logdir / 'episodes', [episode]
       )
     ],

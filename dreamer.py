@@ -52,7 +52,8 @@ import training
 from configs import define_config as define_config
 from environments import make_env as make_env
 from environments import summarize_episode as summarize_episode
-from replay import IMAGE, OTHERS
+from episode_files import OTHERS
+from replay import IMAGE
 from replay import count_steps as count_steps
 from replay import load_dataset as load_dataset
 

@@ -10,6 +10,7 @@ import typing
 
 import numpy as np
 
+import episode_files
 import replay
 import spaces
 import suites
@@ -36,7 +37,7 @@ class Spec(typing.NamedTuple):
 
 def input_shapes(config, shapes):
   """{name: shape} of what the agent sees, of all observations'."""
-  offers = {k: v for k, v in shapes.items() if k not in replay.OTHERS}
+  offers = {k: v for k, v in shapes.items() if k not in episode_files.OTHERS}
   names = spaces.choose(config.task, offers, config.inputs)
   return {name: offers[name] for name in names}
 
@@ -124,7 +125,7 @@ def running(run):
     count=run.steps,
   )
   store = [
-    lambda episode: replay.save_episodes(run.datadir, [episode]),
+    lambda episode: episode_files.save_episodes(run.datadir, [episode]),
     functools.partial(summarize, prefix='train'),
     ShortEpisodes(run),
   ]
@@ -165,7 +166,7 @@ def summarize_episode(
 
   The step is that of `count()`, or that of the replay.
   """
-  episodes = replay.count_episodes(datadir)[0] * folders
+  episodes = episode_files.count_episodes(datadir)[0] * folders
   steps = (count or (lambda: replay.count_steps(datadir, config, folders)))()
   length = (len(episode['reward']) - 1) * config.action_repeat
   score = float(episode['reward'].astype(np.float64).sum())
@@ -293,7 +294,7 @@ class ShortEpisodes:
     if self._said or self._run.steps() < config.prefill:
       return
     paths = self._run.datadir.glob('*.npz')
-    rows = [replay.episode_length(path) for path in paths]
+    rows = [episode_files.episode_length(path) for path in paths]
     short = sum(n < config.batch_length for n in rows)
     if 0 < short < len(rows):
       self._said = True

@@ -39,7 +39,7 @@ import tools
 import training
 from cli import UserError
 from dreamer import CONTEXT
-from replay import OTHERS
+from episode_files import OTHERS
 
 LENGTH = 50  # rows of a prediction, the context included
 SEQUENCES = 6  # predictions, one of an episode

@@ -5,7 +5,7 @@ import time
 import tensorflow as tf
 
 import checkpoints
-import replay
+import episode_files
 import tools
 from cli import UserError
 
@@ -38,7 +38,7 @@ class Progress:
     return dict(
       exact=self.exact,
       evaluations=self._evaluations,
-      episodes=replay.count_episodes(self._run.datadir)[0],
+      episodes=episode_files.count_episodes(self._run.datadir)[0],
       metrics_size=self._run.logger.size(),
       metrics=self._learner.unlogged(),
     )

@@ -1,210 +1,21 @@
-"""Replay: episodes on disk, windows and batches of them, and their recording.
+"""Replay: windows and batches of episodes, and the recording of them.
 
-An episode is a file of plain arrays; row t has the observation that came after
-action[t] (see `Collect`). No TensorFlow here.
+No TensorFlow here.
 """
 
 import concurrent.futures
 import contextlib
-import datetime
 import functools
 import itertools
 import pathlib
-import struct
 import types
-import uuid
-import zipfile
 
 import numpy as np
 
 import spaces
 import workers
-from cli import UserError, atomic_write, warn
-
-# --- Files ------------------------------------------------------------------
-
-
-def save_episodes(directory, episodes):
-  """Writes episodes as `{timestamp}-{uuid}-{length}.npz`; returns the paths.
-
-  `length` counts rows: the reset and one row for each agent step. Files are
-  not compressed, so that windows can be read from their place in the file.
-  """
-  directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  paths = []
-  for episode in episodes:
-    stamp = _next_stamp(directory)
-    name = f'{stamp}-{uuid.uuid4().hex}-{len(episode["reward"])}.npz'
-    with atomic_write(directory / name) as file:
-      np.savez(file, **episode)
-    paths.append(directory / name)
-  return paths
-
-
-def _next_stamp(directory):
-  """The time, but after all names there, so that they sort by their age."""
-  form = '%Y%m%dT%H%M%S%f'
-  now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-  newest = max((p.name for p in directory.glob('*.npz')), default='')
-  with contextlib.suppress(ValueError):
-    last = datetime.datetime.strptime(newest.partition('-')[0], form)
-    now = max(now, last + datetime.timedelta(microseconds=1))
-  return now.strftime(form)
-
-
-def episode_length(path):
-  """Rows of an episode file, the reset included, from its name."""
-  try:
-    return int(pathlib.Path(path).stem.rsplit('-', 1)[-1])
-  except ValueError:
-    return 0
-
-
-def count_episodes(directory):
-  """Number of episodes in a folder, and of agent steps in them."""
-  lengths = [episode_length(p) for p in pathlib.Path(directory).glob('*.npz')]
-  return len(lengths), sum(n - 1 for n in lengths if n)
-
-
-class OtherShape(ValueError):  # noqa: N818 (of a file, not of the program)
-  """An episode is whole, but its rows have another shape."""
-
-
-class EpisodeFile:
-  """One episode on disk, read a window at a time.
-
-  The members of an uncompressed `.npz` file lie in it as they are in memory.
-  Where they start is looked up once; a window is then one read for each key
-  and the page cache keeps what is hot. (Reads rather than memory maps: a map
-  holds a file descriptor for each episode and a truncated file would kill the
-  process.) Compressed files, as the 2020 release wrote them, are read whole.
-  Nothing in a file is trusted: its structure is checked before the first read,
-  and its checksums once, at the first read.
-
-  Args:
-    path: of the file.
-    shapes: {key: shape of a row} that the arrays must have.
-  """
-
-  LARGEST = 2**30  # bytes; a whole game of Atari has 0.33e9
-
-  def __init__(self, path, shapes=None):
-    self.path = pathlib.Path(path)
-    self.length = episode_length(path)
-    self._shapes = shapes or {}
-    self._members = None
-
-  def read(self, start, stop):
-    """Rows [start, stop): dictionary of arrays. ValueError if broken."""
-    with self._errors():
-      if self._members is None:
-        members = self._locate()
-        self._check_sums()
-        self._members = members
-      if not self._members:
-        whole = _load_compressed(self.path)
-        rows = {k: v[start:stop] for k, v in whole.items()}
-      else:
-        with self.path.open('rb') as file:
-          rows = {
-            key: self._read(file, start, stop, *member)
-            for key, member in self._members.items()
-          }
-      for key in (*OTHERS, *self._shapes):
-        if not spaces.is_image(key) and not np.isfinite(rows[key]).all():
-          raise ValueError(f'{key} is not finite')
-      return rows
-
-  def check(self):
-    """ValueError if its structure is broken; reads no images."""
-    with self._errors():
-      self._locate()
-
-  @contextlib.contextmanager
-  def _errors(self):
-    try:
-      yield
-    except ValueError:
-      raise
-    except Exception as error:  # anything may be wrong with such a file
-      raise ValueError(f'{type(error).__name__}: {error}') from error
-
-  def _locate(self):
-    """Maps each key to (offset, dtype, row shape); empty if compressed."""
-    members, arrays, stored = {}, {}, True
-    with zipfile.ZipFile(self.path) as archive:
-      infos = archive.infolist()
-      if sum(i.file_size for i in infos) > self.LARGEST:
-        raise ValueError('it unpacks to more than a GiB')
-      if len({i.filename for i in infos}) < len(infos):
-        raise ValueError('it holds a name twice')
-      for info in infos:
-        with archive.open(info) as file:
-          version = np.lib.format.read_magic(file)
-          read_header = getattr(
-            np.lib.format, f'read_array_header_{version[0]}_{version[1]}'
-          )
-          shape, fortran, dtype = read_header(file)
-          header = file.tell()
-        if dtype.kind not in 'biuf' or (fortran and len(shape) > 1):
-          raise ValueError(f'{info.filename} is not a plain array')
-        size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if info.file_size != header + size:
-          raise ValueError(f'{info.filename} has not the size of its array')
-        key = info.filename.removesuffix('.npy')
-        if '\\' in key or '..' in key or key.startswith('/'):
-          raise ValueError(f'{info.filename} is no name of an array')
-        arrays[key] = shape, dtype
-        stored = stored and info.compress_type == zipfile.ZIP_STORED
-        if stored:
-          offset = self._data_offset(info) + header
-          members[key] = offset, dtype, shape[1:]
-    self._check(arrays)
-    return members if stored else {}
-
-  def _data_offset(self, info):
-    with self.path.open('rb') as file:
-      file.seek(info.header_offset + 26)  # lengths in the local header
-      return sum(struct.unpack('<HH', file.read(4))) + file.tell()
-
-  def _check_sums(self):
-    """Reads all of it once, as bits may have flipped."""
-    with zipfile.ZipFile(self.path) as archive:
-      broken = archive.testzip()
-    if broken:
-      raise ValueError(f'the checksum of {broken} is wrong')
-
-  def _check(self, arrays):
-    wanted = {**self._shapes, 'reward': (), 'discount': ()}
-    missing = {'action', *wanted} - set(arrays)
-    if missing:
-      raise ValueError(f'it lacks {", ".join(sorted(missing))}')
-    for key, (shape, _) in arrays.items():
-      if not shape or shape[0] != self.length:
-        raise ValueError(f'{key} has shape {shape}, not {self.length} rows')
-    for key in filter(spaces.is_image, arrays):
-      if arrays[key][1] != np.uint8:
-        raise ValueError(f'{key} is {arrays[key][1]}, not uint8')
-    for key, expected in wanted.items():
-      if arrays[key][0][1:] != expected:
-        shape = arrays[key][0]
-        raise OtherShape(f'{key} has shape {shape}, each row not {expected}')
-
-  @staticmethod
-  def _read(file, start, stop, offset, dtype, shape):
-    row = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    file.seek(offset + start * row)
-    data = file.read((stop - start) * row)
-    if len(data) != (stop - start) * row:
-      raise ValueError('it is cut short')
-    return np.frombuffer(data, dtype).reshape((stop - start, *shape))
-
-
-@functools.lru_cache(maxsize=16)
-def _load_compressed(path):
-  with np.load(path, allow_pickle=False) as episode:
-    return {k: episode[k] for k in episode.files}
+from cli import UserError, warn
+from episode_files import OTHERS, EpisodeFile, OtherShape, count_episodes
 
 
 class Replay:
@@ -375,7 +186,6 @@ def count_steps(datadir, config, folders=1):
   return count_episodes(datadir)[1] * config.action_repeat * folders
 
 
-OTHERS = ('action', 'reward', 'discount')  # what is no observation
 IMAGE = types.MappingProxyType(dict(image=(64, 64, 3)))
 
 

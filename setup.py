@@ -37,6 +37,7 @@ setuptools.setup(
     'distribute',
     'dreamer',
     'environments',
+    'episode_files',
     'evolution',
     'free',
     'gym_env',

@@ -17,12 +17,12 @@ from tensorflow_probability import random as tfr
 
 import distribute
 from cli import AttrDict as AttrDict
+from episode_files import count_episodes as count_episodes
+from episode_files import save_episodes as save_episodes
 from layers import Gathering
 from logger import encode_gif as encode_gif
 from logger import video_summary as video_summary
-from replay import count_episodes as count_episodes
 from replay import load_episodes as load_episodes
-from replay import save_episodes as save_episodes
 
 # --- Schedules --------------------------------------------------------------
 

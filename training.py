@@ -27,6 +27,7 @@ import cli
 import configs
 import distribute
 import environments
+import episode_files
 import free
 import replay
 import runfile
@@ -193,7 +194,7 @@ def random_agent(actspace, seed, number=0):
 def prefill(run, envs):
   """Fills the replay with episodes of random actions, to `--prefill` steps."""
   config, team = run.config, run.team
-  episodes, _ = replay.count_episodes(run.datadir)
+  episodes, _ = episode_files.count_episodes(run.datadir)
   missing = -(-(config.prefill - team.from_chief(run.steps())) // team.workers)
   if missing <= 0:
     if not episodes:
@@ -217,7 +218,7 @@ def prefill(run, envs):
 def number_episodes(run, envs):
   """Episode n starts alike, however often a run was interrupted before it."""
   for env in envs:
-    env.number(replay.count_episodes(run.datadir)[0])
+    env.number(episode_files.count_episodes(run.datadir)[0])
 
 
 # --- The run ----------------------------------------------------------------

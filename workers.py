@@ -547,8 +547,8 @@ STRATEGIES = dict(
 # Those that workers load.
 # fmt: off
 OWN = (
-  'cli', 'gym_env', 'ray_workers', 'replay', 'spaces', 'suites',
-  'workers', 'wrappers',
+  'cli', 'episode_files', 'gym_env', 'ray_workers', 'replay', 'spaces',
+  'suites', 'workers', 'wrappers',
 )
 # fmt: on
 _hidden = {}  # those of them whose names the user has taken

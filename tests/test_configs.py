@@ -21,8 +21,8 @@ import commandline
 import compare
 import configs
 import dreamer
+import episode_files
 import evaluate
-import replay
 import runfile
 import training
 import wrappers
@@ -257,7 +257,7 @@ def test_whatever_all_flags_take_can_be_learned_with(eager, given):
         reward=rng.uniform(0, 1, 20).astype(np.float32),
         discount=np.ones(20, np.float32),
       )
-      replay.save_episodes(folder, [episode])
+      episode_files.save_episodes(folder, [episode])
       agent = dreamer.Dreamer(config, space)
       batch = next(dreamer.load_dataset(folder, config))
       metrics = agent.train(batch)

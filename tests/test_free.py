@@ -19,9 +19,9 @@ import commandline
 import compare
 import distribute
 import dreamer
+import episode_files
 import free
 import logger
-import replay
 import runfile
 import spaces
 import training
@@ -117,7 +117,7 @@ def learner(tmp_path):
       reward=rng.uniform(size=51).astype(np.float32),
       discount=np.ones(51, np.float32),
     )
-    replay.save_episodes(tmp_path / 'episodes', [episode])
+    episode_files.save_episodes(tmp_path / 'episodes', [episode])
   log = logger.Logger(tmp_path, 1000)
   agent.config.update(role='learn', max_ratio=0.1, pretrain=4)
   run = training.LearnerRun(

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import strategies
 
 import cli
+import episode_files
 import replay
 import tools
 
@@ -67,7 +68,7 @@ def test_save_and_count_episodes(tmp_path):
     assert stamp[8] == 'T' and stamp.replace('T', '').isdigit()
     assert len(unique) == 32
     assert int(length) == len(episode['reward'])
-    assert replay.episode_length(path) == int(length)
+    assert episode_files.episode_length(path) == int(length)
     with np.load(path, allow_pickle=False) as loaded:
       assert set(loaded.files) == set(episode)
       for key, value in episode.items():
@@ -358,8 +359,8 @@ def test_rows_of_another_shape_are_set_aside(tmp_path, key, capsys):
 
 def test_what_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
   np.savez_compressed(tmp_path / 'a-x-6.npz', **make_episode(1, 6))
-  episode = replay.EpisodeFile(tmp_path / 'a-x-6.npz')
-  monkeypatch.setattr(replay.EpisodeFile, 'LARGEST', 1000)
+  episode = episode_files.EpisodeFile(tmp_path / 'a-x-6.npz')
+  monkeypatch.setattr(episode_files.EpisodeFile, 'LARGEST', 1000)
   with pytest.raises(ValueError, match='unpacks to more'):
     episode.read(0, 3)
 
@@ -396,7 +397,7 @@ def test_any_damage_is_noticed_or_harmless(data):
       content[place:place] = data.draw(strategies.binary(min_size=1))
     path.write_bytes(content)
     try:
-      rows = replay.EpisodeFile(path).read(1, 4)
+      rows = episode_files.EpisodeFile(path).read(1, 4)
     except ValueError:
       return
     for key in set(rows) & set(episode):

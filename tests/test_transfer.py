@@ -10,7 +10,7 @@ import checkpoints
 import commandline
 import dreamer
 import environments
-import replay
+import episode_files
 
 pytestmark = pytest.mark.slow
 
@@ -250,7 +250,7 @@ def test_learns_from_random_and_mixed_episodes(tmp_path):
       reward=np.float32([row['obs']['reward'] for row in rows]),
       discount=np.ones(len(rows), np.float32),
     )
-    replay.save_episodes(folder, [episode])
+    episode_files.save_episodes(folder, [episode])
     returns.append(episode['reward'].sum())
   env.close()
   random = np.mean(returns[:40])
