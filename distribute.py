@@ -145,7 +145,7 @@ LOST = (
 )
 
 
-class PeerLost(Failure):  # noqa: N818 (as `workers.WorkerLost`)
+class PeerLost(Failure):  # noqa: N818 (as `worker_calls.WorkerLost`)
   """Another process of this run is gone, and no update can be made."""
 
   def leave(self):

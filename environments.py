@@ -15,6 +15,13 @@ import replay
 import spaces
 import suites
 import workers
+from worker_calls import (
+  RenderError,
+  TaskError,
+  WorkerError,
+  WorkerLost,
+  open_log,
+)
 
 VIDEO = 1000  # images of an evaluation that are logged, at most
 
@@ -75,7 +82,7 @@ def make_worker(config, index=0, prefix='train', log=None, function=None):
 
   Each has random streams of its own, from (seed, index) and the number of the
   episode; those of evaluations (`prefix` test) differ from those of training.
-  What workers print goes to `log`, from `workers.open_log`. `function` makes
+  What workers print goes to `log`, from `open_log`. `function` makes
   the environment of a custom task.
   """
   stream = [config.seed, index, int(prefix == 'test')]
@@ -112,7 +119,7 @@ def running(run):
   the first kind, and of the second only if its task can run here.
   """
   config, team, envs = run.config, run.team, []
-  log = workers.open_log(run.home / f'workers{team.suffix}.log')
+  log = open_log(run.home / f'workers{team.suffix}.log')
   make = functools.partial(
     make_env, config, lost=Replacements(run), log=log, function=run.function
   )
@@ -153,7 +160,11 @@ def _if_it_runs(run, env):
   try:
     _ = env.about  # waits
     return env
-  except (workers.TaskError, workers.RenderError, workers.WorkerError) as error:
+  except (
+    TaskError,
+    RenderError,
+    WorkerError,
+  ) as error:
     run.say(f'No evaluations: {error}')
     env.close()
     return None
@@ -273,7 +284,7 @@ class Replacements:
   def __call__(self, error):
     self._count += 1
     text = str(error)
-    if not isinstance(error, workers.WorkerLost):
+    if not isinstance(error, WorkerLost):
       text = f'The environment failed: {error}\n{error.traceback.rstrip()}'
     self._run.say(
       f'Warning: {text}\nIts episode is dropped; a fresh worker takes over.'

@@ -21,7 +21,7 @@ import numpy as np
 import spaces
 from cli import nearest
 from spaces import gym
-from workers import TaskError
+from worker_calls import TaskError
 
 # Packages that register environments, by the beginning of their ids.
 PACKAGES = {

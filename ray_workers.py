@@ -26,8 +26,7 @@ import weakref
 import cloudpickle
 
 from cli import quiet_stderr
-from workers import (
-  ONE_THREAD,
+from worker_calls import (
   Output,
   RenderError,
   TaskError,
@@ -35,12 +34,11 @@ from workers import (
   WorkerLost,
   attempt,
   call_limit,
-  construct,
   describe,
-  own_modules,
   resolve,
   start_limit,
 )
+from worker_process import ONE_THREAD, construct, own_modules
 
 
 class RayWorker:

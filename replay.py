@@ -13,6 +13,7 @@ import types
 import numpy as np
 
 import spaces
+import worker_calls
 import workers
 from cli import UserError, warn
 from episode_files import OTHERS, EpisodeFile, OtherShape, count_episodes
@@ -313,7 +314,7 @@ class Collect(workers.Wrapper):
   def _restart(self, error):
     """Replaces a worker; raises its error if it may not, or does too often."""
     while True:
-      own = not isinstance(error, workers.WorkerLost)  # of the environment
+      own = not isinstance(error, worker_calls.WorkerLost)  # of the environment
       self._losses += 1
       if own and not (self._tolerant and self._proven):
         raise error
@@ -323,7 +324,7 @@ class Collect(workers.Wrapper):
       try:
         self._env.restart()
         return
-      except workers.WorkerError as another:
+      except worker_calls.WorkerError as another:
         error = another
 
   def step(self, action, blocking=True):
@@ -353,8 +354,8 @@ class Collect(workers.Wrapper):
     if isinstance(self._env, workers.Async):
       try:
         return method(*args, blocking=False, **kwargs)
-      except workers.WorkerError as error:
-        return functools.partial(workers.fail, error)
+      except worker_calls.WorkerError as error:
+        return functools.partial(worker_calls.fail, error)
     result = method(*args, **kwargs)
     return lambda: result
 
@@ -363,7 +364,7 @@ class Collect(workers.Wrapper):
       try:
         obs = promise()
         break
-      except workers.WorkerError as error:
+      except worker_calls.WorkerError as error:
         self._restart(error)
         promise = self._begin()
     space = self._env.action_space
@@ -374,7 +375,7 @@ class Collect(workers.Wrapper):
   def _record_step(self, action, promise):
     try:
       obs, reward, done, info = promise()
-    except workers.WorkerError as error:
+    except worker_calls.WorkerError as error:
       self._restart(error)
       row, self._rows = self._rows[-1], None
       obs = {k: v for k, v in row.items() if k not in ('action', 'discount')}

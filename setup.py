@@ -56,6 +56,8 @@ setuptools.setup(
     'suites',
     'tools',
     'training',
+    'worker_calls',
+    'worker_process',
     'workers',
     'wrappers',
   ],

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from cli import nearest, quiet_stderr
-from workers import TaskError
+from worker_calls import TaskError
 
 with quiet_stderr():
   import gym.spaces

@@ -14,7 +14,7 @@ import wrappers
 from cli import nearest
 from gym_env import GymEnv, right_form
 from spaces import gym
-from workers import TaskError
+from worker_calls import TaskError
 
 # --- Defaults of flags ------------------------------------------------------
 

@@ -33,10 +33,11 @@ from cli import quiet_stderr as quiet_stderr
 from replay import Collect as Collect
 from spaces import OneHotBox as OneHotBox
 from spaces import gym
+from worker_calls import RenderError, TaskError
+from worker_calls import WorkerError as WorkerError
+from worker_calls import WorkerLost as WorkerLost
 from workers import Async as Async
-from workers import RenderError, TaskError, Wrapper
-from workers import WorkerError as WorkerError
-from workers import WorkerLost as WorkerLost
+from workers import Wrapper
 
 # What dm_control.suite.ALL_TASKS holds. It is written out because importing
 # dm_control loads OpenGL, which the training process must not do.

@@ -18,6 +18,7 @@ import spaces
 import suites
 import workers
 import wrappers
+from worker_calls import TaskError
 
 ROOT = pathlib.Path(suites.__file__).parent
 
@@ -49,7 +50,7 @@ def test_names_of_inputs_in_a_fixed_order(inputs, names):
 
 
 def test_a_wrong_name_is_an_error_with_those_that_exist():
-  with pytest.raises(workers.TaskError, match='did you mean height') as info:
+  with pytest.raises(TaskError, match='did you mean height') as info:
     spaces.View('task', offers(), 'image,hight')
   assert 'it has image, image_2, height, orientations, state' in str(info.value)
 
@@ -202,7 +203,7 @@ def inner(env):
 def test_single_vectors_by_their_names(nested):
   env = suites.make_task(nested, 1, 100, 0, inputs='gear,arm/angle')
   assert list(env.reset()) == ['arm/angle', 'gear', 'reward']
-  with pytest.raises(workers.TaskError, match='did you mean arm/angle'):
+  with pytest.raises(TaskError, match='did you mean arm/angle'):
     suites.make_task(nested, inputs='arm/angel')
 
 

@@ -19,7 +19,8 @@ import cli
 import gym_env
 import spaces
 import suites
-import workers
+import worker_calls
+import worker_process
 import wrappers
 
 pytestmark = pytest.mark.slow
@@ -630,7 +631,7 @@ def test_what_workers_print_is_in_a_file_that_the_error_names(
 ):
   path = tmp_path / 'a [1]%s' / 'workers.log'
   path.parent.mkdir()
-  log = workers.open_log(path)
+  log = worker_calls.open_log(path)
   make = functools.partial(suites.make_task, 'gym_test_users:Chatty-v0', 1, 100)
   env = wrappers.Async(make, strategy, log=log, name='train 3')
   try:
@@ -647,12 +648,12 @@ def test_what_workers_print_is_in_a_file_that_the_error_names(
   assert str(path) in str(error.value)
   if strategy == 'process':
     assert 'last words' in text and 'last words' in str(error.value)
-  assert max(map(len, text.splitlines())) < workers.Output.LINE + 100
+  assert max(map(len, text.splitlines())) < worker_calls.Output.LINE + 100
 
 
 def test_the_file_is_bounded(tmp_path):
-  log = workers.open_log(tmp_path / 'workers.log')
-  output = workers.Output(log, 'x')
+  log = worker_calls.open_log(tmp_path / 'workers.log')
+  output = worker_calls.Output(log, 'x')
   for number in range(300):
     output.write(f'{number} '.encode() + 20_000 * b'x')
   log.close()
@@ -663,9 +664,9 @@ def test_the_file_is_bounded(tmp_path):
 
 
 def test_without_room_for_it_workers_go_on(tmp_path, capfd):
-  log = workers.open_log(tmp_path / 'no such folder' / 'workers.log')
+  log = worker_calls.open_log(tmp_path / 'no such folder' / 'workers.log')
   log.baseFilename = '/dev/full'
-  output = workers.Output(log, 'x')
+  output = worker_calls.Output(log, 'x')
   output.write(b'words\n' * 10_000)
   assert 'words' in output.lost('died')[1][1]
   assert capfd.readouterr().err == ''
@@ -700,7 +701,7 @@ gymnasium.register('Mine-v7', Mine)
 def test_the_users_modules_go_before_ours(tmp_path, monkeypatch, strategy):
   """And the current folder is searched, as with `python -m`."""
   (tmp_path / 'my_envs.py').write_text(MODULE)
-  names = ('tools', 'models', 'configs', *workers.OWN)
+  names = ('tools', 'models', 'configs', *worker_process.OWN)
   for name in names:
     (tmp_path / f'{name}.py').write_text('MINE = 9')
   monkeypatch.chdir(tmp_path)
@@ -730,7 +731,7 @@ def test_our_modules_and_their_place_in_a_worker():
   from test_wrappers import in_worker
 
   own, path = in_worker(own_modules)
-  assert own == set(workers.OWN) - {'ray_workers'}  # that is for actors
+  assert own == set(worker_process.OWN) - {'ray_workers'}  # that is for actors
   assert path[-1] == ROOT and ROOT not in path[:-1]
 
 

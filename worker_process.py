@@ -1,0 +1,271 @@
+"""A worker that is a process: what the caller holds, and what the worker runs.
+
+No TensorFlow here.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import faulthandler
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from multiprocessing import connection as mp_connection
+
+import cloudpickle
+
+from worker_calls import (
+  WorkerError,
+  attempt,
+  call_limit,
+  describe,
+  resolve,
+  start_limit,
+)
+
+
+class ProcessWorker:
+  """Runs an environment in a process of its own.
+
+  This is not `multiprocessing.Process`, which would import the trainer's main
+  module, and with it TensorFlow, into the worker.
+  """
+
+  def __init__(self, constructor, timeout, start_timeout, output):
+    self._pending = collections.deque()
+    self._timeout = timeout
+    self._output = output
+    self._connection, other = mp_connection.Pipe()
+    # Standard input is a file, so that the worker can read it again if it has
+    # to start over with another OpenGL.
+    order = tempfile.TemporaryFile()
+    with other, order:
+      pickle.dump(sys.path, order)
+      cloudpickle.dump(constructor, order)
+      order.seek(0)
+      self._process = _start_worker(other, order)
+    self._reader = threading.Thread(
+      target=output.follow, args=[self._process.stdout], daemon=True
+    )
+    self._reader.start()
+    self._ready = self._expect(start_limit(start_timeout))
+    self._end = weakref.finalize(
+      self,
+      _end_worker,
+      *(self._process, self._connection, self._ready, self._reader),
+    )
+
+  def about(self):
+    return self._wait(self._ready)
+
+  def call(self, method, *args):
+    if not self._end.alive:
+      raise WorkerError('The environment is closed.')
+    self._wait(self._ready)
+    # A worker that died is noticed when the answer fails to come.
+    with contextlib.suppress(OSError):
+      self._connection.send((method, args))
+    return functools.partial(
+      self._wait, self._expect(call_limit(self._timeout))
+    )
+
+  def close(self):
+    self._end()
+
+  def _expect(self, limit):
+    future = concurrent.futures.Future()
+    self._pending.append((future, limit))
+    return future
+
+  def _wait(self, future):
+    """Takes answers, which come in the order of the calls, up to this one."""
+    while not future.done():
+      oldest, limit = self._pending[0]
+      try:
+        if self._connection.poll(limit.seconds or None):
+          answer = self._connection.recv()
+        else:
+          answer = self._kill(limit)
+      except (EOFError, OSError):
+        answer = self._obituary()
+      self._pending.popleft()
+      oldest.set_result(answer)
+    return resolve(future.result())
+
+  def _kill(self, limit):
+    """Ends a worker that hangs, and returns its answer."""
+    self._process.send_signal(signal.SIGABRT)  # it prints where it is
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(2)
+    self._process.kill()
+    return self._obituary(str(limit))
+
+  def _obituary(self, cause=None):
+    """Returns the answer of a worker that can give none any more."""
+    if not self._end.alive:
+      return False, ('', 'The environment is closed.', '')
+    cause = cause or self._cause()
+    self._reader.join(2)  # for its last words
+    return self._output.lost(cause)
+
+  def _cause(self):
+    """How the worker ended, in words."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(5)
+    code = self._process.returncode
+    if code is not None and code < 0:
+      return f'was killed by signal {signal.Signals(-code).name}'
+    return f'ended with exit code {code}'
+
+
+# --- The worker's side -------------------------------------------------------
+
+# The trainer has the cores; several workers with a pool each would only stand
+# in each other's way.
+ONE_THREAD = {f'{x}_NUM_THREADS': '1' for x in ('OMP', 'OPENBLAS', 'MKL')}
+
+_WORKER_CODE = """
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from {module} import _work
+_work(*sys.argv[1:])
+"""
+
+
+def _worker_command(handle, fallback):
+  code = _WORKER_CODE.format(module=__name__)
+  return [sys.executable, '-u', '-c', code, str(handle), fallback]
+
+
+def _start_worker(connection, order):
+  env = {**os.environ, **ONE_THREAD}
+  fallback = ''
+  if not env.get('MUJOCO_GL'):
+    env['MUJOCO_GL'], fallback = 'egl', 'osmesa'
+  return subprocess.Popen(
+    _worker_command(connection.fileno(), fallback),
+    stdin=order,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    env=env,
+    pass_fds=[connection.fileno()],
+    # Ctrl-C in a terminal is for the trainer alone.
+    start_new_session=True,
+  )
+
+
+def _end_worker(process, connection, ready, reader):
+  """Ends a worker: kindly, or by force if it has not begun or is stuck."""
+  with contextlib.suppress(OSError):
+    connection.send(None)
+  try:
+    process.wait(2 if ready.done() else 0)
+  except subprocess.TimeoutExpired:
+    process.kill()
+    process.wait()
+  connection.close()
+  reader.join(2)
+
+
+def _work(handle, fallback):
+  """Main function of a worker process.
+
+  Args:
+    handle: file descriptor of the connection to the trainer, as text.
+    fallback: value of MUJOCO_GL to start over with if rendering fails, or ''.
+  """
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  faulthandler.enable()  # prints a traceback when it crashes or is aborted
+  environment = dict(os.environ)
+  connection = mp_connection.Connection(int(handle))
+  success, env = attempt(construct, sys.stdin.buffer, os.getcwd())
+  if not success and env[0] == 'RenderError' and fallback:
+    environment['MUJOCO_GL'] = fallback
+    os.lseek(0, 0, os.SEEK_SET)
+    command = _worker_command(handle, '')
+    os.execve(command[0], command, environment)
+  # The trainer is gone, killed perhaps, when the connection breaks.
+  with contextlib.suppress(EOFError, OSError):
+    if success:
+      _send(connection, (True, describe(env)))
+      _serve(connection, env)
+      env.close()
+    else:
+      _send(connection, (False, env))
+  # Without the interpreter's clean-up, in which OpenGL libraries complain.
+  os._exit(0)
+
+
+def construct(order, folder):
+  """Makes the environment that a pickled constructor in a file makes."""
+  constructor = pickle.load(order)
+  _make_way(folder)
+  return constructor()
+
+
+def _serve(connection, env):
+  while (request := connection.recv()) is not None:
+    method, args = request
+    answer = attempt(getattr(env, method), *args)
+    sent, failure = attempt(_send, connection, answer)
+    if not sent:
+      _send(connection, (False, failure))
+
+
+def _send(connection, answer):
+  with own_modules():
+    connection.send(answer)
+
+
+# --- Modules of the user ----------------------------------------------------
+# They may have the names of ours.
+
+# Those that workers load.
+# fmt: off
+OWN = (
+  'cli', 'episode_files', 'gym_env', 'ray_workers', 'replay', 'spaces',
+  'suites', 'worker_calls', 'worker_process', 'workers', 'wrappers',
+)
+# fmt: on
+_hidden = {}  # those of them whose names the user has taken
+
+
+def _make_way(folder):
+  """From here on, the user's modules go before ours of the same name.
+
+  Args:
+    folder: where the user is; modules are found there, too.
+  """
+  own = os.path.dirname(os.path.abspath(__file__))
+  rest = [p for p in map(os.path.abspath, sys.path) if p != own]
+  if folder not in (own, *rest):
+    rest.insert(0, folder)
+  sys.path[:] = [*rest, own]
+  for name in OWN:
+    if importlib.machinery.PathFinder.find_spec(name, rest):
+      _hidden[name] = sys.modules.pop(name, None) or _hidden.get(name)
+
+
+@contextlib.contextmanager
+def own_modules():
+  """Puts our modules back under their names, for pickles of what they hold."""
+  theirs = {name: sys.modules.get(name) for name in _hidden}
+  sys.modules.update({k: v for k, v in _hidden.items() if v})
+  try:
+    yield
+  finally:
+    for name, module in theirs.items():
+      if module:
+        sys.modules[name] = module
+      else:
+        sys.modules.pop(name, None)
