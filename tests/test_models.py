@@ -602,6 +602,8 @@ def test_action_decoder_onehot():
     (models.Deconv(6, 5, 2), (3, 5, 5, 4)),
     (models.Deconv(3, 6, 2), (2, 30, 30, 4)),
     (models.Deconv(16, 6, 2), (2, 13, 13, 4)),
+    (models.Deconv(6, 6, 2, activation='relu'), (3, 13, 12, 4)),
+    (models.Deconv(6, 4, 2, activation='elu'), (3, 7, 7, 4)),
     (models.GRUCell(6), (5, 3)),
   ],
 )
