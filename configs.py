@@ -227,6 +227,7 @@ FLAGS = {
     Flag('kl_balance', RATE, 0.0,
          'share of beta that moves the prior, the rest the posterior; 0: one '
          'term for both, Eq. 10', 'DreamerV2: 0.8'),
+    Flag('reward_scale', WEIGHT, 1.0, 'weight of the reward loss', 'Eq. 10'),
     Flag('pcont_scale', WEIGHT, 10.0, 'weight of the discount loss', 'release'),
     Flag('weight_decay', RATE, 0.0,
          'decoupled, for each update and rate', 'release'),

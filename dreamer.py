@@ -214,7 +214,8 @@ class WorldModel:
     feat = self.dynamics.get_feat(post)
     # Another stream than those of the states.
     likes = self.representation.likes(feat, embed, data, seeds[0] + 1)
-    likes['reward'] = self.reward(feat).log_prob(data['reward'])  # J_R
+    like = self.reward(feat).log_prob(data['reward'])  # J_R
+    likes['reward'] = c.reward_scale * like
     if self.pcont:  # soft labels 0 and gamma (Appendix A)
       like = self.pcont(feat).log_prob(c.discount * data['discount'])
       likes['pcont'] = c.pcont_scale * like

@@ -144,9 +144,10 @@ def test_parameter_counts_of_walker(tmp_path):
 # --- Losses with an answer worked out on paper ------------------------------
 
 
-def test_model_loss_by_hand(tmp_path):
+@pytest.mark.parametrize('scale', [1.0, 10.0])
+def test_model_loss_by_hand(tmp_path, scale):
   """With zero weights every prediction is 0 and posterior equals prior."""
-  agent = make_agent(tmp_path, free_nats=1.5, kl_scale=2.0)
+  agent = make_agent(tmp_path, free_nats=1.5, kl_scale=2.0, reward_scale=scale)
   zero_weights(agent)
   batch = batch_of(agent)
   loss, metrics, _ = model_losses(agent, batch)
@@ -154,7 +155,7 @@ def test_model_loss_by_hand(tmp_path):
   norm = 0.5 * np.log(2 * np.pi)
   image_loss = (0.5 * image**2 + norm).sum((2, 3, 4)).mean()
   reward = batch['reward'].astype(np.float64)
-  reward_loss = (0.5 * reward**2 + norm).mean()
+  reward_loss = scale * (0.5 * reward**2 + norm).mean()
   assert np.isclose(metrics['image_loss'], image_loss, rtol=1e-5)
   assert np.isclose(metrics['reward_loss'], reward_loss, rtol=1e-5)
   assert np.isclose(metrics['div'], 0.0, atol=1e-6)
