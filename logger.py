@@ -103,7 +103,7 @@ METRICS = {
   'world_model/image_loss': 'Nats for an image; 11,291.9 where it is exact',
   'world_model/vector_loss': 'Nats for all vectors, at --vector_std',
   'world_model/state_loss': 'Nats: J_S of Eq. 12 and ln K, negated',
-  'world_model/reward_loss': 'Nats for a reward, times --reward_scale; 0.919 at best',
+  'world_model/reward_loss': 'Nats for a reward, times --reward_scale',
   'world_model/pcont_loss': 'Nats for a discount, times --pcont_scale',
   'world_model/div': 'Nats: KL divergence of posterior and prior',
   'world_model/prior_ent': 'Nats: entropy of the transition model',
