@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 
-import episode_files
 import quiet  # noqa: F401  (before TensorFlow)
 
 # isort: split
@@ -36,6 +35,7 @@ import configs
 import distribute
 import dreamer
 import environments
+import episode_files
 import replay
 import runfile
 import tools
