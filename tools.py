@@ -401,23 +401,6 @@ class _KerasAdam(keras.optimizers.Adam):
   def _all_reduce_sum_gradients(self, grads_and_vars):
     return grads_and_vars
 
-  def update_step(self, gradient, variable, learning_rate):
-    """Keras' formula as one operation, where Keras has some 25."""
-    index = self._get_variable_index(variable)
-    step = tf.cast(self.iterations + 1, tf.float32)
-    tf.raw_ops.ResourceApplyAdam(
-      var=variable.handle,
-      m=self._momentums[index].value.handle,
-      v=self._velocities[index].value.handle,
-      beta1_power=tf.pow(self.beta_1, step),
-      beta2_power=tf.pow(self.beta_2, step),
-      lr=learning_rate,
-      beta1=self.beta_1,
-      beta2=self.beta_2,
-      epsilon=self.epsilon,
-      grad=gradient,
-    )
-
 
 class Adam:
   """Adam with global norm clipping, decoupled weight decay and loss scaling.
