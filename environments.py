@@ -160,11 +160,7 @@ def _if_it_runs(run, env):
   try:
     _ = env.about  # waits
     return env
-  except (
-    TaskError,
-    RenderError,
-    WorkerError,
-  ) as error:
+  except (TaskError, RenderError, WorkerError) as error:
     run.say(f'No evaluations: {error}')
     env.close()
     return None

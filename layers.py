@@ -244,7 +244,7 @@ def _subpixel_deconv(x, kernel, bias, relu):
     y = tf.nn.conv2d(x, blocks, 1, [[0, 0], border, border, [0, 0]])
     y = tf.nn.bias_add(y, tf.tile(bias, [4]))
     y = tf.nn.relu(y) if relu else y
-    # Upper and lower halves of a row's blocks become rows. As depth_to_space.
+    # As depth_to_space: upper and lower halves of blocks become rows.
     y = tf.reshape(y, [-1, width, 2, 2 * out])
     y = tf.transpose(y, [0, 2, 1, 3])
     y = tf.reshape(y, [-1, 2 * height, 2 * width, out])

@@ -8,9 +8,7 @@ import concurrent.futures
 import contextlib
 import faulthandler
 import functools
-import importlib
 import importlib.machinery
-import importlib.util
 import os
 import pickle
 import signal
