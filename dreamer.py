@@ -43,6 +43,7 @@ import tensorflow as tf
 
 import behaviors
 import distribute
+import exploration
 import library
 import models
 import representations
@@ -496,34 +497,13 @@ class Dreamer:
 
   def noise(self, training):
     """Exploration amount at this step, a float32 number."""
-    c = self._c
-    amount = c.expl_amount if training else c.eval_noise
-    if training and c.expl_decay:
-      halvings = int(self.step) / c.expl_decay
-      amount = max(c.expl_min, amount * 0.5**halvings)
-    elif training and c.expl_ramp:
-      passed = min(1.0, int(self.updates.numpy()) / c.expl_ramp)
-      amount += passed * (c.expl_min - amount)
-    return np.float32(amount)
+    done = int(self.step), int(self.updates.numpy())
+    return np.float32(exploration.amount(self._c, *done, training))
 
   def explore(self, action, noise, seed):
     """Adds exploration noise to actions [E, A]."""
-    normal = tf.random.stateless_normal(tf.shape(action), seed)
-    if self._c.expl == 'additive_gaussian':
-      return tf.clip_by_value(action + noise * normal, -1.0, 1.0)
-    uniform = tf.random.stateless_uniform(tf.shape(action), seed)
-    if self._choices:  # of each, the largest number is a fair draw
-      parts = tf.split(uniform, self._choices, -1)
-      parts = [tf.one_hot(tf.argmax(x, -1), x.shape[-1]) for x in parts]
-      random = tf.concat(parts, -1)
-    else:
-      random = 2.0 * uniform - 1.0
-    if self._c.expl == 'completely_random':
-      return tf.where(noise > 0, random, action)
-    chance = tf.random.stateless_uniform(
-      tf.shape(action)[:1], tf.bitwise.invert(seed)
-    )
-    return tf.where(chance[:, None] < noise, random, action)
+    kind = exploration.KINDS[self._c.expl]
+    return kind(action, noise, seed, self._choices)
 
   # Learning
 

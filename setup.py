@@ -39,6 +39,7 @@ setuptools.setup(
     'environments',
     'episode_files',
     'evolution',
+    'exploration',
     'free',
     'gym_env',
     'layers',

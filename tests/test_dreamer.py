@@ -12,7 +12,9 @@ import tensorflow as tf
 
 import checkpoints
 import cli
+import configs
 import dreamer
+import exploration
 import models
 import spaces
 import tools
@@ -474,6 +476,7 @@ def test_reset_forgets_the_state(tmp_path):
 
 
 def test_exploration_noise(tmp_path):
+  assert {'auto', *exploration.KINDS} == set(configs.EXPL.words)
   agent = make_agent(tmp_path)
   seed = tf.constant([1, 2])
   action = tf.zeros([20000, 2])
