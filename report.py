@@ -25,7 +25,6 @@ import io
 import itertools
 import json
 import re
-import shlex
 import sys
 import time
 
@@ -35,11 +34,10 @@ import numpy as np
 
 import charts
 import cli
-import commandline
 import compare
-import configs
 import media
-import runfile
+import run_folders
+import run_origins
 from charts import Chart, Level, Line
 from cli import UserError
 
@@ -196,10 +194,10 @@ class Reader:
     self._files = {}  # {path: (size and time, {name: (x, y)})}
 
   def __call__(self, path, xaxis, yaxis):
-    """As `compare.read_metrics`."""
+    """As `run_folders.read_metrics`."""
     state = _state(path)
     if path not in self._files or self._files[path][0] != state:
-      series = compare.read_series(path, xaxis, NAMES)
+      series = run_folders.read_series(path, xaxis, NAMES)
       thin = {k: _thinned(*v) for k, v in series.items() if k != yaxis}
       self._files[path] = state, {**series, **thin}
     return self._files[path][1][yaxis]
@@ -217,7 +215,7 @@ class Reader:
 def _state(path):
   """What changes when a run goes on; [] without any metrics."""
   state = []
-  for file in compare.metrics_files(path):
+  for file in run_folders.metrics_files(path):
     with contextlib.suppress(OSError):
       about = file.stat()
       state.append((about.st_size, about.st_mtime_ns))
@@ -230,115 +228,6 @@ def _thinned(x, y):
     return x, y
   parts = np.array_split(np.stack([x, y]), POINTS, 1)
   return np.array([part.mean(1) for part in parts]).T
-
-
-@dataclasses.dataclass
-class Origin:
-  """Where a run comes from, as its folder says; texts, '' if it does not.
-
-  Attributes:
-    flags: {name: value}; {} if unknown.
-    versions: {package: version}.
-  """
-
-  command: str
-  started: str
-  code: str
-  machine: str
-  note: str
-  versions: dict
-  flags: dict
-
-
-def origin(run):
-  """Reads run.json (as scores/runs has them), or else config.json."""
-  record = _json(run.folder / 'run.json') or _json(run.folder / 'config.json')
-  text = {
-    key: str(record.get(key) or '')
-    for key in ('command', 'started', 'code', 'machine', 'note')
-  }
-  versions = record.get('versions')
-  versions = versions if isinstance(versions, dict) else {}
-  flags = run.config or _flags(text['command'])
-  text['command'] = text['command'] or _command(run, flags)
-  return Origin(versions=versions, flags=flags, **text)
-
-
-def _json(path):
-  with contextlib.suppress(OSError, ValueError, RecursionError):
-    record = json.loads(path.read_text())
-    if isinstance(record, dict):
-      return record
-  return {}
-
-
-def _flags(command):
-  """All flags of a command of dreamer.py, {} for another."""
-  quiet = contextlib.redirect_stdout(io.StringIO())  # with --help
-  with contextlib.suppress(ValueError, UserError, SystemExit), quiet:
-    words = shlex.split(command)
-    return dict(commandline.parse_flags(words[words.index('dreamer.py') + 1 :]))
-  return {}
-
-
-def _defaults(run, *start):
-  """Defaults by task, preset and inputs, and what `auto` is for the run."""
-  config = configs.define_config(*start)
-  with contextlib.suppress(UserError):
-    _, actions = runfile.load_spaces(run.folder)
-    if actions is not None:
-      configs.resolve_actions(config, actions)
-  return config
-
-
-def _command(run, flags):
-  """The command that has these flags; '' where they are unknown."""
-  flags = {'inputs': 'image', **flags}  # before there were others
-  with contextlib.suppress(KeyError, TypeError, AttributeError):
-    base = _defaults(run, *(flags[name] for name in configs.START))
-    base.update(preset='release', inputs='image')
-    words = ['python', 'dreamer.py', '--logdir', flags.get('logdir', '')]
-    words += ['--task', flags['task']]
-    for name, value in flags.items():
-      if name not in ('logdir', 'task') and value != base.get(name):
-        words += [f'--{name}', _shown(value)]
-    return shlex.join(map(str, words))
-  return ''
-
-
-def _shown(value):
-  return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def differences(runs, origins):
-  """How runs of a method differ from the defaults of their task.
-
-  Returns:
-    Rows of flag, default, and values of the runs; None where no run says.
-  """
-  known = [x.flags for x in origins if isinstance(x.flags.get('task'), str)]
-  if not known:
-    return None
-  rows, ignored = [], {*compare.FREE, 'logdir', 'task'}
-  defaults = _defaults(runs[0], known[0]['task'])
-  for name in dict.fromkeys(itertools.chain(*known)):
-    default = _shown(defaults.get(name, 'unknown to this version'))
-    values = dict.fromkeys(_shown(f[name]) for f in known if name in f)
-    if name not in ignored and list(values) != [default]:
-      rows.append((f'--{name}', default, ', '.join(values)))
-  return rows
-
-
-def random_return(reader, runs, origins):
-  """Mean return of the random actions that training begins with, or None."""
-  returns = []
-  for run, about in zip(runs, origins, strict=True):
-    prefill = about.flags.get('prefill')
-    clipped = about.flags.get('clip_rewards') != 'none'
-    if isinstance(prefill, (int, float)) and not clipped:
-      train = reader.of(run, 'train/return')
-      returns += train.scores[train.steps <= prefill].tolist()
-  return float(np.mean(returns)) if returns else None
 
 
 # --- Charts -----------------------------------------------------------------
@@ -510,16 +399,16 @@ class Report:
       Whether anything had changed.
     """
     args = self._args
-    runs = compare.find_runs(args.indir, read=self._reader)
+    runs = run_folders.find_runs(args.indir, read=self._reader)
     if not self._site:
       _check_place(args.outdir, runs)
       self._site = Site(args.outdir)
-    runs = compare.select(runs, args.tasks, args.methods)
+    runs = run_folders.select(runs, args.tasks, args.methods)
     state = refresh, [(run.folder, *self._state_of(run)) for run in runs]
     if state == self._state:
       return False
     gallery = media.Gallery(self._site)
-    files = self._pages(compare.group_runs(runs), gallery, refresh)
+    files = self._pages(run_folders.group_runs(runs), gallery, refresh)
     self._site.write(files)
     self._site.keep([*files, *gallery.files()], gallery.media)
     self._state = state
@@ -535,7 +424,9 @@ class Report:
     """{name: bytes} of all pages, the index last."""
     rows = compare.compare(groups, self._paper, self._args.window)
     pictures = self._pictures(groups, rows, gallery)
-    origins = {k: [origin(r) for r in runs] for k, runs in groups.items()}
+    origins = {
+      k: [run_origins.origin(r) for r in runs] for k, runs in groups.items()
+    }
     tasks = list(dict.fromkeys(task for task, _ in groups))
     names = {task: f'tasks/{media.slug(task)}.html' for task in tasks}
     shared = dict(title=self._args.title, refresh=refresh, names=names)
@@ -600,7 +491,7 @@ class Report:
     reader, colors = self._reader, method_colors(groups)
     runs = [run for group in groups.values() for run in group]
     abouts = [about for method in groups for about in origins[task, method]]
-    random = random_return(reader, runs, abouts)
+    random = run_origins.random_return(reader, runs, abouts)
     sections = {
       'Returns': [
         return_chart(task, groups, colors, self._paper, random),
@@ -620,7 +511,7 @@ class Report:
         for run, about in zip(runs, abouts, strict=True)
       ],
       differences={
-        method: differences(group, origins[task, method])
+        method: run_origins.differences(group, origins[task, method])
         for method, group in groups.items()
       },
     )

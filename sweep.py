@@ -46,6 +46,7 @@ import commandline
 import compare
 import configs
 import ray_runs
+import run_folders
 import suites
 from cli import UserError, nearest
 
@@ -232,7 +233,7 @@ def warn_of_changes(run):
   before = read_json(run.logdir / 'config.json').get('config')
   before = before if isinstance(before, dict) else {}
   for name, value in run.config.items():
-    if name in compare.FREE or name not in before or value == 'auto':
+    if name in run_folders.FREE or name not in before or value == 'auto':
       continue
     if before[name] != value:
       print(

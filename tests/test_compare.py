@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 import compare
+import run_folders
 
 # Appendix G: A3C, D4PG, PlaNet, Dreamer.
 TABLE = """
@@ -365,7 +366,7 @@ def test_curves_show_mean_and_spread_by_bins(tmp_path):
   for seed, base in enumerate((100, 300)):
     pairs = [(s, base + s / 1000) for s in (1000, 2000, 3000, 4000)]
     write_run(tmp_path / f'a{seed}', WALK, seed, pairs)
-  runs = compare.find_runs([tmp_path])
+  runs = run_folders.find_runs([tmp_path])
   panel = Figure().subplots()
   assert compare._draw_runs(panel, runs, 'label', 'C0', bins=2000) == 4000
   first, second, mean = (line.get_xydata().tolist() for line in panel.lines)

@@ -16,12 +16,12 @@ import test_faults as faults
 import checkpoints
 import cli
 import commandline
-import compare
 import distribute
 import dreamer
 import episode_files
 import free
 import logger
+import run_folders
 import runfile
 import spaces
 import training
@@ -354,7 +354,7 @@ def test_two_processes_are_killed_and_resume(tmp_path, start):
   assert not lines(logdir, 'train/return')
   assert lines(logdir, 'resumed') and lines(logdir / 'act', 'resumed')
   # Numbers of evaluations go on: each episode of theirs is another.
-  (run,) = compare.find_runs([tmp_path])
+  (run,) = run_folders.find_runs([tmp_path])
   scores = [score for _, score in lines(logdir / 'act', 'test/return')]
   assert sorted(run.scores) == sorted(scores)
   assert len(set(scores)) == len(scores) >= 3

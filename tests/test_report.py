@@ -24,6 +24,8 @@ import compare
 import configs
 import media
 import report
+import run_folders
+import run_origins
 
 ROOT = pathlib.Path(__file__).parent.parent
 HOSTILE = 'gym_<script>alert("x")</script> & \'ümläut\' ${1} {{ 7*7 }}'
@@ -240,18 +242,18 @@ def test_flags_follow_from_the_command_of_a_run_without_config(tmp_path):
   folder = tmp_path / 'runs/toy_reach/dreamer/0'
   command = 'python dreamer.py --logdir x --task toy_reach --horizon 3'
   (folder / 'run.json').write_text(json.dumps(dict(command=command, code=5)))
-  (run,) = compare.find_runs([tmp_path / 'runs'])
-  about = report.origin(run)
+  (run,) = run_folders.find_runs([tmp_path / 'runs'])
+  about = run_origins.origin(run)
   assert (about.command, about.code, about.flags['horizon']) == (
     command,
     '5',
     3,
   )
-  assert report.differences([run], [about]) == [('--horizon', '8', '3')]
+  assert run_origins.differences([run], [about]) == [('--horizon', '8', '3')]
   words = ('{"command": "x \\""}', '{"command": "dreamer.py --help"}')
   for broken in ('{', '[1]', '{"versions": 3}', *words):
     (folder / 'run.json').write_text(broken)
-    assert report.origin(run).flags == {}
+    assert run_origins.origin(run).flags == {}
 
 
 def test_pictures_are_those_of_the_tasks(made):
@@ -335,7 +337,7 @@ def test_normalized_score_by_hand(tmp_path):
   write_run(tmp_path / 'b', WALK, 1, [(100_000, 300.0), (150_000, 500.0)])
   cheetah = [(50_000, 0.0), (50_000, 200.0), (150_000, 300.0)]
   write_run(tmp_path / 'c', 'dmc_cheetah_run', 0, cheetah)
-  groups = compare.group_runs(compare.find_runs([tmp_path]))
+  groups = run_folders.group_runs(run_folders.find_runs([tmp_path]))
   paper = compare.load_paper()
   (chart,) = report.score_charts(groups, paper)
   assert chart.about == 'return / 1000, mean of 2 tasks'
@@ -356,7 +358,7 @@ def test_long_runs_are_thinned_to_means():
 def test_the_last_step_of_a_run_is_in_the_last_bin(tmp_path):
   # 31000 / 30 is rounded so that the last of 31 edges is below 31000.
   write_run(tmp_path / 'a', WALK, 0, [(10_000, 1.0), (31_000, 5.0)])
-  edges, curves = compare.binned(compare.find_runs([tmp_path]))
+  edges, curves = compare.binned(run_folders.find_runs([tmp_path]))
   assert len(edges) == 31 and curves[0, -1] == 5.0
 
 
@@ -587,7 +589,7 @@ def test_videos_are_rendered_once_for_each_checkpoint(tmp_path):
 def test_the_page_of_this_repository_is_of_its_runs():
   """If not: docs/usage.md has the command that makes it."""
   site = ROOT / 'docs/site'
-  groups = compare.group_runs(compare.find_runs([ROOT / 'scores/runs']))
+  groups = run_folders.group_runs(run_folders.find_runs([ROOT / 'scores/runs']))
   rows = compare.compare(groups, compare.load_paper(), 1e5)
   shown = json.loads((site / 'compare.json').read_text())['rows']
   for name in ('task', 'method', 'steps', 'seeds', 'verdict'):

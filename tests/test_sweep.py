@@ -17,6 +17,7 @@ import pytest
 
 import compare
 import configs
+import run_folders
 import suites
 import sweep
 
@@ -274,7 +275,7 @@ def test_arms_are_what_dreamer_and_compare_take_them_for(tmp_path):
     record = dict(method=arm.method, config=config)
     (folder / 'config.json').write_text(json.dumps(record, default=str))
     seen.add((task, arm.name))
-  runs = compare.find_runs([tmp_path / 'runs'])
+  runs = run_folders.find_runs([tmp_path / 'runs'])
   assert {(run.task, run.method) for run in runs} == seen
   assert len(runs) == len(checked)
   assert ('dmc_walker_walk', 'planet-horizon45') in seen
@@ -291,7 +292,7 @@ def test_presets_and_other_layouts_keep_their_names(tmp_path):
     config = dict(task='toy_reach', seed=0, preset=preset)
     record = dict(method='dreamer', config=config)
     (folder / 'config.json').write_text(json.dumps(record))
-  names = {run.method for run in compare.find_runs([tmp_path])}
+  names = {run.method for run in run_folders.find_runs([tmp_path])}
   assert names == {'dreamer-horizon9-cpu', 'dreamer-cpu', 'dreamer'}
 
 

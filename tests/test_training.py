@@ -24,13 +24,13 @@ from test_dreamer import (
 
 import checkpoints
 import cli
-import compare
 import distribute
 import dreamer
 import environments
 import evaluate
 import learner
 import logger
+import run_folders
 import training
 
 ROOT = pathlib.Path(dreamer.__file__).parent
@@ -332,7 +332,7 @@ def test_debug_run_is_stopped_killed_and_resumed(tmp_path, capfd):
   assert f'step {before + 300}, ' in capfd.readouterr().out
   names = {path.name for path in (logdir / 'videos').iterdir()}
   assert {'behavior.gif', 'behavior.mp4', 'prediction.png'} <= names
-  (run,) = compare.find_runs([logdir])
+  (run,) = run_folders.find_runs([logdir])
   assert run.steps[-1] >= before and len(run.scores) >= 2
 
 

@@ -1,0 +1,223 @@
+"""Runs of this code and of others on disk: found, read, put into groups.
+
+A run is a logdir of `dreamer.py`, by its config.json, or a folder in the layout
+task/method/seed/metrics.jsonl that the 2020 release's plots read. Reads only.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+
+import numpy as np
+
+import runfile
+from cli import UserError
+
+# Flags in which runs of a method may differ.
+# fmt: off
+FREE = (
+  'logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every',
+  'strategy', 'worker_timeout', 'start_timeout', 'env_errors', 'role',
+)
+# fmt: on
+
+
+def warn(message):
+  """Warns beside a table on the standard output."""
+  print(f'Warning: {message}', file=sys.stderr)
+
+
+@dataclasses.dataclass
+class Run:
+  """One run: `scores[i]` was logged at `steps[i]`, in order of steps."""
+
+  task: str
+  method: str
+  seed: str
+  folder: pathlib.Path
+  steps: np.ndarray
+  scores: np.ndarray
+  config: dict
+
+
+def find_runs(folders, xaxis='step', yaxis='test/return', read=None):
+  """All runs below some folders, sorted; one for each task, method and seed.
+
+  Args:
+    folders: list of paths.
+    xaxis, yaxis: keys of metrics.jsonl.
+    read: reads a metrics.jsonl as `read_metrics`, the default, does.
+
+  Raises:
+    UserError: a folder is missing, or there is no run in any.
+  """
+  found = {}
+  for folder in folders:
+    if not folder.is_dir():
+      raise UserError(f'--indir {folder} is not a folder')
+    for path in _run_folders(folder):
+      run = _read_run(path, xaxis, yaxis, read or read_metrics)
+      if not run:
+        continue
+      key = run.task, run.method, run.seed
+      other = found.get(key)
+      if other and other.folder != run.folder:
+        shorter, run = sorted((other, run), key=_last_step)
+        warn(f'{shorter.folder} is left out: same seed as {run.folder}')
+      found[key] = run
+  if not found:
+    raise UserError(
+      f'there is no run in {", ".join(map(str, folders))}: neither a logdir of '
+      'dreamer.py (with config.json) nor task/method/seed/metrics.jsonl'
+    )
+  return [found[key] for key in sorted(found)]
+
+
+def _last_step(run):
+  return run.steps[-1] if len(run.steps) else -1
+
+
+def _run_folders(top):
+  for folder, folders, files in os.walk(top.resolve(), followlinks=True):
+    folders.sort()
+    if 'config.json' in files or 'metrics.jsonl' in files:
+      folders.clear()
+      yield pathlib.Path(folder)
+
+
+def _read_run(folder, xaxis, yaxis, read):
+  """The run in a folder, None where that does not say which task it is."""
+  named = _read_config(folder / 'config.json') or _read_names(folder)
+  if not named:
+    warn(
+      f'{folder} is left out: it has no config.json of dreamer.py, and is '
+      'not called task/method/seed'
+    )
+    return None
+  steps, scores = read(folder / 'metrics.jsonl', xaxis, yaxis)
+  task, method, seed, config = named
+  task = 'dmc_cup_catch' if task == 'dmc_ball_in_cup_catch' else task
+  return Run(task, method, seed, folder, steps, scores, config)
+
+
+def _read_config(path):
+  """(task, method, seed, flags), None without a readable file.
+
+  Runs with another preset than the release's get its name after the method. An
+  arm of sweep.py, in task/arm/seed, has the name of its folder.
+  """
+  if not path.exists():
+    return None
+  try:
+    record = json.loads(path.read_text())
+    config = dict(record['config'])
+    method = record.get('method', 'dreamer')
+    suffix = f'-{config.get("preset", "release")}'.replace('-release', '')
+    task = config['task'] + ''  # TypeError unless it is a name
+    names = [task, path.parent.parent.name, str(config['seed'])]
+    if [*path.parts[-4:-1]] == names and names[1].startswith(f'{method}-'):
+      method = names[1].removesuffix(suffix)
+    method += suffix
+    if config.get('env_args'):  # another task
+      task += f' {json.dumps(config["env_args"])}'
+    return task, method, str(config['seed']), config
+  except (OSError, ValueError, KeyError, TypeError):
+    warn(f'{path} is not readable as the configuration of a run')
+    return None
+
+
+def _read_names(folder):
+  names = folder.parts[-3:]
+  if len(names) < 3 or not re.match(r'(dmc|atari|dmlab|gym|toy)_', names[0]):
+    return None
+  return (*names, {})
+
+
+def read_metrics(path, xaxis='step', yaxis='test/return'):
+  """Numbers of one key of a metrics.jsonl, as (x, y) sorted by x."""
+  return read_series(path, xaxis, [yaxis])[yaxis]
+
+
+def metrics_files(path):
+  """A metrics.jsonl, and that of `--role act` beside it."""
+  return path, path.parent / runfile.ACT / path.name
+
+
+def read_series(path, xaxis, names):
+  """Numbers of several keys of a metrics.jsonl: {name: (x, y) sorted by x}.
+
+  With it is read what a process wrote that acts alone (`--role act`). Lines
+  that are not JSON (such as a half-written last one) and numbers that are not
+  finite are left out with a warning.
+  """
+  series = {name: [] for name in names}
+  broken, infinite, lines = 0, 0, []
+  for file in metrics_files(path):
+    try:
+      lines += file.read_bytes().splitlines()
+    except FileNotFoundError:
+      pass
+    except OSError as error:
+      warn(f'{file} is left out: {error.strerror}')
+  for line in lines:
+    try:
+      record = json.loads(line)
+      pairs = {
+        name: (float(record[xaxis]), float(record[name]))
+        for name in names
+        if name in record and xaxis in record
+      }
+    except (ValueError, TypeError, OverflowError, RecursionError):
+      broken += 1
+      continue
+    for name, pair in pairs.items():
+      if all(map(math.isfinite, pair)):
+        series[name].append(pair)
+      else:
+        infinite += 1
+  if broken:
+    warn(f'{path}: {broken} broken lines are left out')
+  if infinite:
+    warn(f'{path}: {infinite} numbers that are not finite are left out')
+  return {name: _columns(pairs) for name, pairs in series.items()}
+
+
+def _columns(pairs):
+  pairs = np.array(sorted(pairs, key=lambda pair: pair[0])).reshape(-1, 2)
+  return pairs[:, 0], pairs[:, 1]
+
+
+def select(runs, tasks, methods):
+  """Runs whose task and method match one of the regular expressions each."""
+  for name, patterns in (('tasks', tasks), ('methods', methods)):
+    key = name[:-1]
+    names = sorted({getattr(run, key) for run in runs})
+    match = {n for n in names if any(re.search(p, n) for p in patterns)}
+    if not match:
+      raise UserError(
+        f'--{name} {" ".join(patterns)} fits none of the runs; there are '
+        + ', '.join(names)
+      )
+    runs = [run for run in runs if getattr(run, key) in match]
+  return runs
+
+
+def group_runs(runs):
+  """{(task, method): runs}; warns of flags in which they differ."""
+  groups = collections.defaultdict(list)
+  for run in runs:
+    groups[run.task, run.method].append(run)
+  for (task, method), group in groups.items():
+    configs = [run.config for run in group if run.config]
+    keys = set.intersection(*map(set, configs or [{}])) - set(FREE)
+    keys = {k for k in keys if k[:4] not in ('log_', 'eval')}
+    differ = [k for k in keys if len({str(c.get(k)) for c in configs}) > 1]
+    if differ:
+      names = ', '.join(sorted(differ))
+      warn(f'runs of {task}, {method} differ in {names}')
+  return dict(groups)

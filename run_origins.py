@@ -1,0 +1,128 @@
+"""Where a run comes from: command, code, machine and flags of its folder.
+
+From run.json, which scores/runs has, or the config.json of a logdir.
+"""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import shlex
+
+import numpy as np
+
+import commandline
+import configs
+import runfile
+from cli import UserError
+from run_folders import FREE
+
+
+@dataclasses.dataclass
+class Origin:
+  """Where a run comes from, as its folder says; texts, '' if it does not.
+
+  Attributes:
+    flags: {name: value}; {} if unknown.
+    versions: {package: version}.
+  """
+
+  command: str
+  started: str
+  code: str
+  machine: str
+  note: str
+  versions: dict
+  flags: dict
+
+
+def origin(run):
+  """Reads run.json (as scores/runs has them), or else config.json."""
+  record = _json(run.folder / 'run.json') or _json(run.folder / 'config.json')
+  text = {
+    key: str(record.get(key) or '')
+    for key in ('command', 'started', 'code', 'machine', 'note')
+  }
+  versions = record.get('versions')
+  versions = versions if isinstance(versions, dict) else {}
+  flags = run.config or _flags(text['command'])
+  text['command'] = text['command'] or _command(run, flags)
+  return Origin(versions=versions, flags=flags, **text)
+
+
+def _json(path):
+  with contextlib.suppress(OSError, ValueError, RecursionError):
+    record = json.loads(path.read_text())
+    if isinstance(record, dict):
+      return record
+  return {}
+
+
+def _flags(command):
+  """All flags of a command of dreamer.py, {} for another."""
+  quiet = contextlib.redirect_stdout(io.StringIO())  # with --help
+  with contextlib.suppress(ValueError, UserError, SystemExit), quiet:
+    words = shlex.split(command)
+    return dict(commandline.parse_flags(words[words.index('dreamer.py') + 1 :]))
+  return {}
+
+
+def _defaults(run, *start):
+  """Defaults by task, preset and inputs, and what `auto` is for the run."""
+  config = configs.define_config(*start)
+  with contextlib.suppress(UserError):
+    _, actions = runfile.load_spaces(run.folder)
+    if actions is not None:
+      configs.resolve_actions(config, actions)
+  return config
+
+
+def _command(run, flags):
+  """The command that has these flags; '' where they are unknown."""
+  flags = {'inputs': 'image', **flags}  # before there were others
+  with contextlib.suppress(KeyError, TypeError, AttributeError):
+    base = _defaults(run, *(flags[name] for name in configs.START))
+    base.update(preset='release', inputs='image')
+    words = ['python', 'dreamer.py', '--logdir', flags.get('logdir', '')]
+    words += ['--task', flags['task']]
+    for name, value in flags.items():
+      if name not in ('logdir', 'task') and value != base.get(name):
+        words += [f'--{name}', _shown(value)]
+    return shlex.join(map(str, words))
+  return ''
+
+
+def _shown(value):
+  return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def differences(runs, origins):
+  """How runs of a method differ from the defaults of their task.
+
+  Returns:
+    Rows of flag, default, and values of the runs; None where no run says.
+  """
+  known = [x.flags for x in origins if isinstance(x.flags.get('task'), str)]
+  if not known:
+    return None
+  rows, ignored = [], {*FREE, 'logdir', 'task'}
+  defaults = _defaults(runs[0], known[0]['task'])
+  for name in dict.fromkeys(itertools.chain(*known)):
+    default = _shown(defaults.get(name, 'unknown to this version'))
+    values = dict.fromkeys(_shown(f[name]) for f in known if name in f)
+    if name not in ignored and list(values) != [default]:
+      rows.append((f'--{name}', default, ', '.join(values)))
+  return rows
+
+
+def random_return(reader, runs, origins):
+  """Mean return of the random actions that training begins with, or None."""
+  returns = []
+  for run, about in zip(runs, origins, strict=True):
+    prefill = about.flags.get('prefill')
+    clipped = about.flags.get('clip_rewards') != 'none'
+    if isinstance(prefill, (int, float)) and not clipped:
+      train = reader.of(run, 'train/return')
+      returns += train.scores[train.steps <= prefill].tolist()
+  return float(np.mean(returns)) if returns else None
