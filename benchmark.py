@@ -29,6 +29,7 @@ import quiet  # noqa: F401  (before TensorFlow)
 import numpy as np
 import tensorflow as tf
 
+import arguments
 import cli
 import commandline
 import configs
@@ -442,21 +443,21 @@ class Parts:
   def parse(self, text):
     for part in text.split(','):
       if part not in PARTS:
-        raise cli.Refused(cli.nearest(part, PARTS))
+        raise arguments.Refused(cli.nearest(part, PARTS))
     return text.split(',')
 
 
 def parse_flags(argv):
-  parser = cli.Parser(__doc__)
+  parser = arguments.Parser(__doc__)
   parser.flag('--what', Parts(), list(PARTS), 'parts to time (all)')
-  parser.flag('--json', cli.File(), help='file for the figures')
+  parser.flag('--json', arguments.File(), help='file for the figures')
   for name in FLAGS:
     flag = configs.all_flags()[name]
     text = f'{flag.meaning} ({flag.default})'
     parser.flag(f'--{name}', flag.kind, flag.default, text)
-  parser.flag('--repeats', cli.Whole(1, 1000), 5, 'of what is timed (5)')
+  parser.flag('--repeats', arguments.Whole(1, 1000), 5, 'of what is timed (5)')
   hidden = dict(nargs=2, help=argparse.SUPPRESS)
-  parser.flag('--work', cli.Text(), **hidden)
+  parser.flag('--work', arguments.Text(), **hidden)
   return parser.parse(argv)
 
 

@@ -3,7 +3,7 @@
 Precedence: flag > preset > inputs > task > default. No TensorFlow.
 """
 
-import cli
+import arguments
 import runfile
 import suites
 from cli import UserError
@@ -17,7 +17,7 @@ def parse_flags(argv):
     UserError: unknown flag or task, a value that a flag does not take, values
       that do not go together.
   """
-  parser = cli.Parser(
+  parser = arguments.Parser(
     'Dreamer: learns to act from images by latent imagination.',
     epilog='The same command again resumes the run in its logdir.',
   )

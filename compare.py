@@ -27,6 +27,7 @@ import sys
 import numpy as np
 from scipy import stats
 
+import arguments
 import cli
 import run_folders
 from cli import UserError
@@ -402,18 +403,24 @@ def _draw_paper(panel, paper, task, last):
 
 
 def parse_flags(argv):
-  parser = cli.Parser(__doc__)
+  parser = arguments.Parser(__doc__)
   several = dict(nargs='+')
   parser.flag(
-    '--indir', cli.Path(), help='folders of runs', required=True, **several
+    '--indir',
+    arguments.Path(),
+    help='folders of runs',
+    required=True,
+    **several,
   )
-  parser.flag('--outdir', cli.Path(), help='folder for the curves')
-  parser.flag('--json', cli.File(), help='file for the figures')
-  parser.flag('--xaxis', cli.Text(), 'step', 'key of metrics.jsonl (step)')
+  parser.flag('--outdir', arguments.Path(), help='folder for the curves')
+  parser.flag('--json', arguments.File(), help='file for the figures')
+  parser.flag(
+    '--xaxis', arguments.Text(), 'step', 'key of metrics.jsonl (step)'
+  )
   text = 'another key (test/return)'
-  parser.flag('--yaxis', cli.Text(), 'test/return', text)
+  parser.flag('--yaxis', arguments.Text(), 'test/return', text)
   text = 'width of a point of the curves (by the steps)'
-  parser.flag('--bins', cli.Number(0, 1e15, above=True), -1, text)
+  parser.flag('--bins', arguments.Number(0, 1e15, above=True), -1, text)
   add_choice(parser)
   return parser.parse(argv)
 
@@ -421,10 +428,10 @@ def parse_flags(argv):
 def add_choice(parser):
   """Adds the flags of which runs are compared, and over how many steps."""
   text = 'environment steps averaged (1e5)'
-  parser.flag('--window', cli.Number(0, 1e15, above=True), 1e5, text)
+  parser.flag('--window', arguments.Number(0, 1e15, above=True), 1e5, text)
   for name in ('tasks', 'methods'):
     text = 'regular expressions, any of which may match'
-    parser.flag(f'--{name}', cli.Pattern(), ['.*'], text, nargs='+')
+    parser.flag(f'--{name}', arguments.Pattern(), ['.*'], text, nargs='+')
 
 
 def run(argv):

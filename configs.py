@@ -4,11 +4,12 @@ import pathlib
 import re
 import typing
 
-import cli
+import arguments
 import spaces
 import suites
 import workers
-from cli import AttrDict, Choice, Number, Truth, UserError, Whole
+from arguments import Choice, Number, Truth, Whole
+from cli import AttrDict, UserError
 
 # --- Flags ------------------------------------------------------------------
 
@@ -92,22 +93,22 @@ EXPL = Choice(
 # fmt: off
 FLAGS = {
   'Run': [
-    Flag('logdir', cli.Path(), pathlib.Path(),
+    Flag('logdir', arguments.Path(), pathlib.Path(),
          'folder of the run; resumes what is there'),
-    Flag('task', cli.Text(suites.check_task), 'dmc_walker_walk',
+    Flag('task', arguments.Text(suites.check_task), 'dmc_walker_walk',
          'name of the task', fixed=FIXED),
     Flag('preset', PRESET, 'release', 'a set of defaults'),
     Flag('seed', Whole(0, 2**32 - 1), 0,
          'of networks, noise, replay and environments'),
     Flag('steps', Whole(), 5_000_000,
          'environment steps of the whole run', 'App. G'),
-    Flag('init_from', cli.Folder(), '',
+    Flag('init_from', arguments.Folder(), '',
          'logdir of a run whose weights a new run begins with'),
-    Flag('init_only', cli.Names(empty=True), '',
+    Flag('init_only', arguments.Names(empty=True), '',
          'networks that --init_from is for: encoder, decoder, dynamics, '
          'reward, pcont, vector, state, actor, value, controller; the default '
          'is all'),
-    Flag('offline', cli.Folder(), '',
+    Flag('offline', arguments.Folder(), '',
          'folder of episodes to learn from, without collecting any',
          fixed=FIXED),
     Flag('updates', Whole(), 0,
@@ -151,14 +152,14 @@ FLAGS = {
   'Environment': [
     Flag('envs', Whole(1, 1000), 1,
          'environments that run at the same time', 'release'),
-    Flag('env_args', cli.Arguments(), {},
+    Flag('env_args', arguments.Arguments(), {},
          'arguments of the constructor of a gym_ task', fixed=FIXED),
-    Flag('inputs', cli.Names(), 'image',
+    Flag('inputs', arguments.Names(), 'image',
          'what the agent sees: image, image_2, state (all vectors), or names '
          'of vectors', 'section 2', FIXED),
-    Flag('record', cli.Names(empty=True), '',
+    Flag('record', arguments.Names(empty=True), '',
          'what episodes hold besides, such as image'),
-    Flag('cameras', cli.Names(cli.Whole(0, 1000), empty=True), '',
+    Flag('cameras', arguments.Names(arguments.Whole(0, 1000), empty=True), '',
          'of the control suite, for image, image_2, ...; the default is 0, or '
          '2 for the quadruped', fixed=FIXED),
     Flag('render_detail', Choice('auto', 'full', 'low'), 'auto',
@@ -231,7 +232,7 @@ FLAGS = {
     Flag('pcont_scale', WEIGHT, 10.0, 'weight of the discount loss', 'release'),
     Flag('weight_decay', RATE, 0.0,
          'decoupled, for each update and rate', 'release'),
-    Flag('weight_decay_pattern', cli.Pattern(), r'.*',
+    Flag('weight_decay_pattern', arguments.Pattern(), r'.*',
          'regular expression of decaying variables', 'release'),
   ],
   'Training': [

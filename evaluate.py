@@ -27,6 +27,7 @@ import quiet  # noqa: F401  (before TensorFlow)
 import imageio.v3 as imageio
 import numpy as np
 
+import arguments
 import cli
 import configs
 import dreamer
@@ -223,13 +224,15 @@ def write_strips(path, video):
 
 
 def parse_flags(argv):
-  parser = cli.Parser(__doc__)
-  parser.flag('--logdir', cli.Path(), help='of the run', required=True)
-  parser.flag('--episodes', cli.Whole(1), 10, 'whole episodes (10)')
-  parser.flag('--seed', cli.Whole(0, 2**32 - 1), 0, 'of the environment (0)')
-  parser.flag('--outdir', cli.Path(), help='folder for videos')
-  parser.flag('--json', cli.File(), help='file for the figures')
-  parser.flag('--export', cli.Path(), help='folder for a SavedModel')
+  parser = arguments.Parser(__doc__)
+  parser.flag('--logdir', arguments.Path(), help='of the run', required=True)
+  parser.flag('--episodes', arguments.Whole(1), 10, 'whole episodes (10)')
+  parser.flag(
+    '--seed', arguments.Whole(0, 2**32 - 1), 0, 'of the environment (0)'
+  )
+  parser.flag('--outdir', arguments.Path(), help='folder for videos')
+  parser.flag('--json', arguments.File(), help='file for the figures')
+  parser.flag('--export', arguments.Path(), help='folder for a SavedModel')
   return parser.parse(argv)
 
 

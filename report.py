@@ -32,6 +32,7 @@ import jinja2
 import markupsafe
 import numpy as np
 
+import arguments
 import charts
 import cli
 import compare
@@ -595,19 +596,25 @@ def provenance(origins):
 
 
 def parse_flags(argv):
-  parser = cli.Parser(__doc__)
+  parser = arguments.Parser(__doc__)
   several = dict(nargs='+')
   parser.flag(
-    '--indir', cli.Path(), help='folders of runs', required=True, **several
+    '--indir',
+    arguments.Path(),
+    help='folders of runs',
+    required=True,
+    **several,
   )
-  parser.flag('--outdir', cli.Path(), help='folder to write', required=True)
-  parser.flag('--title', cli.Text(), 'Dreamer', 'of the pages (Dreamer)')
-  parser.flag('--pictures', cli.Path(), help='folder of pictures')
+  parser.flag(
+    '--outdir', arguments.Path(), help='folder to write', required=True
+  )
+  parser.flag('--title', arguments.Text(), 'Dreamer', 'of the pages (Dreamer)')
+  parser.flag('--pictures', arguments.Path(), help='folder of pictures')
   text = 'render those that are missing'
   bare = dict(nargs='?', const='True')
-  parser.flag('--videos', cli.Truth(), False, text, **bare)
+  parser.flag('--videos', arguments.Truth(), False, text, **bare)
   text = 'seconds between looks for changes, until Ctrl-C (once)'
-  parser.flag('--watch', cli.Whole(1, 86_400), 0, text)
+  parser.flag('--watch', arguments.Whole(1, 86_400), 0, text)
   compare.add_choice(parser)
   return parser.parse(argv)
 

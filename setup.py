@@ -29,6 +29,7 @@ setuptools.setup(
   description='Dreamer: learning behaviors by latent imagination',
   license='MIT',
   py_modules=[
+    'arguments',
     'behaviors',
     'checkpoints',
     'cli',

@@ -41,6 +41,7 @@ import pathlib
 import sys
 import time
 
+import arguments
 import cli
 import commandline
 import compare
@@ -360,24 +361,24 @@ def summary(runs):
 def parse_flags(argv):
   """The flags of sweep.py, with those after -- as `extra`."""
   split = argv.index('--') if '--' in argv else len(argv)
-  parser = cli.Parser(
+  parser = arguments.Parser(
     __doc__,
     'flags of dreamer.py come last, after --',
     usage='%(prog)s --tasks TASKS --logdir LOGDIR [...] [-- FLAGS]',
   )
-  flag, text = parser.flag, cli.Text()
+  flag, text = parser.flag, arguments.Text()
   flag('--tasks', text, help='sets and names, by commas', required=True)
   methods = f'of {", ".join(METHODS)}; by commas (dreamer, or all)'
   flag('--methods', text, help=methods)
-  flag('--seeds', cli.Whole(1, 10_000), 5, 'how many: 0, 1, ... (5)')
-  flag('--logdir', cli.Path(), help='on shared storage', required=True)
+  flag('--seeds', arguments.Whole(1, 10_000), 5, 'how many: 0, 1, ... (5)')
+  flag('--logdir', arguments.Path(), help='on shared storage', required=True)
   address = 'of a Ray cluster: auto, or host:port (a local one)'
   flag('--address', text, help=address)
   gpus = 'which it sees alone; 0.5: two runs share one (1 where there are GPUs)'
-  flag('--gpus-per-run', cli.Number(0, 1000), help=gpus)
+  flag('--gpus-per-run', arguments.Number(0, 1000), help=gpus)
   cpus = f'and its threads ({ray_runs.CPUS})'
-  flag('--cpus-per-run', cli.Number(0, 1000, above=True), help=cpus)
-  flag('--retries', cli.Whole(), 3, 'of a run that fails (3)')
+  flag('--cpus-per-run', arguments.Number(0, 1000, above=True), help=cpus)
+  flag('--retries', arguments.Whole(), 3, 'of a run that fails (3)')
   args = parser.parse(argv[:split])
   args.extra = argv[split + 1 :]
   return args

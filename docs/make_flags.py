@@ -13,12 +13,12 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cli  # noqa: E402  (from the folder above)
+import arguments  # noqa: E402
 import configs  # noqa: E402
 
 PAGE = ROOT / 'docs' / 'usage.md'
 BEGIN, END = '<!-- flags begin -->\n', '<!-- flags end -->\n'
-LARGE = 10**15  # of `cli.Whole`, where there is no other limit
+LARGE = 10**15  # of `arguments.Whole`, where there is no other limit
 HEADER = (
   '| flag | default | values | meaning and unit | source | on resume |\n'
   '|---|---|---|---|---|---|\n'
@@ -42,19 +42,19 @@ def default(flag):
 
 def values(kind):
   """What a flag takes, in few words."""
-  if isinstance(kind, cli.Choice):
+  if isinstance(kind, arguments.Choice):
     return ', '.join(f'`{word}`' for word in kind.words)
-  if isinstance(kind, cli.Truth):
+  if isinstance(kind, arguments.Truth):
     return '`True`, `False`'
-  if isinstance(kind, cli.Whole):
+  if isinstance(kind, arguments.Whole):
     end = '' if kind.high == LARGE else f' to {number(kind.high)}'
     return f'integer, {kind.low}{end or " or more"}'
-  if isinstance(kind, cli.Number):
+  if isinstance(kind, arguments.Number):
     low, high = re.search(r'(\S+)(?:,| to).* (\S+)$', str(kind)).groups()
     if 'above' in str(kind):
       low = f'above {low},'
     return f'number, {low} to {number(float(high.replace(",", "")))}'
-  words = {cli.Text: 'name', cli.Arguments: 'JSON object'}
+  words = {arguments.Text: 'name', arguments.Arguments: 'JSON object'}
   return words.get(type(kind)) or str(kind).removeprefix('a ')
 
 

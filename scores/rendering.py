@@ -18,6 +18,7 @@ from dm_control import suite
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import arguments
 import cli
 import suites
 import workers
@@ -95,8 +96,8 @@ def rate(inputs, detail, steps):
 
 
 def run(argv):
-  parser = cli.Parser(__doc__)
-  parser.flag('--states', cli.Whole(1), 40, 'of each task (40)')
+  parser = arguments.Parser(__doc__)
+  parser.flag('--states', arguments.Whole(1), 40, 'of each task (40)')
   args = parser.parse(argv)
   for task in TASKS:
     found = compare(task, args.states)

@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import strategies
 
+import arguments
 import benchmark
 import cli
 import commandline
@@ -166,17 +167,17 @@ TEXTS = strategies.one_of(
 def values(flag):
   """Texts of values that a flag takes: the ends of its range, and others."""
   kind = flag.kind
-  if isinstance(kind, cli.Whole):
+  if isinstance(kind, arguments.Whole):
     # What is bounded for its memory or time is left small.
     top = kind.high if kind.high >= 10**9 else kind.low + 7
     top = strategies.sampled_from([kind.low, top])
     return strategies.one_of(top, strategies.integers(kind.low, kind.low + 5))
-  if isinstance(kind, cli.Number):
+  if isinstance(kind, arguments.Number):
     ends = strategies.sampled_from([kind.low, kind.high])
     return strategies.one_of(ends, strategies.floats(kind.low, kind.high))
-  if isinstance(kind, cli.Choice):
+  if isinstance(kind, arguments.Choice):
     return strategies.sampled_from(kind.words)
-  if isinstance(kind, cli.Truth):
+  if isinstance(kind, arguments.Truth):
     return strategies.booleans()
   return strategies.just(_shown(flag.default))
 
@@ -195,9 +196,9 @@ def test_any_text_for_any_flag_is_taken_as_its_kind_or_refused(name, text):
     assert len(str(error).splitlines()) == 1
     return
   value = config[name]
-  if isinstance(flag.kind, cli.Choice):
+  if isinstance(flag.kind, arguments.Choice):
     assert value in flag.kind.words
-  elif isinstance(flag.kind, (cli.Whole, cli.Number)):
+  elif isinstance(flag.kind, (arguments.Whole, arguments.Number)):
     assert type(value) is type(flag.default)
     assert flag.kind.low <= value <= flag.kind.high
   else:
@@ -210,15 +211,17 @@ def test_beyond_its_range_a_flag_is_refused(name):
   """Before anything is written: the message says what is taken."""
   kind = FLAGS[name].kind
   wrong = ['nonsense\n']
-  if isinstance(kind, (cli.Whole, cli.Number)):
+  if isinstance(kind, (arguments.Whole, arguments.Number)):
     wrong += [str(x) for x in (kind.low - 1, 2 * kind.high + 1, -5, 'nan')]
-  if isinstance(kind, cli.Pattern):
+  if isinstance(kind, arguments.Pattern):
     wrong = ['(', '*']
-  if isinstance(kind, cli.Names) and not isinstance(kind.each, cli.Whole):
+  if isinstance(kind, arguments.Names) and not isinstance(
+    kind.each, arguments.Whole
+  ):
     wrong = ['a,,b', ',']
-  if isinstance(kind, cli.Path):
+  if isinstance(kind, arguments.Path):
     wrong = ['~no_such_user/x', '\udcff']
-    wrong += [] if isinstance(kind, cli.Folder) else ['']
+    wrong += [] if isinstance(kind, arguments.Folder) else ['']
   for text in wrong:
     with pytest.raises(cli.UserError) as error:
       parse(f'--{name}={text}')

@@ -311,15 +311,17 @@ def test_learns_toy_reach_in_imagination(tmp_path):
 def test_learns_toy_catch_by_the_largest_output(tmp_path):
   """From vectors: a random policy catches a third, which is -0.33.
 
-  Means of 30 evaluations were 0.60 and 0.47 at 3,500 and 4,500 steps.
+  Single controllers still come and go (evaluations by one of them were 0.87,
+  0.60, 0.47 and -0.07 at 4,500 steps, by machine), so all of the last 1,500
+  steps count.
   """
   flags = ('--inputs', 'state', '--behavior', 'evolution', '--expl_amount', '0')
-  flags += ('--imag_starts', '32', '--eval_episodes', '30')
-  train_toy(tmp_path / 'run', 'toy_catch', 4500, *flags)
+  train_toy(tmp_path / 'run', 'toy_catch', 4500, *flags, '--imag_starts', '32')
   metrics = read_metrics(tmp_path / 'run')
-  test = [x['test/return'] for x in metrics if 'test/return' in x][-30:]
-  print(f'learned {np.mean(test):.2f}')
-  assert np.mean(test) > 0
+  train = [x for x in metrics if 'train/return' in x]
+  returns = [x['train/return'] for x in train if x['step'] > 3000]
+  print(f'learned {np.mean(returns):.2f}, {len(returns)} episodes')
+  assert np.mean(returns) > 0
 
 
 @pytest.mark.slow
