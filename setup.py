@@ -57,6 +57,7 @@ setuptools.setup(
     'spaces',
     'suites',
     'tools',
+    'toys',
     'training',
     'worker_calls',
     'worker_process',

@@ -326,3 +326,15 @@ class OneHotBox(gym.spaces.Box):
 
   def _split(self, vector):
     return np.split(vector, np.cumsum(self.choices)[:-1], -1)
+
+
+def check_action(action, space):
+  """The action as an array; ValueError unless it is finite and of the shape."""
+  action = np.asarray(action)
+  if action.shape != space.shape:
+    raise ValueError(
+      f'Action of shape {action.shape} where {space.shape} is needed.'
+    )
+  if not np.isfinite(action).all():
+    raise ValueError(f'Action {action} is not finite.')
+  return action

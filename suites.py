@@ -9,6 +9,7 @@ import dataclasses
 import typing
 
 import spaces
+import toys
 import workers
 import wrappers
 from cli import nearest
@@ -158,7 +159,7 @@ def _gym(name, opts):
 
 
 def _toy(name, opts):
-  env = wrappers.TOYS[name](opts.seed, opts.inputs, opts.record)
+  env = toys.TOYS[name](opts.seed, opts.inputs, opts.record)
   return wrappers.ActionRepeat(env, opts.action_repeat)
 
 
@@ -204,7 +205,7 @@ SUITES = dict(
   toy=Suite(
     _toy,
     'toy_reach, toy_catch, toy_robot',
-    names=lambda: list(wrappers.TOYS),
+    names=lambda: list(toys.TOYS),
     defaults=dict(reach=TOY, catch=CATCH, robot=TOY),
   ),
 )

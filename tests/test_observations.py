@@ -16,8 +16,8 @@ import commandline
 import configs
 import spaces
 import suites
+import toys
 import workers
-import wrappers
 from worker_calls import TaskError
 
 ROOT = pathlib.Path(suites.__file__).parent
@@ -214,7 +214,7 @@ def test_a_plain_vector_is_called_state_and_nothing_is_drawn():
 
 
 def test_state_of_the_toys():
-  for task, toy in wrappers.TOYS.items():
+  for task, toy in toys.TOYS.items():
     env = suites.make_task(f'toy_{task}', 1, 50, 0, inputs='state')
     obs = env.reset()
     assert list(obs) == ['state', 'reward']

@@ -20,6 +20,7 @@ import pytest
 
 import gym_env
 import suites
+import toys
 import workers
 import wrappers
 
@@ -591,7 +592,7 @@ def reach_returns(policy, episodes=100):
 
 
 def reach_best(state):
-  way = (state[2:] - state[:2]) / wrappers.ToyReach.SPEED
+  way = (state[2:] - state[:2]) / toys.ToyReach.SPEED
   return np.clip(way, -1, 1).astype(np.float32)
 
 
@@ -610,7 +611,7 @@ class TestToyReach:
     assert 40 < np.mean(best) < 50
 
   def test_best_arrives_within_a_third_of_the_episode(self):
-    env = wrappers.ToyReach(seed=0)
+    env = toys.ToyReach(seed=0)
     steps = []
     for _ in range(50):
       env.reset()
@@ -623,13 +624,13 @@ class TestToyReach:
     assert 5 <= np.mean(steps) <= 9 and max(steps) <= 9
 
   def test_reward_grows_as_the_dot_nears(self):
-    env = wrappers.ToyReach(seed=1)
+    env = toys.ToyReach(seed=1)
     env.reset()
     rewards = [env.step(reach_best(env.state))[1] for _ in range(5)]
     assert (np.diff(rewards) > 0).all()
 
   def test_image_shows_dot_and_target(self):
-    env = wrappers.ToyReach(seed=0)
+    env = toys.ToyReach(seed=0)
     for _ in range(20):
       image = env.reset()['image'].astype(int)
       assert env.observation_space['image'].contains(image.astype(np.uint8))
@@ -641,12 +642,12 @@ class TestToyReach:
         assert np.allclose(center, 24 * place, atol=0.6 if channel else 3)
 
   def test_actions_are_limited(self):
-    env = wrappers.ToyReach(seed=0)
+    env = toys.ToyReach(seed=0)
     env.reset()
     before = env.state[:2]
     env.step(np.array([100.0, -100.0]))
     moved = np.abs(env.state[:2] - before)
-    assert (moved <= wrappers.ToyReach.SPEED + 1e-9).all()
+    assert (moved <= toys.ToyReach.SPEED + 1e-9).all()
     with pytest.raises(ValueError, match='not finite'):
       env.step(np.array([np.nan, 0]))
     with pytest.raises(ValueError, match='shape'):
@@ -671,7 +672,7 @@ class TestToyCatch:
       best.append(rows[-1][1])
       rows = catch_episode(env, lambda s: rng.randint(3))
       random.append(rows[-1][1])
-      assert len(rows) == wrappers.ToyCatch.LENGTH
+      assert len(rows) == toys.ToyCatch.LENGTH
       assert all(row[1] == 0 for row in rows[:-1])
       discounts = [row[3]['discount'] for row in rows]
       assert discounts == [1] * (len(rows) - 1) + [0]
@@ -685,14 +686,14 @@ class TestToyCatch:
     assert len(rows) == 5 and rows[-1][3]['discount'] == 1
 
   def test_starts_differ(self):
-    env = wrappers.ToyCatch(seed=0)
+    env = toys.ToyCatch(seed=0)
     states = np.array([(env.reset(), env.state)[1] for _ in range(200)])
     states = states[:, :2]  # not the step
     assert (states.min(0) < 12).all() and (states.max(0) > 52).all()
     assert abs(np.corrcoef(states.T)[0, 1]) < 0.2
 
   def test_image_shows_ball_and_paddle(self):
-    env = wrappers.ToyCatch(seed=0)
+    env = toys.ToyCatch(seed=0)
     image = env.reset()['image']
     ball, paddle, _ = env.state
     assert image[..., 0].max(0).argmax() == pytest.approx(ball - 4, abs=1)
@@ -737,7 +738,7 @@ class TestRobot:
   """By the wall clock, of a machine that may be busy."""
 
   def test_acts_one_tick_late(self):
-    robot, reach = wrappers.ToyRobot(3), wrappers.ToyReach(3)
+    robot, reach = toys.ToyRobot(3), toys.ToyReach(3)
     actions = np.random.default_rng(0).uniform(-1, 1, [6, 2])
     robot.reset()
     reach.reset()
@@ -751,7 +752,7 @@ class TestRobot:
       held = action
 
   def test_counts_ticks_without_a_new_action(self):
-    robot, pause = wrappers.ToyRobot(0), 0.12
+    robot, pause = toys.ToyRobot(0), 0.12
     robot.reset()
     start, ticks = time.monotonic(), 0
     for late in (False, True, True, False):
@@ -847,7 +848,7 @@ class TestWrappers:
     assert np.array(inner.actions).tolist() == expected
 
   def test_one_hot(self):
-    env = wrappers.OneHotAction(wrappers.ToyCatch(seed=0))
+    env = wrappers.OneHotAction(toys.ToyCatch(seed=0))
     space = env.action_space
     assert space.discrete and space.shape == (3,)
     assert isinstance(space, gym.spaces.Box) and space.dtype == np.float32
@@ -1024,8 +1025,8 @@ def test_numbers_that_are_not_finite_are_refused(bad, what):
 
 
 def test_tasks_are_checked_for_finite_numbers(monkeypatch):
-  monkeypatch.setattr(wrappers.ToyReach, '_distance', lambda self: np.nan)
-  monkeypatch.setattr(wrappers.ToyReach, 'reset', wrappers.ToyReach._observe)
+  monkeypatch.setattr(toys.ToyReach, '_distance', lambda self: np.nan)
+  monkeypatch.setattr(toys.ToyReach, 'reset', toys.ToyReach._observe)
   env = suites.make_task('toy_reach', 1, 50, 0)
   env.reset()
   with pytest.raises(FloatingPointError, match='toy_reach gave the reward'):
