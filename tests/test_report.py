@@ -23,6 +23,7 @@ import commandline
 import compare
 import configs
 import media
+import panels
 import report
 import run_folders
 import run_origins
@@ -339,7 +340,7 @@ def test_normalized_score_by_hand(tmp_path):
   write_run(tmp_path / 'c', 'dmc_cheetah_run', 0, cheetah)
   groups = run_folders.group_runs(run_folders.find_runs([tmp_path]))
   paper = compare.load_paper()
-  (chart,) = report.score_charts(groups, paper)
+  (chart,) = panels.score_charts(groups, paper)
   assert chart.about == 'return / 1000, mean of 2 tasks'
   # At 1e5 (200 + 200) / 2, at 150,000 ((200 + 500) / 2 + 300) / 2.
   assert chart.words.endswith('dreamer ends at 0.325')
@@ -349,7 +350,7 @@ def test_normalized_score_by_hand(tmp_path):
 
 
 def test_long_runs_are_thinned_to_means():
-  x, y = report._thinned(np.arange(5000.0), np.arange(5000.0) * 2)
+  x, y = panels._thinned(np.arange(5000.0), np.arange(5000.0) * 2)
   assert len(x) == 500
   np.testing.assert_allclose(x[:2], [4.5, 14.5])
   np.testing.assert_allclose(y, 2 * x)
@@ -393,7 +394,7 @@ def test_pages_of_runs_that_are_gone_go_and_other_files_stay(tmp_path):
 
 
 def test_many_long_runs_take_little_time(tmp_path):
-  numbers = dict.fromkeys([*report.NAMES, 'a', 'b', 'c', 'd'], 1 / 3)
+  numbers = dict.fromkeys([*panels.NAMES, 'a', 'b', 'c', 'd'], 1 / 3)
   for seed in range(10):
     folder = write_run(tmp_path / f'runs/{seed}', WALK, seed, [])
     lines = (json.dumps({'step': s, **numbers}) + '\n' for s in range(5000))
