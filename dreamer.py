@@ -111,41 +111,15 @@ class WorldModel:
     self._c = c = config
     self.inputs = dict(inputs)
     images = [name for name in inputs if spaces.is_image(name)]
-    self._size = sum(
-      int(np.prod(shape))
-      for name, shape in inputs.items()
-      if name not in images
-    )
-    self.encoders = {
-      name: models.ConvEncoder(
-        c.cnn_depth, c.cnn_act, name=name.replace('image', 'encoder')
-      )
-      for name in images
-    }
-    if self._size:
-      self.encoders['vector'] = models.DenseEncoder(
-        c.vector_layers, c.num_units, c.dense_act, name='encoder_vector'
-      )
+    vectors = [inputs[name] for name in inputs if name not in images]
+    self._size = sum(int(np.prod(shape)) for shape in vectors)
+    self.encoders = self._make_encoders(images)
     self.dynamics = models.RSSM(
       c.stoch_size, c.deter_size, c.deter_size, c.dense_act, name='dynamics'
     )
     arm = configs.REPRESENTATIONS[c.representation]
     self.representation = getattr(representations, arm.network)(c, images)
-    head = functools.partial(
-      models.DenseDecoder, (), units=c.num_units, act=c.dense_act
-    )
-    self.heads = dict(reward=head(c.reward_layers, name='reward'))
-    if c.pcont:
-      self.heads['pcont'] = head(c.pcont_layers, dist='binary', name='pcont')
-    if self._size:
-      self.heads['vector'] = models.DenseDecoder(
-        (self._size,),
-        c.vector_layers,
-        c.num_units,
-        act=c.dense_act,
-        std=c.vector_std,
-        name='vector',
-      )
+    self.heads = self._make_heads()
     self.networks = dict(
       **{_encoder_name(k): v for k, v in self.encoders.items()},
       dynamics=self.dynamics,
@@ -153,6 +127,31 @@ class WorldModel:
       **self.heads,
     )
     self._build(actions)
+
+  def _make_encoders(self, images):
+    c, encoders = self._c, {}
+    for name in images:
+      encoders[name] = models.ConvEncoder(
+        c.cnn_depth, c.cnn_act, name=name.replace('image', 'encoder')
+      )
+    if self._size:
+      encoders['vector'] = models.DenseEncoder(
+        c.vector_layers, c.num_units, c.dense_act, name='encoder_vector'
+      )
+    return encoders
+
+  def _make_heads(self):
+    c = self._c
+    head = functools.partial(
+      models.DenseDecoder, units=c.num_units, act=c.dense_act
+    )
+    heads = dict(reward=head((), c.reward_layers, name='reward'))
+    if c.pcont:
+      heads['pcont'] = head((), c.pcont_layers, dist='binary', name='pcont')
+    if self._size:
+      size, layers = (self._size,), c.vector_layers
+      heads['vector'] = head(size, layers, std=c.vector_std, name='vector')
+    return heads
 
   @property
   def reward(self):
