@@ -433,7 +433,7 @@ def table(report):
 
 
 class Parts:
-  """Names of parts, by commas: a kind of value, as those in `cli`."""
+  """Names of parts, by commas: a kind of value, as those in `arguments`."""
 
   metavar = 'parts'
 

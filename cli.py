@@ -117,23 +117,6 @@ def quiet_stderr():
     os.close(nowhere)
 
 
-# --- Files ------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def interruptible():
-  """Ctrl-C ends the program at once, without a traceback: while it loads."""
-  handler = signal.getsignal(signal.SIGINT)
-  if not _in_main_thread() or handler is not signal.default_int_handler:
-    yield
-    return
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, handler)
-
-
 class AttrDict(dict):
   """A dictionary whose keys are attributes too."""
 
@@ -144,6 +127,9 @@ class AttrDict(dict):
       return self[name]
     except KeyError:
       raise AttributeError(name) from None
+
+
+# --- Files ------------------------------------------------------------------
 
 
 def make_folders(*paths):
@@ -198,6 +184,20 @@ def remove_temporary_files(directory):
 
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+@contextlib.contextmanager
+def interruptible():
+  """Ctrl-C ends the program at once, without a traceback: while it loads."""
+  handler = signal.getsignal(signal.SIGINT)
+  if not _in_main_thread() or handler is not signal.default_int_handler:
+    yield
+    return
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
 
 
 def _in_main_thread():

@@ -118,7 +118,7 @@ def compare(groups, paper, window):
   """One row, a dictionary, for each task and method.
 
   Args:
-    groups: from `group_runs`.
+    groups: from `run_folders.group_runs`.
     paper: from `load_paper`, or None to leave it out.
     window: environment steps.
   """
@@ -260,7 +260,7 @@ def sentences(rows, summary, paper, yaxis, window):
   )
   if not paper:
     return
-  yield 'The released curves ("paper, at") used earlier hyper parameters.'
+  yield 'The released curves ("paper, at") used earlier hyperparameters.'
   missing = set(paper['final']) - {row['task'] for row in rows}
   if missing:
     count = f'{len(missing)} of the {len(paper["final"])}'

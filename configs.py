@@ -19,7 +19,7 @@ class Flag(typing.NamedTuple):
 
   Attributes:
     name: without its dashes.
-    kind: what values it takes, from `cli`.
+    kind: what values it takes, from `arguments`.
     default: its value for a control suite task.
     meaning: its unit and meaning.
     source: of the default.

@@ -325,7 +325,7 @@ def make_team(strategy, batch_size):
   it waits until all are there.
 
   Args:
-    strategy: one of STRATEGIES.
+    strategy: one of `configs.STRATEGY`.
     batch_size: B, which the number of replicas has to divide; `auto` takes as
       many GPUs as do.
 

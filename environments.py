@@ -239,7 +239,7 @@ class Deadlines(workers.Wrapper):
 
   Args:
     env: a `replay.Collect`.
-    run: `Run`.
+    run: a `training.Run`.
     name: of the metric.
   """
 

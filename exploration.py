@@ -1,4 +1,4 @@
-"""Random actions in training (`--expl`): how many, and which (Appendix A).
+"""Exploration in training (`--expl`): amount and kinds (Appendix A).
 
 The kinds are functions of actions [E, A], an amount (float scalar), a seed
 int32 [2] and the numbers of choices of discrete actions or None; all return
@@ -12,7 +12,7 @@ def amount(config, step, updates, training=True):
   """Scale of the noise, or chance of a random action.
 
   Args:
-    config: from `define_config`.
+    config: from `configs.define_config`.
     step, updates: environment steps and updates so far.
     training: else that of evaluations.
 

@@ -80,7 +80,7 @@ class Learner:
 
   Args:
     agent: `dreamer.Dreamer`.
-    run: `Run`.
+    run: a `training.Run`.
 
   Attributes:
     after_update: called between updates.

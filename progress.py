@@ -14,8 +14,8 @@ class Progress:
   """What a run has done: its checkpoints, and the evaluations made.
 
   Args:
-    run: `Run`.
-    learner: `Learner`.
+    run: a `training.Run`.
+    learner: a `learner.Learner`.
   """
 
   exact = False

@@ -261,7 +261,7 @@ class Report:
     Args:
       task: its name.
       groups: {method: runs}.
-      origins: {(task, method): `Origin` of each run}.
+      origins: {(task, method): `run_origins.Origin` of each run}.
     """
     reader, colors = self._reader, panels.method_colors(groups)
     runs = [run for group in groups.values() for run in group]

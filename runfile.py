@@ -187,7 +187,7 @@ def write_config(config, inputs=None, actions=None, folder=None):
   """Writes config.json: flags, versions, and when the run first started.
 
   Args:
-    config: from `parse_flags`.
+    config: from `commandline.parse_flags`.
     inputs: {name: shape} of what the agent sees, where it is known.
     actions: its action space, likewise.
     folder: which it is for; None for the logdir.

@@ -3,8 +3,9 @@
     run                  one call a run: what it needs, then
       _train             begins, resumes and ends it
         prefill          episodes of random actions
-        _collect         the loop of Algorithm 1; without environments
+        _collect         the loop of Algorithm 1
         _learn_offline   updates alone (`--offline`)
+        _learn_beside    updates beside a process that acts (`--role learn`)
           Learner        acts, and makes the updates that are due beside it
           Progress       checkpoints, evaluations, resuming
 

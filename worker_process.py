@@ -232,7 +232,7 @@ def _send(connection, answer):
 # fmt: off
 OWN = (
   'cli', 'episode_files', 'gym_env', 'ray_workers', 'replay', 'spaces',
-  'suites', 'worker_calls', 'worker_process', 'workers', 'wrappers',
+  'suites', 'toys', 'worker_calls', 'worker_process', 'workers', 'wrappers',
 )
 # fmt: on
 _hidden = {}  # those of them whose names the user has taken

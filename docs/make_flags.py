@@ -36,6 +36,8 @@ def number(value):
 def default(flag):
   if flag.name == 'logdir':
     return 'required'
+  if flag.default == '':
+    return 'none'
   plain = isinstance(flag.default, (bool, str, dict))
   return f'`{flag.default if plain else number(flag.default)}`'
 

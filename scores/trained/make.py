@@ -15,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 import quiet  # noqa: F401  (before TensorFlow)
 
 # isort: split
+import arguments
 import checkpoints
 import cli
 import dreamer
@@ -24,9 +25,9 @@ import training
 
 
 def run(argv):
-  parser = cli.Parser(__doc__)
-  parser.flag('--logdir', cli.Path(), help='of the run', required=True)
-  parser.flag('--outdir', cli.Path(), help='new folder', required=True)
+  parser = arguments.Parser(__doc__)
+  parser.flag('--logdir', arguments.Path(), help='of the run', required=True)
+  parser.flag('--outdir', arguments.Path(), help='new folder', required=True)
   args = parser.parse(argv)
   cli.make_folders(args.outdir)
   config = runfile.load_config(args.logdir)
