@@ -140,18 +140,16 @@ class Nested(gymnasium.Env):
   """Observations of all kinds, as Gymnasium has them."""
 
   def __init__(self):
-    box, spaces = gymnasium.spaces.Box, gymnasium.spaces
+    box, kinds = gymnasium.spaces.Box, gymnasium.spaces
     self.action_space = box(-1.0, 1.0, (1,))
-    self.observation_space = spaces.Dict(
+    self.observation_space = kinds.Dict(
       front=box(0, 255, (32, 32, 3), np.uint8),
-      arm=spaces.Dict(
-        angle=box(-9, 9, (2,)), force=box(0, 255, (3,), np.uint8)
-      ),
-      gear=spaces.Discrete(4, start=1),
-      doors=spaces.MultiDiscrete([2, 3]),
-      lamps=spaces.MultiBinary(2),
+      arm=kinds.Dict(angle=box(-9, 9, (2,)), force=box(0, 255, (3,), np.uint8)),
+      gear=kinds.Discrete(4, start=1),
+      doors=kinds.MultiDiscrete([2, 3]),
+      lamps=kinds.MultiBinary(2),
       reward=box(-1, 1, (), np.float64),
-      name=spaces.Text(5),
+      name=kinds.Text(5),
     )
 
   def reset(self, seed=None, options=None):

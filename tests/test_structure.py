@@ -73,3 +73,48 @@ def test_setup_installs_what_the_agent_imports():
     if isinstance(node, ast.keyword) and node.arg == 'py_modules'
   )
   assert installed == sorted(reached('dreamer') | {'ray_workers'})
+
+
+def defined(name):
+  """Names at the top of a module, imported ones among them."""
+  names, todo = set(), [*ast.parse(MODULES[name].read_text()).body]
+  while todo:
+    node = todo.pop()
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+      names.add(node.name)
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+      names |= {(x.asname or x.name).partition('.')[0] for x in node.names}
+    else:
+      names |= {
+        x.id
+        for x in ast.walk(node)
+        if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
+      }
+      todo += getattr(node, 'body', [])
+  return names
+
+
+def test_names_of_modules_exist():
+  """`module.name` in all code; also in scripts that no other test runs."""
+  known, wrong = {name: defined(name) for name in MODULES}, []
+  folders = [ROOT / name for name in ('docs', 'scores', 'tests')]
+  files = [path for folder in folders for path in folder.rglob('*.py')]
+  for path in sorted({*ROOT.glob('*.py'), *files}):
+    tree = ast.parse(path.read_text())
+    ours = {
+      x.asname or x.name: x.name
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Import)
+      for x in node.names
+      if x.name in MODULES
+    }
+    wrong += [
+      f'{path.relative_to(ROOT)}:{node.lineno} {node.value.id}.{node.attr}'
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Attribute)
+      and isinstance(node.value, ast.Name)
+      and node.value.id in ours
+      and not node.attr.startswith('__')
+      and node.attr not in known[ours[node.value.id]]
+    ]
+  assert not wrong
