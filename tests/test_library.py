@@ -437,9 +437,16 @@ def test_a_trained_agent_is_a_run_without_its_optimizers(mine, tmp_path):
   assert (agent.step, agent.updates) == (other.step, other.updates)
 
 
-def test_the_trained_agent_acts_and_dreams(tmp_path):
-  """And nothing in its folder changes."""
-  folder = ROOT / 'scores/trained/walker_walk'
+@pytest.mark.parametrize(
+  'name, predictions',
+  [
+    ('walker_walk', {'prediction_reward.png', 'prediction_vector.png'}),
+    ('cup_catch', {'prediction.png'}),
+  ],
+)
+def test_trained_agents_act_and_dream(tmp_path, name, predictions):
+  """From vectors and from images; and nothing in their folders changes."""
+  folder = ROOT / 'scores/trained' / name
   before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
   assert sum(p.stat().st_size for p in before) < 5e6
   words = [f'--logdir={folder}', '--episodes=1', f'--outdir={tmp_path}']
@@ -447,5 +454,5 @@ def test_the_trained_agent_acts_and_dreams(tmp_path):
   assert {p: p.stat().st_mtime_ns for p in folder.rglob('*')} == before
   figures = json.loads((tmp_path / 'figures.json').read_text())
   assert figures['mean'] > 750
-  pictures = {'behavior.gif', 'prediction_reward.png', 'prediction_vector.png'}
+  pictures = {'behavior.gif', *predictions}
   assert pictures <= {p.name for p in tmp_path.iterdir()}
