@@ -349,6 +349,9 @@ PRESETS = {
     imag_starts=64,
     slow_value=0.02,
     actor_entropy=0.01,
+    reward_scale=10.0,
+    decode_images=128,
+    train_steps=200,
     pretrain=500,
     model_lr=1e-3,
     value_lr=3e-4,
@@ -385,7 +388,8 @@ STATE_PRESETS = {
   'cpu': dict(
     PRESETS['cpu'],
     kl_scale=STATE['kl_scale'],
-    train_steps=200,
+    reward_scale=1.0,
+    decode_images=0,
     precision='32',
   ),
 }

@@ -36,7 +36,14 @@ import runfile
 import training
 
 # Of `--preset cpu` before the search.
-FIRST = dict(batch_length=16, kl_scale=0.03, free_nats=0, kl_balance=0)
+FIRST = dict(
+  batch_length=16,
+  kl_scale=0.03,
+  free_nats=0,
+  kl_balance=0,
+  reward_scale=1,
+  decode_images=0,
+)
 HALVES = dict(kl_scale=1, free_nats=1, kl_balance=0.83)
 ARMS = {
   'base': {},  # 16 windows of 16, KL scale 0.03, no free nats
