@@ -70,8 +70,10 @@ def test_the_preset_for_state_is_not_that_for_images(tmp_path):
   state = commandline.parse_flags([*words, '--inputs', 'state'])
   both = commandline.parse_flags([*words, '--inputs', 'image,state'])
   assert image.kl_scale == both.kl_scale == 1 and state.kl_scale == 0.6
-  assert image.train_steps == both.train_steps == 100
-  assert state.train_steps == 200 and state.precision == '32'
+  assert image.reward_scale == both.reward_scale == 10
+  assert state.reward_scale == 1 and state.precision == '32'
+  assert image.decode_images == both.decode_images == 128
+  assert image.train_steps == both.train_steps == state.train_steps == 200
   assert image.imag_starts == both.imag_starts == state.imag_starts == 64
 
 
