@@ -38,6 +38,7 @@ import dreamer
 import environments
 import episode_files
 import replay
+import run_kinds
 import runfile
 import tools
 import training
@@ -340,7 +341,7 @@ def _run(config, repeats):
   agent = training_agent(config)
   team, stop = distribute.Team(), cli.StopSignal()
   logger = Logger(config.logdir, config.steps)
-  learner = Learner(agent, training.Run(config, team, stop, logger))
+  learner = Learner(agent, run_kinds.Run(config, team, stop, logger))
 
   def episode():  # one of each environment, and the updates due by then
     tools.simulate(learner, envs, episodes=config.envs)

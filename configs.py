@@ -39,7 +39,7 @@ class Arm(typing.NamedTuple):
   """A way to choose actions, or what states are learned from.
 
   Attributes:
-    network: name of its class, in behaviors.py or representations.py.
+    network: its class, as module.name.
     method: its part of the method's name in tables.
   """
 
@@ -48,15 +48,15 @@ class Arm(typing.NamedTuple):
 
 
 BEHAVIORS = dict(
-  actor_critic=Arm('ActorCritic', 'dreamer'),
-  actor=Arm('ActorOnly', 'dreamer-actor'),
-  planning=Arm('Planning', 'planet'),
-  evolution=Arm('Evolution', 'world-models'),
+  actor_critic=Arm('behaviors.ActorCritic', 'dreamer'),
+  actor=Arm('behaviors.ActorOnly', 'dreamer-actor'),
+  planning=Arm('behaviors.Planning', 'planet'),
+  evolution=Arm('evolution.Evolution', 'world-models'),
 )
 REPRESENTATIONS = dict(
-  reconstruction=Arm('Reconstruction', ''),
-  contrastive=Arm('Contrastive', 'contrastive'),
-  reward=Arm('RewardOnly', 'reward'),
+  reconstruction=Arm('representations.Reconstruction', ''),
+  contrastive=Arm('representations.Contrastive', 'contrastive'),
+  reward=Arm('representations.RewardOnly', 'reward'),
 )
 
 DREAMER = AttrDict(

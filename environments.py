@@ -239,7 +239,7 @@ class Deadlines(workers.Wrapper):
 
   Args:
     env: a `replay.Collect`.
-    run: a `training.Run`.
+    run: a `run_kinds.Run`.
     name: of the metric.
   """
 

@@ -39,8 +39,8 @@ import spaces
 import tools
 import training
 from cli import UserError
-from dreamer import CONTEXT
 from episode_files import OTHERS
+from world_model import CONTEXT
 
 LENGTH = 50  # rows of a prediction, the context included
 SEQUENCES = 6  # predictions, one of an episode

@@ -1,237 +1,217 @@
-"""CMA-ES whose whole state is one array (`--behavior evolution`).
+"""Linear controllers by evolution (`--behavior evolution`), as World Models.
 
-The arithmetic is that of the package `cma` (Hansen, 2016, "The CMA Evolution
-Strategy: A Tutorial"). What of its object matters for the next generation is
-written as numbers and read back, so that nothing is unpickled; the random
-numbers of a generation follow from the seed and its number. No TensorFlow.
-
-Letters in shapes: P population, n weights.
+Letters in shapes: B batch, T time, H horizon, N starts of imagination, A
+action, E environments, F feature, P population, n weights of a controller.
 """
 
 import numpy as np
+import tensorflow as tf
 
-FULL = 500  # weights; above, the covariance is diagonal: n numbers, not n^2
+import behaviors
+import cmaes
+import distribute
+import models
+import tools
 
 
-class Search:
-  """Looks for the weights of the largest fitness, by generations.
+class Evolution(behaviors.Behavior):
+  """A linear controller by CMA-ES: World Models (Ha and Schmidhuber, 2018).
 
-  Args:
-    size: n.
-    population: P.
-    std: standard deviation of each weight in the first generation.
-    seed: int.
-    full: a full covariance; None: up to `FULL` weights.
+      a = tanh(W [z, h] + b)        z `stoch`, h `deter`; one-hot where actions
+                                    are discrete: the largest number of each
+
+  Its weights are the mean of a search distribution. A generation:
+
+      search --ask--> population [P, n] --> returns [P] --tell--> search: W, b
+
+      --evolve imagination   An update is a generation. Each controller starts
+                             at the same posterior states, with the same noise;
+                             its return is V_R (Eq. 4), mean over the starts.
+      --evolve environment   Each episode of training is of one controller; its
+                             return is the mean over `--evolve_episodes`.
+
+  The search lives in NumPy; its array is a variable (`state`), written when a
+  generation ends and, with the returns so far, when an episode does. What
+  resumes asks for the same population again.
   """
 
-  def __init__(self, size, population, std, seed, full=None):
-    self._size, self._population = size, population
-    self._std, self._seed = std, seed
-    self._full = size <= FULL if full is None else full
-    self._es = None
+  learned = ()  # CMA-ES needs no gradient
 
-  @property
-  def generation(self):
-    """Generations so far; None before `begin` and `restore`."""
-    return self._es and self._es.countiter
+  def __init__(self, config, world, actions, choices=None):
+    super().__init__(config, world, actions, choices)
+    self.controller = models.Output(
+      actions, kernel_initializer='zeros', name='controller'
+    )
+    self.networks = dict(controller=self.controller)
+    self._acting = None  # weights [E, n] of the controllers of this moment
 
-  @property
-  def mean(self):
-    """Of the distribution: the answer so far, float64 [n]."""
-    return self._es.mean
+  def build(self, feat):
+    c, population = self._c, self._c.evolve_population
+    state = self._world.dynamics.initial(1)
+    self._features = self._inputs(state).shape[-1]
+    self.controller.build([1, self._features])
+    size = (self._features + 1) * self._actions
+    search = cmaes.Search(size, population, c.evolve_std, c.seed)
+    self._generations = cmaes.Generations(search, population, c.evolve_episodes)
+    self._saved = tf.Variable(self._generations.blank(), trainable=False)
+    self.state = dict(search=self._saved)
+    self._waits = tf.Variable(False, trainable=False)
+    self.population = tf.Variable(
+      tf.zeros([population, size]), trainable=False, name='population'
+    )
 
-  @property
-  def std(self):
-    """Standard deviation of the distribution, mean over the weights."""
-    es = self._es
-    scale = es.sm.variances**0.5 * es.sigma_vec.scaling
-    return float(es.sigma * np.mean(scale))
+  # Acting
 
-  def options(self):
-    """Of `cma.CMAEvolutionStrategy`."""
-    import cma  # slow to load
+  def act(self, latent, seed, training):
+    inputs = self._inputs(latent)
+    acting = self._acting if training else None
+    if acting is not None and acting.shape[0] == inputs.shape[0]:
+      return self._control(acting, inputs[:, None])[:, 0]
+    return self._action(self.controller(inputs))
 
+  def _inputs(self, state):
+    """What a controller sees of states: [..., F]."""
+    if self._c.controller_inputs == 'z':
+      return state['stoch']
+    return self._world.dynamics.get_feat(state)
+
+  def _action(self, outputs):
+    """Actions of linear outputs [..., A]."""
+    if self._choices:
+      return tools.FactoredOneHotDist(outputs, self._choices).mode()
+    return tf.tanh(outputs)
+
+  def _control(self, weights, inputs):
+    """Actions [P, N, A] of controllers [P, n] for inputs [P, N, F]."""
+    size = self._features * self._actions
+    kernel = tf.reshape(weights[:, :size], [-1, self._features, self._actions])
+    return self._action(tf.matmul(inputs, kernel) + weights[:, None, size:])
+
+  # Imagination
+
+  def losses(self, post, seeds):
+    if self._c.evolve == 'environment':
+      return {}, {}
+    fitness = tf.cond(
+      self._waits,
+      lambda: tf.zeros(self.population.shape[:1]),
+      lambda: self.fitness(post, self.population, seeds[: self._c.horizon]),
+    )
+    return {}, dict(fitness=fitness)
+
+  def fitness(self, post, population, seeds):
+    """Returns of controllers in imagination.
+
+        start   s_0   a posterior state of the batch
+        state   s_1    s_2   ...   s_H       each controller's own
+        reward  r_1    r_2   ...   r_H       of the state it is at
+        chance   1     g_1   ...  g_1..g_{H-1}, to get there: pcont / discount
+        noise   e_1    e_2   ...   e_H       the same for all controllers
+
+    Args:
+      post: posterior states {...: [B, T, ...]}.
+      population: weights of the controllers, [P, n].
+      seeds: int32 [H, 2].
+
+    Returns:
+      V_R (Eq. 4), mean over the starts, [P].
+    """
+    c, dynamics, world = self._c, self._world.dynamics, self._world
+    starts = self.starts(post, tf.bitwise.invert(seeds[0]))
+    count, size = starts['stoch'].shape
+    people = population.shape[0]
+
+    def each(tensor):  # [P * N, ...] as [P, N, ...]
+      return tf.reshape(tensor, [people, count, tensor.shape[-1]])
+
+    def step(carry, seed):
+      state, chance, total = carry
+      action = self._control(population, each(self._inputs(state)))
+      action = tf.reshape(action, [people * count, self._actions])
+      state = dynamics.img_step(state, action, seed)
+      noise = tf.tile(distribute.normal([count, size], seed), [people, 1])
+      spread = c.temperature**0.5 * state['std']  # variance times temperature
+      state = dict(state, stoch=state['mean'] + spread * noise)
+      feat = dynamics.get_feat(state)
+      total += chance * world.reward(feat).mean()  # Eq. 4
+      if c.pcont:
+        chance *= world.pcont(feat).mean() / c.discount
+      return state, chance, total
+
+    state = {k: tf.tile(v, [people, 1]) for k, v in starts.items()}
+    zeros = tf.zeros([people * count])
+    _, _, total = tf.foldl(step, seeds, (state, tf.ones_like(zeros), zeros))
+    return tf.reduce_mean(tf.reshape(total, [people, count]), 1)
+
+  def before_update(self, waits):
+    if self._c.evolve == 'imagination':
+      self._load_once()
+    self._waits.assign(waits)
+
+  def after_update(self, metrics):
+    fitness = metrics.pop('fitness', None)
+    if fitness is None or self._waits.numpy():
+      return metrics
+    fitness = fitness.numpy()
+    if np.isfinite(fitness).all():  # else what is logged ends the run
+      self._generations.end(fitness)
+      self._begin_generation()
     return dict(
-      popsize=self._population,
-      randn=self._normal,
-      CMA_diagonal=not self._full,
-      CMA_mirrors=False,  # would look at the generation before
-      AdaptSigma=cma.sigma_adaptation.CMAAdaptSigmaCSA,
-      conditioncov_alleviate=None,  # would change what the weights are
-      seed=np.nan,
-      verbose=-9,
-      verb_log=0,
+      metrics,
+      imag_return=fitness.mean(),
+      imag_return_best=fitness.max(),
+      evolve_std=self._generations.search.std,
     )
 
-  def begin(self, mean):
-    """The first generation will be around `mean` [n]."""
-    import cma
+  # Episodes
 
-    mean = np.asarray(mean, np.float64)
-    self._es = cma.CMAEvolutionStrategy(mean, self._std, self.options())
+  def before_action(self, reset):
+    if self._c.evolve == 'imagination' or not np.any(reset):
+      return
+    self._load_once()
+    if self._acting is None:
+      shape = [len(reset), self.population.shape[1]]
+      self._acting = tf.Variable(tf.zeros(shape), trainable=False)
+    acting = self._acting.numpy()
+    chosen = self._generations.begin_episodes(np.asarray(reset))
+    for index, weights in chosen.items():
+      acting[index] = weights
+    self._acting.assign(acting)
 
-  def _normal(self, *shape):
-    """Noise of this generation."""
-    return np.random.default_rng([self._seed, self.generation]).normal(
-      size=shape
+  def hear(self, index, episode):
+    if self._acting is None:
+      return {}
+    score = float(np.sum(episode['reward'], dtype=float))
+    fitness = self._generations.end_episode(index, score)
+    if fitness is None:
+      self._saved.assign(self._generations.state())
+      return {}
+    self._begin_generation()
+    return dict(
+      generation=self._generations.search.generation,
+      generation_return=fitness.mean(),
+      generation_return_best=fitness.max(),
+      evolve_std=self._generations.search.std,
     )
 
-  def ask(self):
-    """The population of this generation, float64 [P, n]."""
-    return np.array(self._es.ask())
+  # The search
 
-  def tell(self, population, fitness):
-    """Ends a generation.
+  def _load_once(self):
+    """Goes on from `state`, or begins at the controller's weights."""
+    if self._generations.population is None:
+      kernel, bias = (w.numpy() for w in self.controller.weights)
+      mean = np.concatenate([kernel.ravel(), bias])
+      self._generations.load(self._saved.numpy(), mean)
+      self.population.assign(self._generations.population)
 
-    Args:
-      population: what `ask` gave.
-      fitness: [P], larger is better.
+  def _begin_generation(self):
+    """The answer so far becomes the controller, and all is saved.
+
+    In one variable, of which a checkpoint never holds half.
     """
-    costs = [-float(x) for x in fitness]
-    self._es.tell(list(population), costs, check_points=False)
-    if self._full:  # products round by the layout: that of what is restored
-      model = self._es.sm
-      model.B, model.C = map(np.ascontiguousarray, (model.B, model.C))
-
-  # The state
-
-  @property
-  def shapes(self):
-    """{name: shape} of the parts of a state, in its order."""
-    n = self._size
-    shapes = dict(counters=(5,), mean=(n,), path=(n,), sigma_path=(n,))
-    if self._full:
-      return dict(shapes, axes=(n,), covariance=(n, n), eigenvectors=(n, n))
-    return dict(shapes, scales=(n,))
-
-  @property
-  def length(self):
-    """Of a state."""
-    return sum(int(np.prod(shape)) for shape in self.shapes.values())
-
-  def state(self):
-    """What the next `ask` needs, float64 [length]; between generations."""
-    es, model = self._es, self._es.sm
-    counters = [1.0, es.countiter, es.sigma, 0.0, 0.0]
-    parts = dict(mean=es.mean, path=es.pc, sigma_path=es.adapt_sigma.ps)
-    if self._full:
-      counters[3:] = model.last_update, model.count_eigen
-      parts.update(axes=model.D, covariance=model.C, eigenvectors=model.B)
-    else:
-      parts.update(scales=es.sigma_vec.scaling * np.ones(self._size))
-    parts.update(counters=np.array(counters))
-    return np.concatenate([parts[name].ravel() for name in self.shapes])
-
-  def restore(self, state):
-    """Goes on from a `state`; the same search, bit for bit."""
-    import cma
-
-    parts, start = {}, 0
-    for name, shape in self.shapes.items():
-      end = start + int(np.prod(shape))
-      parts[name] = np.array(state[start:end]).reshape(shape)
-      start = end
-    self.begin(parts['mean'])
-    es, model = self._es, self._es.sm
-    _, es.countiter, es.sigma, *updates = map(float, parts['counters'])
-    es.countiter = int(es.countiter)
-    es.mean_old, es.timer = es.mean, cma.utilities.utils.ElapsedWCTime()
-    es.pc, es.adapt_sigma.ps = parts['path'], parts['sigma_path']
-    if self._full:
-      model.last_update, model.count_eigen = map(int, updates)
-      model.count_tell = es.countiter
-      model.D, model.C = parts['axes'], parts['covariance']
-      model.B = parts['eigenvectors']
-      es._updateBDfromSM(model)
-    else:
-      scales = cma.transformations.DiagonalDecoding(parts['scales'])
-      es.sigma_vec = scales
-
-
-class Generations:
-  """The generations of a search, whose controllers may have episodes.
-
-  Args:
-    search: `Search`.
-    population: P.
-    episodes: of each controller in a generation, at least.
-
-  Attributes:
-    search: as given.
-    population: weights of the controllers of this generation, float64 [P, n];
-      None before `load`.
-  """
-
-  def __init__(self, search, population, episodes):
-    self.search, self._least = search, episodes
-    self._length = search.length + 2 * population
-    self.population = None
-    self._candidates = None  # of each environment its controller, or -1
-
-  def blank(self):
-    """The `state` that a new search begins from."""
-    return np.zeros(self._length)
-
-  def load(self, state, mean):
-    """Goes on from a `state`, or begins around `mean` [n] if that is blank."""
-    search, rest = np.split(np.array(state), [self.search.length])
-    self._returns, self._episodes = np.split(rest, 2)
-    if search[0]:
-      self.search.restore(search)
-    else:
-      self.search.begin(mean)
-    self._ask()
-
-  def state(self):
-    """What asks for the same population again, with its returns so far."""
-    return np.concatenate([self._before, self._returns, self._episodes])
-
-  def end(self, fitness):
-    """Ends a generation whose controllers have a fitness [P]."""
-    self.search.tell(self.population, fitness)
-    self._returns[:] = self._episodes[:] = 0
-    self._ask()
-
-  def _ask(self):
-    self._before = self.search.state()
-    self.population = self.search.ask()
-
-  def begin_episodes(self, reset):
-    """Gives each environment whose episode begins a controller.
-
-    It is the one with the fewest episodes, those under way counted.
-
-    Args:
-      reset: bool [E].
-
-    Returns:
-      {index of an environment: weights [n]}.
-    """
-    if self._candidates is None:
-      self._candidates = np.full(len(reset), -1)
-    self._candidates[reset] = -1
-    acting = {}
-    for index in np.flatnonzero(reset):
-      counts = self._episodes.copy()
-      np.add.at(counts, self._candidates[self._candidates >= 0], 1)
-      self._candidates[index] = candidate = counts.argmin()
-      acting[index] = self.population[candidate]
-    return acting
-
-  def end_episode(self, index, score):
-    """Takes the return of the episode that environment `index` ended.
-
-    Returns:
-      Mean return of each controller [P] if that ended the generation, or None.
-    """
-    if self._candidates is None or self._candidates[index] < 0:
-      return None  # it belongs to no generation
-    candidate, self._candidates[index] = self._candidates[index], -1
-    self._returns[candidate] += score
-    self._episodes[candidate] += 1
-    if self._episodes.min() < self._least:
-      return None
-    fitness = self._returns / self._episodes
-    self.end(fitness)
-    self._candidates[:] = -1  # nor does what is under way
-    return fitness
+    mean = self._generations.search.mean
+    kernel, bias = np.split(mean, [-self._actions])
+    self.controller.weights[0].assign(kernel.reshape([-1, self._actions]))
+    self.controller.weights[1].assign(bias)
+    self.population.assign(self._generations.population)
+    self._saved.assign(self._generations.state())

@@ -142,7 +142,7 @@ class FreeLearner(Learner):
 
   Args:
     agent: `dreamer.Dreamer` that learns.
-    run: a `training.Run`.
+    run: a `run_kinds.Run`.
     copy: another one, made alike, that acts; None with --role learn.
   """
 
@@ -224,7 +224,7 @@ class Follower:
 
   Args:
     agent: `dreamer.Dreamer` that checkpoints are restored to, beside acting.
-    run: a `training.Run`.
+    run: a `run_kinds.Run`.
     copy: another one, made alike, that acts.
 
   Attributes:

@@ -80,7 +80,7 @@ class Learner:
 
   Args:
     agent: `dreamer.Dreamer`.
-    run: a `training.Run`.
+    run: a `run_kinds.Run`.
 
   Attributes:
     after_update: called between updates.

@@ -14,7 +14,7 @@ class Progress:
   """What a run has done: its checkpoints, and the evaluations made.
 
   Args:
-    run: a `training.Run`.
+    run: a `run_kinds.Run`.
     learner: a `learner.Learner`.
   """
 

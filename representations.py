@@ -11,7 +11,6 @@ import tensorflow as tf
 
 import distribute
 import models
-import tools
 
 
 class RewardOnly:
@@ -97,7 +96,7 @@ class Contrastive(RewardOnly):
     if mask is None:
       gaussian = [distribute.gather(x) for x in gaussian]
       first = distribute.replica()[0] * tf.shape(state)[0]
-    likes = tools.contrast(state, *gaussian, mask, first)  # J_S of Eq. 12
+    likes = contrast(state, *gaussian, mask, first)  # J_S of Eq. 12
     return dict(state=likes)
 
   def _negatives(self, batch, length):
@@ -109,3 +108,36 @@ class Contrastive(RewardOnly):
     if self._c.contrast == 'window':
       mask &= abs(time[:, None] - time) <= self._c.contrast_window
     return mask
+
+
+def contrast(state, mean, std, mask=None, first=0):
+  """J_S of Eq. 12 plus ln of the number of images that it chooses among.
+
+      ln q(s_i | o_i) - ln( 1/K sum_j q(s_i | o_j) )
+
+  It bounds the mutual information of states and images from below: 0 where
+  images tell nothing, at most ln K. Costs two products [N, F] x [F, N] and
+  4 N^2 bytes for each of a few matrices (25 MB at 2,500 images).
+
+  Args:
+    state: s_i, float32 [N, F].
+    mean, std: of q(. | o_j), float32 [M, F] each, M >= N.
+    mask: bool [N, M], which o_j each s_i is held against; None for all. That
+      of the same row is true.
+    first: row of the first state's image among the M.
+
+  Returns:
+    float32 [N].
+  """
+  precision = 1.0 / tf.square(std)
+  square = tf.matmul(tf.square(state), precision, transpose_b=True)
+  product = tf.matmul(state, mean * precision, transpose_b=True)
+  image = tf.square(mean) * precision + 2.0 * tf.math.log(std)
+  scores = product - 0.5 * (square + tf.reduce_sum(image, -1))
+  count = tf.cast(tf.shape(scores)[1], tf.float32)
+  if mask is not None:
+    scores = tf.where(mask, scores, -np.inf)
+    count = tf.reduce_sum(tf.cast(mask, tf.float32), -1)
+  total = tf.reduce_logsumexp(scores, -1)
+  own = tf.slice(scores, [0, first], [-1, tf.shape(scores)[0]])
+  return tf.linalg.diag_part(own) - total + tf.math.log(count)

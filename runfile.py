@@ -275,3 +275,8 @@ def _check_resume(config, saved, path=None):
 
 def _shown(value):
   return json.dumps(value) if isinstance(value, dict) else value
+
+
+def begins(config):
+  """Whether there is no checkpoint to go on from."""
+  return not any(config.logdir.glob('checkpoints/ckpt-*.index'))

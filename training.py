@@ -13,11 +13,8 @@ Steps are environment steps; gradient steps are called updates. E environments.
 """
 
 import contextlib
-import dataclasses
 import pathlib
 import tempfile
-import time
-import typing
 
 import keras
 import numpy as np
@@ -31,6 +28,7 @@ import environments
 import episode_files
 import free
 import replay
+import run_kinds
 import runfile
 import spaces
 import suites
@@ -39,131 +37,6 @@ from cli import UserError
 from learner import Learner
 from logger import Logger
 from progress import make_progress
-
-
-@dataclasses.dataclass
-class Run:
-  """What the parts of a run share."""
-
-  config: cli.AttrDict
-  team: distribute.Team
-  stop: cli.StopSignal
-  logger: Logger
-  function: typing.Callable | None = None  # makes custom environments
-  hear: typing.Callable = lambda index, episode: {}  # `Behavior.hear`
-
-  # What kinds of runs do.
-  collects: typing.ClassVar = True
-  evaluates: typing.ClassVar = True
-  learns: typing.ClassVar = True
-
-  @property
-  def datadir(self):
-    """Folder of the training episodes."""
-    return self.config.logdir / 'episodes'
-
-  @property
-  def home(self):
-    """Folder of its log and metrics."""
-    return self.config.logdir
-
-  def steps(self):
-    """Environment steps in the replay, of all processes."""
-    return replay.count_steps(self.datadir, self.config, self.team.folders)
-
-  def wait(self):
-    """Until there is what another process brings."""
-
-  def follow(self, learner):
-    """Called when there is a learner."""
-
-  def episode_ended(self, index, episode):
-    """Of environment `index`, in training."""
-    metrics = self.hear(index, episode)
-    if metrics:
-      self.logger.scalars(self.steps(), metrics)
-
-  def say(self, line):
-    self.logger.say(line)
-
-
-@dataclasses.dataclass
-class OfflineRun(Run):
-  """A run on the episodes of a folder, whose steps follow from its updates."""
-
-  updates: typing.Callable = lambda: 0
-  collects: typing.ClassVar = False
-
-  @property
-  def datadir(self):
-    folder = pathlib.Path(self.config.offline)
-    inner = folder / 'episodes'  # of a logdir
-    return inner if inner.is_dir() else folder
-
-  def steps(self):
-    """Environment steps in which a run that collects has as many updates."""
-    c = self.config
-    return self.updates() * c.train_every // c.train_steps
-
-  def follow(self, learner):
-    self.updates = lambda: learner.updates
-
-  @property
-  def total(self):
-    """Updates of the whole run."""
-    c = self.config
-    return c.updates or -(-c.steps * c.train_steps // c.train_every)
-
-
-@dataclasses.dataclass
-class ActorRun(Run):
-  """One that acts beside one that learns (`--role act`)."""
-
-  learns: typing.ClassVar = False
-
-  @property
-  def home(self):
-    return self.config.logdir / runfile.ACT
-
-
-@dataclasses.dataclass
-class LearnerRun(Run):
-  """One that learns beside one that acts (`--role learn`)."""
-
-  collects: typing.ClassVar = False
-  evaluates: typing.ClassVar = False
-  LOOK: typing.ClassVar = 1.0  # seconds between looks for new episodes
-  _counted: tuple = (0.0, 0)  # when, and how many
-
-  def steps(self):
-    if time.monotonic() > self._counted[0] + self.LOOK:
-      self._counted = time.monotonic(), super().steps()
-    return self._counted[1]
-
-  def wait(self):
-    """Until the prefill is there."""
-    said = False
-    while True:
-      actor = runfile.load_actor(self.config)
-      prefill = max(1, (actor or self.config).prefill)
-      if self.steps() >= prefill and (actor or not _begins(self.config)):
-        return
-      if not said:
-        said = True
-        self.say(
-          f'Waiting for {prefill} environment steps: the same command with '
-          '--role act makes them.'
-        )
-      self.stop.check()
-      time.sleep(self.LOOK)
-
-
-def kind_of_run(config):
-  """The class of a run."""
-  if config.offline:
-    return OfflineRun
-  return dict(both=Run, act=ActorRun, learn=LearnerRun)[config.role]
-
 
 # --- Prefill -----------------------------------------------------------------
 
@@ -359,7 +232,7 @@ def run(config, make_agent, function=None):
     stop.install()
     datadir = config.logdir / 'episodes'
     step = replay.count_steps(datadir, config, team.folders)
-    this = kind_of_run(config)(config, team, stop, None, function)
+    this = run_kinds.kind_of_run(config)(config, team, stop, None, function)
     logger = Logger(this.home, config.steps, step, team.index)
     this.logger = logger
     try:
@@ -403,7 +276,7 @@ def _train(run, make_agent, envs, test_env):
     agent = make_agent(config, spec.actions, run.team, spec.inputs)
     for name, count in agent.count_parameters().items():
       run.say(f'Found {count} {name} parameters.')
-    if config.init_from and run.learns and _begins(config):
+    if config.init_from and run.learns and runfile.begins(config):
       _initialize(run, agent, make_agent, spec)
     learner = _make_learner(run, agent, make_agent, spec)
     run.follow(learner)
@@ -496,7 +369,7 @@ def _prepare(run, envs, test_env):
   else:
     spec = _replay_spec(run) if config.offline else _told_spec(run)
   configs.resolve_actions(config, spec.actions)
-  if config.init_from and _begins(config):
+  if config.init_from and runfile.begins(config):
     runfile.load_config(config.init_from)  # or an error, before the work
   shapes = {**spec.inputs, 'action': spec.actions.shape}
   replay.Replay(run.datadir, shapes=shapes, repair=bool(envs)).check()
@@ -527,11 +400,6 @@ def _told_spec(run):
   inputs, actions = runfile.load_spaces(folder)
   about = [f'The agent sees {", ".join(inputs)}, of another process.']
   return environments.Spec(inputs, actions, about)
-
-
-def _begins(config):
-  """Whether there is no checkpoint to go on from."""
-  return not any(config.logdir.glob('checkpoints/ckpt-*.index'))
 
 
 def _initialize(run, agent, make_agent, spec):

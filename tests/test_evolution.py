@@ -19,7 +19,7 @@ import cli
 import commandline
 import spaces
 import tools
-from evolution import Search
+from cmaes import Search
 
 SIZE = 42  # products of so many round by the layout in memory
 

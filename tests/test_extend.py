@@ -82,7 +82,7 @@ def test_a_suite(tmp_path):
 
 def test_a_representation(tmp_path):
   names = apply('representation', tmp_path)
-  assert names == {'representations.py', 'configs.py'}
+  assert names == {'thumbnail.py', 'configs.py'}
   check_style(tmp_path, names)
   flags = '--representation', 'thumbnail'
   metrics, method = train(tmp_path, *REACH, *flags)
@@ -92,7 +92,7 @@ def test_a_representation(tmp_path):
 
 def test_a_behavior(tmp_path):
   names = apply('behavior', tmp_path)
-  assert names == {'behaviors.py', 'configs.py'}
+  assert names == {'shooting.py', 'configs.py'}
   check_style(tmp_path, names)
   flags = '--behavior', 'shooting', '--plan_candidates', '100'
   metrics, method = train(tmp_path, *REACH, *flags)
@@ -102,7 +102,7 @@ def test_a_behavior(tmp_path):
 
 def test_a_head(tmp_path):
   names = apply('head', tmp_path)
-  assert names == {'dreamer.py'}
+  assert names == {'world_model.py'}
   check_style(tmp_path, names)
   metrics, _ = train(tmp_path, *REACH)
   assert metrics['brightness_loss'] > 0

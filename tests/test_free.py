@@ -22,6 +22,7 @@ import episode_files
 import free
 import logger
 import run_folders
+import run_kinds
 import runfile
 import spaces
 import training
@@ -120,7 +121,7 @@ def learner(tmp_path):
     episode_files.save_episodes(tmp_path / 'episodes', [episode])
   log = logger.Logger(tmp_path, 1000)
   agent.config.update(role='learn', max_ratio=0.1, pretrain=4)
-  run = training.LearnerRun(
+  run = run_kinds.LearnerRun(
     agent.config, distribute.Team(), cli.StopSignal(), log
   )
   yield free.FreeLearner(agent, run), run
@@ -172,7 +173,7 @@ def test_updates_may_follow_from_steps_again(learner, tmp_path):
   saver.save(1)
   agent = make_agent(tmp_path)
   agent.config.update(deterministic=True)  # to wait for updates
-  run = training.Run(agent.config, distribute.Team(), run.stop, run.logger)
+  run = run_kinds.Run(agent.config, distribute.Team(), run.stop, run.logger)
   again = Learner(agent, run)
   saver = checkpoints.Checkpoints(tmp_path / 'saved', **again.trackable())
   assert saver.restore()

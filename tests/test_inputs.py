@@ -14,6 +14,7 @@ import dreamer
 import library
 import spaces
 import tools
+import world_model
 
 BOTH = dict(image=(64, 64, 3), height=(), pose=(2, 3), flags=(4,))
 VECTORS = dict(height=(), pose=(2, 3), flags=(4,))
@@ -325,7 +326,7 @@ def test_predicts_a_linear_system_open_loop(tmp_path):
       agent.train(next(batches))
       agent.updates.assign_add(1)
     truth, model = agent.world.open_loop_curves(next(batches))['vector']
-    late = (truth - model)[:, dreamer.CONTEXT :]
+    late = (truth - model)[:, world_model.CONTEXT :]
     share = tf.reduce_mean(late**2) / tf.math.reduce_variance(truth)
     errors.append(float(share))
   assert errors[0] > 0.8 and errors[1] < 0.1

@@ -11,12 +11,13 @@ import test_dreamer
 from tensorflow_probability import distributions as tfd
 from test_dreamer import batch_of, run_here
 
+import behaviors
 import cli
 import commandline
 import configs
 import dreamer
 import logger
-import tools
+import representations
 import training
 import wrappers
 
@@ -66,7 +67,7 @@ def test_contrast_beside_a_double_loop(masked):
     mask = np.eye(7, dtype=bool)
     mask[2, 5] = mask[0, 1] = mask[0, 6] = True
   expected = contrast_by_loops(*arrays, mask)
-  actual = tools.contrast(*single(*arrays), mask)
+  actual = representations.contrast(*single(*arrays), mask)
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -75,7 +76,7 @@ def test_contrast_gradient_by_finite_differences():
   tensors = single(*arrays)
   with tf.GradientTape() as tape:
     tape.watch(tensors)
-    loss = tf.reduce_mean(tools.contrast(*tensors))
+    loss = tf.reduce_mean(representations.contrast(*tensors))
   for number, grad in enumerate(tape.gradient(loss, tensors)):
     numeric = np.zeros(grad.shape)
     for index in np.ndindex(*grad.shape):
@@ -90,12 +91,15 @@ def test_contrast_without_information_and_with_all():
   state, mean, std = random_contrast(50, 3)
   same = np.zeros_like(mean), np.ones_like(std)
   np.testing.assert_allclose(
-    tools.contrast(*single(state, *same)), 0, atol=1e-5
+    representations.contrast(*single(state, *same)), 0, atol=1e-5
   )
   independent = np.random.default_rng(1).normal(size=mean.shape)
-  assert tf.reduce_mean(tools.contrast(*single(state, independent, std))) <= 0
+  assert (
+    tf.reduce_mean(representations.contrast(*single(state, independent, std)))
+    <= 0
+  )
   apart = 100.0 * np.arange(50)[:, None] + np.zeros((50, 3))
-  known = tools.contrast(*single(apart, apart, np.ones_like(std)))
+  known = representations.contrast(*single(apart, apart, np.ones_like(std)))
   np.testing.assert_allclose(known, np.log(50), rtol=1e-5)
 
 
@@ -218,11 +222,11 @@ def test_planning_beside_the_optimum_of_a_linear_quadratic_task():
     effort = tf.reduce_sum(actions[..., 0] ** 2, -1)
     return -tf.reduce_sum(x**2, -1) - cost * effort
 
-  plan = tools.cross_entropy_method(
+  plan = behaviors.cross_entropy_method(
     score, [3, horizon, 1], 1000, 100, 10, tf.constant([1, 2])
   )
   np.testing.assert_allclose(plan[..., 0], optimum, atol=0.05)
-  few = tools.cross_entropy_method(
+  few = behaviors.cross_entropy_method(
     score, [3, horizon, 1], 1000, 100, 1, tf.constant([1, 2])
   )
   assert np.abs(few[..., 0] - optimum).max() > 0.1  # it takes iterations

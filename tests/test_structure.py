@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import configs
+
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = {p.stem: p for p in ROOT.glob('*.py') if p.stem != 'setup'}
 # What may be imported inside a function: packages that are optional or slow to
@@ -31,6 +33,12 @@ def imports(name):
     names = {x.partition('.')[0] for x in names}
     (inner if node.col_offset else top).update(names)
   return top, inner
+
+
+def named():
+  """Modules that a registry names, and nothing imports."""
+  arms = [*configs.BEHAVIORS.values(), *configs.REPRESENTATIONS.values()]
+  return {arm.network.partition('.')[0] for arm in arms}
 
 
 def reached(*names):
@@ -72,7 +80,7 @@ def test_setup_installs_what_the_agent_imports():
     for node in ast.walk(tree)
     if isinstance(node, ast.keyword) and node.arg == 'py_modules'
   )
-  assert installed == sorted(reached('dreamer') | {'ray_workers'})
+  assert installed == sorted(reached('dreamer', *named()) | {'ray_workers'})
 
 
 def defined(name):

@@ -31,7 +31,7 @@ import evaluate
 import learner
 import logger
 import run_folders
-import training
+import run_kinds
 
 ROOT = pathlib.Path(dreamer.__file__).parent
 
@@ -66,7 +66,7 @@ def make_learner(small):
     episodes = config['logdir'] / 'episodes'
     shutil.copytree(episodes, folder / 'episodes', dirs_exist_ok=True)
     log = logger.Logger(folder, 100)
-    run = training.Run(agent._c, distribute.Team(), cli.StopSignal(), log)
+    run = run_kinds.Run(agent._c, distribute.Team(), cli.StopSignal(), log)
     return learner.Learner(agent, run)
 
   return make

@@ -1,0 +1,136 @@
+"""Kinds of runs: what each collects, evaluates and learns, and its steps."""
+
+import dataclasses
+import pathlib
+import time
+import typing
+
+import cli
+import distribute
+import replay
+import runfile
+from logger import Logger
+
+
+@dataclasses.dataclass
+class Run:
+  """What the parts of a run share."""
+
+  config: cli.AttrDict
+  team: distribute.Team
+  stop: cli.StopSignal
+  logger: Logger
+  function: typing.Callable | None = None  # makes custom environments
+  hear: typing.Callable = lambda index, episode: {}  # `Behavior.hear`
+
+  # What kinds of runs do.
+  collects: typing.ClassVar = True
+  evaluates: typing.ClassVar = True
+  learns: typing.ClassVar = True
+
+  @property
+  def datadir(self):
+    """Folder of the training episodes."""
+    return self.config.logdir / 'episodes'
+
+  @property
+  def home(self):
+    """Folder of its log and metrics."""
+    return self.config.logdir
+
+  def steps(self):
+    """Environment steps in the replay, of all processes."""
+    return replay.count_steps(self.datadir, self.config, self.team.folders)
+
+  def wait(self):
+    """Until there is what another process brings."""
+
+  def follow(self, learner):
+    """Called when there is a learner."""
+
+  def episode_ended(self, index, episode):
+    """Of environment `index`, in training."""
+    metrics = self.hear(index, episode)
+    if metrics:
+      self.logger.scalars(self.steps(), metrics)
+
+  def say(self, line):
+    self.logger.say(line)
+
+
+@dataclasses.dataclass
+class OfflineRun(Run):
+  """A run on the episodes of a folder, whose steps follow from its updates."""
+
+  updates: typing.Callable = lambda: 0
+  collects: typing.ClassVar = False
+
+  @property
+  def datadir(self):
+    folder = pathlib.Path(self.config.offline)
+    inner = folder / 'episodes'  # of a logdir
+    return inner if inner.is_dir() else folder
+
+  def steps(self):
+    """Environment steps in which a run that collects has as many updates."""
+    c = self.config
+    return self.updates() * c.train_every // c.train_steps
+
+  def follow(self, learner):
+    self.updates = lambda: learner.updates
+
+  @property
+  def total(self):
+    """Updates of the whole run."""
+    c = self.config
+    return c.updates or -(-c.steps * c.train_steps // c.train_every)
+
+
+@dataclasses.dataclass
+class ActorRun(Run):
+  """One that acts beside one that learns (`--role act`)."""
+
+  learns: typing.ClassVar = False
+
+  @property
+  def home(self):
+    return self.config.logdir / runfile.ACT
+
+
+@dataclasses.dataclass
+class LearnerRun(Run):
+  """One that learns beside one that acts (`--role learn`)."""
+
+  collects: typing.ClassVar = False
+  evaluates: typing.ClassVar = False
+  LOOK: typing.ClassVar = 1.0  # seconds between looks for new episodes
+  _counted: tuple = (0.0, 0)  # when, and how many
+
+  def steps(self):
+    if time.monotonic() > self._counted[0] + self.LOOK:
+      self._counted = time.monotonic(), super().steps()
+    return self._counted[1]
+
+  def wait(self):
+    """Until the prefill is there."""
+    said = False
+    while True:
+      actor = runfile.load_actor(self.config)
+      prefill = max(1, (actor or self.config).prefill)
+      if self.steps() >= prefill and (actor or not runfile.begins(self.config)):
+        return
+      if not said:
+        said = True
+        self.say(
+          f'Waiting for {prefill} environment steps: the same command with '
+          '--role act makes them.'
+        )
+      self.stop.check()
+      time.sleep(self.LOOK)
+
+
+def kind_of_run(config):
+  """The class of a run."""
+  if config.offline:
+    return OfflineRun
+  return dict(both=Run, act=ActorRun, learn=LearnerRun)[config.role]
