@@ -485,6 +485,8 @@ def test_watch_updates_pages_and_leaves_whole_ones(tmp_path):
     [sys.executable, ROOT / 'report.py', *words],
     stdout=subprocess.PIPE,
     text=True,
+    # Shells let what runs in the background ignore it, tests among that.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
   try:
     assert process.stdout.readline().startswith('Wrote ')
