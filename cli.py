@@ -5,6 +5,7 @@ Nothing here imports TensorFlow.
 
 import contextlib
 import difflib
+import gc
 import os
 import pathlib
 import re
@@ -54,6 +55,7 @@ def main(name, run, argv=None):
     0 when finished or stopped on request, 1 for a run that cannot go on, 2 for
     bad input, 130 after Ctrl-C.
   """
+  gc.set_threshold(20_000, 20, 20)  # the many objects of graphs mostly stay
   for stream in (sys.stdout, sys.stderr):  # whatever the terminal can show
     with contextlib.suppress(AttributeError):
       stream.reconfigure(errors='backslashreplace')

@@ -6,8 +6,8 @@ import json
 import pathlib
 import sys
 
-import imageio.v3 as imageio
 import numpy as np
+import PIL.Image
 import tensorflow as tf
 import tqdm
 
@@ -17,9 +17,18 @@ from cli import atomic_write
 
 
 def encode_gif(frames, fps):
-  """Encodes uint8 frames [T, H, W, 3] as an animated GIF that loops."""
+  """Encodes uint8 frames [T, H, W, 3] as an animated GIF that loops.
+
+  Each frame has a palette of its own, by an octree: a tenth of the time of
+  Pillow's median cut, and no color is off by much, however few its pixels.
+  """
+  octree = PIL.Image.Quantize.FASTOCTREE
+  first, *others = (
+    PIL.Image.fromarray(frame).quantize(method=octree) for frame in frames
+  )
   buffer = io.BytesIO()
-  imageio.imwrite(buffer, frames, extension='.gif', loop=0, duration=1000 / fps)
+  options = dict(append_images=others, loop=0, duration=round(1000 / fps))
+  first.save(buffer, 'GIF', save_all=True, **options)
   return buffer.getvalue()
 
 

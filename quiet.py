@@ -1,11 +1,30 @@
 """Imports TensorFlow quietly; to be imported before anything that needs it."""
 
+import contextlib
+import gc
 import os
 
 import cli
 
+
+@contextlib.contextmanager
+def _uncollected():
+  """Keeps the garbage collector off a million objects that stay anyway.
+
+  A quarter of the time of the imports, and some of each collection after them.
+  """
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    gc.freeze()
+    if enabled:
+      gc.enable()
+
+
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # counts when it loads
-with cli.quiet_stderr(), cli.interruptible():
+with cli.quiet_stderr(), cli.interruptible(), _uncollected():
   import keras  # noqa: F401
   import tensorflow  # noqa: ICN001, F401
   import tensorflow_probability  # noqa: F401

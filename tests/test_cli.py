@@ -1,6 +1,7 @@
 """What all commands share: signals, names, small things."""
 
 import concurrent.futures
+import gc
 import os
 import pathlib
 import signal
@@ -119,6 +120,13 @@ with cli.interruptible():
   process.send_signal(signal.SIGINT)
   _, error = process.communicate(timeout=20)
   assert (process.returncode, error) == (-signal.SIGINT, b'')
+
+
+def test_collector_leaves_out_what_imports_made():
+  import quiet  # noqa: F401
+
+  assert gc.isenabled()
+  assert gc.get_freeze_count() > 200_000  # objects of TensorFlow and Keras
 
 
 @pytest.mark.parametrize('words', [['--help'], ['--tsk', 'x']])
