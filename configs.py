@@ -123,7 +123,7 @@ FLAGS = {
     Flag('log_images', Truth(), True,
          'log predictions and evaluations', 'release'),
     Flag('log_images_every', POSITIVE, 10_000,
-         'environment steps between predictions, at least',
+         'least number of environment steps between predictions',
          'release: 1000'),
     Flag('profile', Whole(), 0,
          "updates to record for TensorBoard's profiler"),
@@ -313,7 +313,8 @@ FLAGS = {
     Flag('expl_decay', Number(0, 1e15), 0.0,
          'environment steps that halve it; 0: none', 'release'),
     Flag('expl_ramp', Whole(), 0,
-         'updates in which it goes to the least linearly; 0: none', 'App. A'),
+         'updates over which it falls linearly to --expl_min; 0: none',
+         'App. A'),
     Flag('expl_min', AMOUNT, 0.0, 'least amount', 'release'),
   ],
 }
