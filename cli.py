@@ -62,7 +62,7 @@ def main(name, run, argv=None):
   try:
     return run(sys.argv[1:] if argv is None else argv) or 0
   except Stopped:
-    print('Stopped while starting; the same command resumes.')
+    print('Stopped at once; the same command resumes from what was saved.')
     return 0
   except Failure as error:
     if error.detail and error.detail not in str(error):

@@ -69,7 +69,7 @@ def _check_config(config):
       f'{config.plan_candidates}'
     )
   rows = config.time_limit // config.action_repeat + 1
-  if config.batch_length > rows:
+  if config.batch_length > rows and not config.offline:
     hint = f'Choose {rows} or less'
     if rows < 2:
       hint = 'Choose a larger --time_limit or a smaller --action_repeat'

@@ -42,11 +42,16 @@ def _next_stamp(directory):
   """The time, but after all names there, so that they sort by their age."""
   form = '%Y%m%dT%H%M%S%f'
   now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-  newest = max((p.name for p in directory.glob('*.npz')), default='')
   with contextlib.suppress(ValueError):
-    last = datetime.datetime.strptime(newest.partition('-')[0], form)
+    stamp = newest(directory).partition('-')[0]
+    last = datetime.datetime.strptime(stamp, form)
     now = max(now, last + datetime.timedelta(microseconds=1))
   return now.strftime(form)
+
+
+def newest(directory):
+  """The last name of a folder's episodes; '' if there is none."""
+  return max((p.name for p in directory.glob('*.npz')), default='')
 
 
 def episode_length(path):

@@ -154,7 +154,9 @@ def write_videos(agent, recorder, outdir):
     if not world.vector:
       return
   for name, pair in world.open_loop_curves(batch).items():
-    picture = logger.plot_curves(name, *(x.numpy() for x in pair))
+    truth, model = (x.numpy() for x in pair)
+    context = world.context(truth.shape[1])
+    picture = logger.plot_curves(name, truth, model, context)
     path = outdir / f'prediction{f"_{name}" if world.vector else ""}.png'
     path.write_bytes(imageio.imwrite('<bytes>', picture, extension='.png'))
     _wrote(path)
@@ -254,7 +256,7 @@ def run(argv):
     if args.json:
       args.json.write_text(json.dumps(figures, indent=2) + '\n')
   except OSError as error:
-    raise UserError(f'cannot write: {error}') from None
+    raise UserError(f'cannot read or write: {error}') from None
 
 
 def main(argv=None):

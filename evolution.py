@@ -205,9 +205,9 @@ class Evolution(behaviors.Behavior):
       self.population.assign(self._generations.population)
 
   def _begin_generation(self):
-    """The answer so far becomes the controller, and all is saved.
+    """The answer so far becomes the controller, and the search is saved.
 
-    In one variable, of which a checkpoint never holds half.
+    The search is in one variable, of which a checkpoint never holds half.
     """
     mean = self._generations.search.mean
     kernel, bias = np.split(mean, [-self._actions])

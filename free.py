@@ -203,8 +203,8 @@ class FreeLearner(Learner):
       self._beside.check()
 
   def halt(self):
-    super().halt()
     beside, self._beside = self._beside, None
+    super().halt()
     if beside:
       beside.end()
 
@@ -383,10 +383,15 @@ class LearnerProgress(FreeProgress):
 
 
 class ActorProgress(Progress):
-  """Progress of --role act: evaluations. It has no checkpoints of its own."""
+  """Progress of --role act: evaluations. It has no checkpoints of its own.
+
+  Its steps are those of whole episodes, as the learner counts them: both end
+  at the same.
+  """
 
   def after_portion(self):
     self._learner.catch_up()
+    self._learner.step = self._run.steps()
 
   def save(self):
     pass

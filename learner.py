@@ -172,7 +172,7 @@ class Learner:
         first = self._should_pretrain()
         due += self._c.pretrain if first else self._c.train_steps
       self._pending.assign_add(due)
-    if due or not self._learning:
+    if due or not self._learning or self._learning.done():
       self.catch_up()
       count = int(self._pending)
       if self._c.deterministic or not self._timer.count:
@@ -209,10 +209,12 @@ class Learner:
       learning.result()
 
   def halt(self):
-    """Ends learning, after the update under way."""
+    """Ends learning, after the update under way; raises what ended it."""
     self._halted = True
     self._thread.shutdown()
     self._profile.stop()
+    with contextlib.suppress(cli.Stopped):  # as whoever halts knows
+      self.catch_up()
 
   def _update(self):
     """Draws a batch and makes one update; checks that it is finite."""
@@ -330,5 +332,7 @@ class Learner:
       if not world.vector:
         return
     for name, pair in world.open_loop_curves(batch).items():
-      picture = logger.plot_curves(name, *(x.numpy() for x in pair))
+      truth, model = (x.numpy() for x in pair)
+      context = world.context(truth.shape[1])
+      picture = logger.plot_curves(name, truth, model, context)
       self._run.logger.video(step, f'agent/openl_{name}', picture[None, None])

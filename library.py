@@ -291,6 +291,7 @@ def load_dreamer(config, make_agent, env=None):
     finally:
       if not env:
         asked.close()
+  config.collect_action = 'sample'  # for `Agent.act` with sample=True
   return checkpoints.load_agent(config, make_agent, actions, inputs)
 
 

@@ -35,7 +35,7 @@ def encode_gif(frames, fps):
 ROWS = 12  # entries of a vector that are drawn, at most
 
 
-def plot_curves(name, truth, model, context=5):
+def plot_curves(name, truth, model, context):
   """Draws numbers, true and predicted, as an image uint8 [H, W, 3].
 
   A line marks where the `context` agent steps with observations end.

@@ -38,7 +38,7 @@ class Progress:
     return dict(
       exact=self.exact,
       evaluations=self._evaluations,
-      episodes=episode_files.count_episodes(self._run.datadir)[0],
+      newest=episode_files.newest(self._run.datadir),
       metrics_size=self._run.logger.size(),
       metrics=self._learner.unlogged(),
     )
@@ -80,13 +80,15 @@ class Progress:
     Args:
       env: for evaluations, or None where there is none.
     """
-    due = self._team.chief and self._should_eval(self._learner.step)
-    if not due or not env:
+    step = self._learner.step
+    if not self._team.chief or not self._should_eval.due(step):
       return
-    env.number(self._evaluations)
-    count = self._c.eval_episodes
-    tools.simulate(self._learner.evaluate, [env], episodes=count)
-    self._evaluations += count
+    if env:
+      env.number(self._evaluations)
+      count = self._c.eval_episodes
+      tools.simulate(self._learner.evaluate, [env], episodes=count)
+      self._evaluations += count
+    self._should_eval(step)  # or what stops here evaluates when it resumes
 
   def resume(self):
     """Restores the newest checkpoint; steps are those of whole episodes."""
@@ -172,7 +174,11 @@ class ExactProgress(Progress):
   def _rewind(self, saved):
     if not saved['exact']:
       return
-    later = sorted(self._run.datadir.glob('*.npz'))[saved['episodes'] :]
+    later = sorted(self._run.datadir.glob('*.npz'))
+    if 'newest' in saved:
+      later = [path for path in later if path.name > saved['newest']]
+    else:  # a checkpoint of before 2026-11-28
+      later = later[saved['episodes'] :]
     for path in later:
       path.unlink()
     if self._run.logger.size() > saved['metrics_size']:
@@ -187,9 +193,7 @@ class ExactProgress(Progress):
 
 def make_progress(run, learner):
   """`Progress`, or `ExactProgress` where a run can be exact."""
-  alone = run.config.envs == run.team.workers == 1
-  exact = run.config.deterministic and alone and not run.config.offline
-  return (ExactProgress if exact else Progress)(run, learner)
+  return (ExactProgress if run.exact else Progress)(run, learner)
 
 
 def receive(team, objects, seed):

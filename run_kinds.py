@@ -38,6 +38,12 @@ class Run:
     """Folder of its log and metrics."""
     return self.config.logdir
 
+  @property
+  def exact(self):
+    """Whether it is the same however often it is interrupted."""
+    alone = self.config.envs == self.team.workers == 1
+    return self.config.deterministic and alone and not self.config.offline
+
   def steps(self):
     """Environment steps in the replay, of all processes."""
     return replay.count_steps(self.datadir, self.config, self.team.folders)

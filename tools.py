@@ -39,15 +39,17 @@ class Every(tf.Module):
     self._every = int(every)
     self._last = tf.Variable(-1, dtype=tf.int64, trainable=False)
 
-  def __call__(self, step):
+  def due(self, step):
+    """Whether a call would be true; changes nothing."""
     last = int(self._last.numpy())
-    if last < 0:
-      self._last.assign(step)
-      return True
-    if self._every and step >= last + self._every:
-      self._last.assign(last + self._every)
-      return True
-    return False
+    return last < 0 or (self._every > 0 and step >= last + self._every)
+
+  def __call__(self, step):
+    if not self.due(step):
+      return False
+    last = int(self._last.numpy())
+    self._last.assign(step if last < 0 else last + self._every)
+    return True
 
   def skip(self, step):
     """As if it had been true at `step`."""

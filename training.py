@@ -68,6 +68,8 @@ def random_agent(actspace, seed, number=0):
 def prefill(run, envs):
   """Fills the replay with episodes of random actions, to `--prefill` steps."""
   config, team = run.config, run.team
+  if run.exact and not runfile.begins(config):
+    return  # it had its prefill; what came later is regenerated
   episodes, _ = episode_files.count_episodes(run.datadir)
   missing = -(-(config.prefill - team.from_chief(run.steps())) // team.workers)
   if missing <= 0:
@@ -188,9 +190,11 @@ class Estimate:
   """Says once, without a GPU and at release sizes, what a run takes here."""
 
   def __init__(self, run, learner):
-    self._run, self._learner = run, learner
-    large = run.config.batch_size * run.config.batch_length >= 1000
-    self._wanted = large and not tf.config.list_physical_devices('GPU')
+    self._run, self._learner, c = run, learner, run.config
+    large = c.batch_size * c.batch_length >= 1000
+    follows = c.learner == 'scheduled'  # so that steps tell updates
+    gpus = tf.config.list_physical_devices('GPU')
+    self._wanted = large and follows and not gpus
 
   def __call__(self):
     seconds = self._learner.seconds_per_update
@@ -284,7 +288,7 @@ def _train(run, make_agent, envs, test_env):
     progress = _make_progress(run, learner)
     progress.resume()
     number_episodes(run, envs)
-  before, estimate = learner.updates, Estimate(run, learner)
+  before, estimate = (learner.step, learner.updates), Estimate(run, learner)
   learner.after_update = lambda: (estimate(), progress.save_if_due())
   try:
     if envs:
@@ -298,6 +302,7 @@ def _train(run, make_agent, envs, test_env):
     run.say(_ending(run, learner, before))
     run.team.wait()  # to leave together
   except cli.Stopped:
+    run.say('Stopping after the update under way; again: at once, unsaved.')
     learner.halt()
     line = f'Stopped at step {learner.step}, {learner.updates} updates;'
     line += progress.save_when_stopped()
@@ -348,7 +353,7 @@ def _learn_beside(run, learner):
 def _learn_offline(run, learner, progress, test_env):
   """The same without collecting: updates alone, as far apart in steps."""
   c = run.config
-  portion = max(1, c.eval_every * c.train_steps // c.train_every)
+  portion = max(1, -(-c.eval_every * c.train_steps // c.train_every))
   while learner.updates < run.total:
     progress.evaluate_if_due(test_env)
     learner.learn(min(portion, run.total - learner.updates))
@@ -446,18 +451,24 @@ def _ending(run, learner, before):
   Args:
     run: `Run`.
     learner: as it is at the end.
-    before: updates that it had at the start.
+    before: environment steps and updates that it had at the start.
   """
   line = f'Finished at step {learner.step}, {learner.updates} updates.'
+  steps, updates = before
   if not run.learns:
     return line
+  if not learner.updates and steps < run.config.steps:
+    return (
+      f'{line} Nothing was learned, as --pretrain, --train_every and '
+      '--train_steps asked for no update.'
+    )
   if not learner.updates:
     return (
       f'{line} Nothing was learned, as the replay already holds --steps. To '
       f'learn from it, give --steps more than {learner.step}, and --pretrain '
       'the number of updates to begin with.'
     )
-  if learner.updates == before:
+  if learner.updates == updates:
     flag = '--updates' if run.config.updates else '--steps'
     line += f' Nothing was left to do; a larger {flag} goes on.'
   return line

@@ -262,9 +262,14 @@ class WorldModel:
     heads = {k: self.heads[k] for k in ('reward', 'vector') if k in self.heads}
     return {k: (data[k], head(feat).mean()) for k, head in heads.items()}
 
+  @staticmethod
+  def context(length):
+    """Steps with observations in a prediction of `length` steps."""
+    return min(CONTEXT, length - 1)
+
   def _predict(self, data):
     """Features [B, T, F] from 5 steps of context and the actions alone."""
-    context = min(CONTEXT, data['action'].shape[1] - 1)
+    context = self.context(data['action'].shape[1])
     embed = self.embed({k: data[k][:, :context] for k in self.encoders})
     action = data['action']
     post, _ = self.dynamics.observe(embed, action[:, :context])

@@ -73,6 +73,14 @@ def test_second_signal_raises_anywhere(stop):
 # --- Small things -----------------------------------------------------------
 
 
+def test_stop_that_nothing_caught_promises_no_more_than_it_kept(capsys):
+  def run(words):
+    raise cli.Stopped
+
+  assert cli.main('x', run, []) == 0
+  assert 'resumes from what was saved' in capsys.readouterr().out
+
+
 def test_attr_dict():
   config = tools.AttrDict(a=1)
   config.b = 2

@@ -128,6 +128,17 @@ def learner(tmp_path):
   log.close()
 
 
+def test_actor_counts_whole_episodes_as_the_learner_does(learner, pair):
+  """Or it ends before there are --steps, which the learner waits for."""
+  beside, run = learner
+  source, copy, _ = pair
+  run = run_kinds.ActorRun(run.config, run.team, run.stop, run.logger)
+  follower = free.Follower(source, run, copy)
+  follower.step += 70  # a lost episode's 50, and some of the next
+  free.ActorProgress(run, follower).after_portion()
+  assert follower.step == beside._run.steps() == 100
+
+
 def test_updates_stop_at_the_largest_ratio(learner):
   learner, run = learner
   learner.pretrain()

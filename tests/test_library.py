@@ -18,6 +18,8 @@ import tensorflow as tf
 import cli
 import dreamer
 import evaluate
+import library
+import runfile
 import workers
 from gym_env import GymEnv
 
@@ -148,6 +150,19 @@ def test_sampling_draws_and_the_same_seed_repeats(runs):
   assert drawn.mean(0).min() > 0.1  # the mode alone would not do
   np.testing.assert_array_equal(act(3, True), drawn)
   assert (act(4, True) != drawn).any()
+
+
+def test_sampling_draws_though_the_run_collected_with_the_mode(runs):
+  config = runfile.load_config(runs('catch'))
+  config.collect_action = 'mode'
+  agent = library.Agent(library.load_dreamer(config, dreamer.Dreamer))
+  (obs,) = observations(agent, 1, envs=100)
+
+  def act(sample):
+    agent.reset(seed=3)
+    return agent.act(obs, sample=sample)
+
+  assert (act(True) != act(False)).any()
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_representation(method):
     truth, model = agent.world.open_loop_curves(batch_of(agent))['reward']
     np.testing.assert_array_equal(truth, batch_of(agent)['reward'])
     assert model.shape == truth.shape
-    picture = logger.plot_curves('reward', truth.numpy(), model.numpy())
+    picture = logger.plot_curves('reward', truth.numpy(), model.numpy(), 5)
     assert picture.dtype == np.uint8 and picture.shape[2] == 3
     assert picture.std() > 5
 

@@ -530,11 +530,14 @@ def test_every():
   assert not every(22)
   assert [every(55) for _ in range(5)] == [True] * 4 + [False]
   assert not every(62)
+  assert [every.due(step) for step in (62, 63, 63)] == [False, True, True]
   assert every(63)
+  assert not every.due(63)
 
 
 def test_every_zero_is_only_the_first_call():
   every = tools.Every(0)
+  assert every.due(0)
   assert every(0)
   assert not any(every(step) for step in (0, 1, 1000))
 

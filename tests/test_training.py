@@ -1,5 +1,6 @@
 """Runs: acting beside learning, then whole ones in real processes."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -30,8 +31,11 @@ import environments
 import evaluate
 import learner
 import logger
+import progress
 import run_folders
 import run_kinds
+import tools
+import training
 
 ROOT = pathlib.Path(dreamer.__file__).parent
 
@@ -136,6 +140,85 @@ def test_failure_of_learning_reaches_the_caller(make_learner, tmp_path):
   with pytest.raises(learner.NonFiniteError, match='_loss became nan'):
     act_once(agent)
   agent.halt()
+
+
+def break_beside_acting(agent):
+  """Lets the one update fail that goes on beside acting."""
+  act_once(agent)
+  agent._agent.world.reward._out.bias.assign([np.nan])
+  while not agent._learning:
+    act_once(agent)
+  concurrent.futures.wait([agent._learning])
+
+
+@pytest.mark.slow
+def test_failure_of_learning_is_raised_by_the_next_action(
+  make_learner, tmp_path
+):
+  """Though no update is due: it would act with weights that are broken."""
+  agent = make_learner(tmp_path, pretrain=1, train_every=100, train_steps=1)
+  break_beside_acting(agent)
+  with pytest.raises(learner.NonFiniteError, match='_loss became nan'):
+    act_once(agent)
+  agent.halt()
+
+
+@pytest.mark.slow
+def test_failure_of_learning_is_raised_before_a_stopped_run_saves(
+  make_learner, tmp_path
+):
+  agent = make_learner(tmp_path, pretrain=1, train_every=100, train_steps=1)
+  break_beside_acting(agent)
+  with pytest.raises(learner.NonFiniteError, match='_loss became nan'):
+    agent.halt()
+  agent.halt()  # said once
+
+
+@pytest.mark.slow
+def test_stopped_evaluation_is_made_when_the_run_resumes(
+  make_learner, tmp_path
+):
+  changes = dict(task='toy_reach', time_limit=20, parallel='none')
+  agent = make_learner(tmp_path, **changes)
+  run = agent._run
+  made = progress.Progress(run, agent)
+  with environments.running(run) as (_, env):
+    run.stop._handle(signal.SIGTERM, None)
+    with pytest.raises(cli.Stopped):
+      made.evaluate_if_due(env)
+    run.stop._requested = False
+    for _ in range(2):
+      made.evaluate_if_due(env)
+  scores = [x for x in read_metrics(tmp_path) if 'test/return' in x]
+  assert len(scores) == 1
+
+
+@pytest.mark.slow
+def test_exact_run_keeps_what_its_checkpoint_knew(make_learner, tmp_path):
+  """By name: a file that was set aside does not count for another."""
+  agent = make_learner(tmp_path, deterministic=True, prefill=10**6)
+  run = agent._run
+  made = progress.make_progress(run, agent)
+  assert isinstance(made, progress.ExactProgress)
+  made.save()
+  saved = made._collect()
+  known = sorted(run.datadir.glob('*.npz'))
+  training.prefill(run, [])  # adds nothing to a run that has begun
+  later = random_episode(np.random.default_rng(1), 12, 2)
+  tools.save_episodes(run.datadir, [later])
+  known[0].rename(known[0].with_suffix('.broken'))
+  made._rewind(saved)
+  assert sorted(run.datadir.glob('*.npz')) == known[1:]
+
+
+def test_what_a_run_without_updates_says(make_learner, tmp_path):
+  agent = make_learner(tmp_path, steps=150)
+  agent.step = 150
+  asked = training._ending(agent._run, agent, (100, 0))
+  assert 'asked for no update' in asked and 'more than' not in asked
+  assert '--steps more than 150' in training._ending(
+    agent._run, agent, (150, 0)
+  )
 
 
 @pytest.mark.slow
