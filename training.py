@@ -302,7 +302,7 @@ def _train(run, make_agent, envs, test_env):
     run.say(_ending(run, learner, before))
     run.team.wait()  # to leave together
   except cli.Stopped:
-    run.say('Stopping after the update under way; again: at once, unsaved.')
+    run.say('Stopping after the update under way; a second signal: unsaved.')
     learner.halt()
     line = f'Stopped at step {learner.step}, {learner.updates} updates;'
     line += progress.save_when_stopped()
