@@ -153,10 +153,7 @@ def write_videos(agent, recorder, outdir):
     write_strips(outdir / 'prediction.png', video)
     if not world.vector:
       return
-  for name, pair in world.open_loop_curves(batch).items():
-    truth, model = (x.numpy() for x in pair)
-    context = world.context(truth.shape[1])
-    picture = logger.plot_curves(name, truth, model, context)
+  for name, picture in logger.curve_pictures(world, batch):
     path = outdir / f'prediction{f"_{name}" if world.vector else ""}.png'
     path.write_bytes(imageio.imwrite('<bytes>', picture, extension='.png'))
     _wrote(path)

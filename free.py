@@ -205,7 +205,7 @@ class FreeLearner(Learner):
   def halt(self):
     beside, self._beside = self._beside, None
     super().halt()
-    if beside:
+    if beside:  # after all else: it raises what ended the updates
       beside.end()
 
   def _rates(self, last, mark):

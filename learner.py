@@ -331,8 +331,5 @@ class Learner:
       self._run.logger.video(step, 'agent/openl', video)
       if not world.vector:
         return
-    for name, pair in world.open_loop_curves(batch).items():
-      truth, model = (x.numpy() for x in pair)
-      context = world.context(truth.shape[1])
-      picture = logger.plot_curves(name, truth, model, context)
+    for name, picture in logger.curve_pictures(world, batch):
       self._run.logger.video(step, f'agent/openl_{name}', picture[None, None])

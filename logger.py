@@ -19,8 +19,8 @@ from cli import atomic_write
 def encode_gif(frames, fps):
   """Encodes uint8 frames [T, H, W, 3] as an animated GIF that loops.
 
-  Each frame has a palette of its own, by an octree: a tenth of the time of
-  Pillow's median cut, and no color is off by much, however few its pixels.
+  Each frame has a palette of its own, by an octree: much faster than Pillow's
+  median cut, and no color is off by much, however few its pixels.
   """
   octree = PIL.Image.Quantize.FASTOCTREE
   first, *others = (
@@ -64,6 +64,13 @@ def plot_curves(name, truth, model, context):
   axes[0, 0].legend(loc='best', fontsize='small')
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def curve_pictures(world, batch):
+  """Yields (name, picture) of all that `world.open_loop_curves` predicts."""
+  for name, pair in world.open_loop_curves(batch).items():
+    truth, model = (x.numpy() for x in pair)
+    yield name, plot_curves(name, truth, model, world.context(truth.shape[1]))
 
 
 def video_summary(name, video, step=None, fps=20):

@@ -9,9 +9,9 @@ import cli
 
 @contextlib.contextmanager
 def _uncollected():
-  """Keeps the garbage collector off a million objects that stay anyway.
+  """Keeps the garbage collector off the many objects that imports leave.
 
-  A quarter of the time of the imports, and some of each collection after them.
+  They stay anyway: it rests meanwhile, and later leaves them out.
   """
   enabled = gc.isenabled()
   gc.disable()

@@ -68,9 +68,9 @@ def random_agent(actspace, seed, number=0):
 def prefill(run, envs):
   """Fills the replay with episodes of random actions, to `--prefill` steps."""
   config, team = run.config, run.team
-  if run.exact and not runfile.begins(config):
-    return  # it had its prefill; what came later is regenerated
   episodes, _ = episode_files.count_episodes(run.datadir)
+  if episodes and run.exact and not runfile.begins(config):
+    return  # it had its prefill; what came later is regenerated
   missing = -(-(config.prefill - team.from_chief(run.steps())) // team.workers)
   if missing <= 0:
     if not episodes:

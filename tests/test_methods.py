@@ -161,6 +161,7 @@ def test_representation(method):
     picture = logger.plot_curves('reward', truth.numpy(), model.numpy(), 5)
     assert picture.dtype == np.uint8 and picture.shape[2] == 3
     assert picture.std() > 5
+    assert [agent.world.context(n) for n in (4, 50)] == [3, 5]
 
 
 @pytest.mark.slow

@@ -202,6 +202,8 @@ def test_one_hot_actions_are_found_in_episodes(tmp_path):
   'words, message',
   [
     (['--offline={}/nothing'], 'holds no whole episode'),
+    # Its windows may be longer than episodes of the task are here.
+    (['--offline={}/nothing', '--batch_length=200'], 'holds no whole episode'),
     (['--updates=5'], '--updates is for --offline'),
     (['--offline={}', '--train_steps=0'], 'needs --train_steps of 1 or more'),
     (['--offline={}', '--strategy=multiworker'], '--strategy mirrored'),
