@@ -116,12 +116,13 @@ class Names:
   Args:
     each: kind of a name.
     empty: whether there may be none.
+    order: function that puts them in order; they stay as given without it.
   """
 
   metavar = 'names'
 
-  def __init__(self, each=None, empty=False):
-    self.each, self._empty = each, empty
+  def __init__(self, each=None, empty=False, order=list):
+    self.each, self._empty, self._order = each, empty, order
 
   def __str__(self):
     return f'{self.each or "names"}, with commas between them'
@@ -130,9 +131,9 @@ class Names:
     words = [word.strip() for word in text.split(',')] if text.strip() else []
     if '' in words or not (words or self._empty):
       raise ValueError
-    for word in words if self.each else ():
-      self.each.parse(word)
-    return ','.join(dict.fromkeys(words))
+    if self.each:
+      words = [str(self.each.parse(word)) for word in words]
+    return ','.join(self._order(dict.fromkeys(words)))
 
 
 class Pattern:
@@ -193,7 +194,7 @@ class File(Path):
 
   def parse(self, text):
     path = super().parse(text)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike the path's own, it never raises
       raise Refused(' (it is a folder)')
     return path
 
@@ -209,6 +210,7 @@ class Arguments:
   def parse(self, text):
     try:
       value = json.loads(text, parse_constant=lambda name: 1 / 0)
+      json.dumps(value, allow_nan=False)  # as 1e400 is infinite
     except json.JSONDecodeError as error:
       raise Refused(f': {error}') from None
     except (ZeroDivisionError, RecursionError):

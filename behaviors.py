@@ -125,9 +125,8 @@ class Planning(Behavior):
       states = self._world.dynamics.imagine(actions, starts, seeds[1:])
       feat = self._world.dynamics.get_feat(states)
       reward = self._world.reward(feat).mean()
-      if c.pcont:
-        pcont = self._world.pcont(feat).mean()
-        reward *= tf.math.cumprod(pcont, 1, exclusive=True)
+      chance = tf.math.cumprod(self._world.chance(feat), 1, exclusive=True)
+      reward *= chance  # to get there
       return tf.reshape(tf.reduce_sum(reward, 1), [count, c.plan_candidates])
 
     plan = cross_entropy_method(

@@ -179,8 +179,9 @@ def _pieces(agent, batch, config):
 
   def heads(feat):
     terms = world.representation.likes(feat, embed, data, seeds[0])
-    for name in world.heads.keys() & data.keys():
-      terms[name] = world.heads[name](feat).log_prob(data[name])
+    for name, head in world.heads.items():
+      target = data['discount' if name == 'pcont' else name]
+      terms[name] = head(feat).log_prob(target)
     return -sum(tf.reduce_mean(term) for term in terms.values())
 
   encoders = [name for name in world.networks if name.startswith('encode')]
@@ -266,7 +267,9 @@ def policy(config, repeats):
 def windows(config, repeats):
   """Windows a second: warm, and from disk with the page cache dropped."""
   folder = config.logdir / 'episodes'
-  length, count = min(50, config.time_limit // config.action_repeat + 1), 500
+  names = episode_files.list_episodes(folder)
+  longest = max(map(episode_files.episode_length, names))
+  length, count = min(config.batch_length, longest), 500
 
   def read():
     drawn = replay.load_episodes(folder, config.batch_size, length)
@@ -296,12 +299,11 @@ def env(config, repeats):
   """Environment steps a second: of 1, 2 and 4 workers, and of a whole run."""
   rates, spread, repeats = {}, {}, max(2, repeats // 2)
   for count in (1, 2, 4):
-    with _environments(config, count) as envs:
+    with _environments(config, count) as (envs, lengths):
       act = training.random_agent(envs[0].action_space, 0)
-      collect = functools.partial(tools.simulate, act, envs, episodes=count)
-      times = median(collect, repeats)
-    steps = count * config.time_limit
-    rates[str(count)], *spread[str(count)] = _rates(steps, times)
+      steps = count * config.time_limit // config.action_repeat
+      collect = functools.partial(tools.simulate, act, envs, steps=steps)
+      rates[str(count)], *spread[str(count)] = _rates(collect, lengths, repeats)
   rate, *around = _run(config, repeats)
   figures = dict(env_steps_per_s=rates, run_env_steps_per_s=rate)
   return figures, dict(env_steps_per_s=spread, run_env_steps_per_s=around)
@@ -309,19 +311,39 @@ def env(config, repeats):
 
 @contextlib.contextmanager
 def _environments(config, count):
-  """Yields `count` environments in their workers, and closes them."""
-  envs = [environments.make_env(config, i) for i in range(count)]
+  """Yields environments in their workers, and the steps of their episodes."""
+  lengths = []
+
+  def add(episode):
+    lengths.append((len(episode['reward']) - 1) * config.action_repeat)
+
+  envs = [
+    environments.make_env(config, index, callbacks=[add])
+    for index in range(count)
+  ]
   try:
-    yield envs
+    yield envs, lengths
   finally:
     for each in envs:
       each.close()
 
 
-def _rates(steps, times):
-  """What a second brings, from seconds: (median, least, largest)."""
-  middle, low, high = times
-  return steps / middle, steps / high, steps / low
+def _rates(collect, lengths, repeats):
+  """Environment steps a second, once warm: (median, least, largest).
+
+  Args:
+    collect: function without arguments that makes episodes.
+    lengths: their steps, a list that grows meanwhile.
+    repeats: how often it is called.
+  """
+  rates = []
+  for _ in range(1 + repeats):
+    lengths.clear()
+    start = time.perf_counter()
+    collect()
+    rates.append(sum(lengths) / (time.perf_counter() - start))
+  del rates[0]
+  return float(np.median(rates)), min(rates), max(rates)
 
 
 def _run(config, repeats):
@@ -347,13 +369,12 @@ def _run(config, repeats):
     tools.simulate(learner, envs, episodes=config.envs)
     learner.catch_up()
 
-  with _environments(config, config.envs) as envs:
+  with _environments(config, config.envs) as (envs, lengths):
     try:
-      times = median(episode, repeats)
+      return _rates(episode, lengths, repeats)
     finally:
       learner.halt()
       logger.close()
-  return _rates(config.envs * config.time_limit, times)
 
 
 # --- Command ----------------------------------------------------------------
@@ -493,6 +514,8 @@ def gather(parts, words, repeats, logdir):
     process = subprocess.run(
       [*command, '--work', part, str(logdir)], stdout=subprocess.PIPE, text=True
     )
+    if process.returncode == 2:  # it has said why
+      sys.exit(2)
     if process.returncode:
       raise SystemExit(f'benchmark.py: the part {part} failed')
     result = json.loads(process.stdout.splitlines()[-1])

@@ -15,7 +15,13 @@ import time
 import tensorflow as tf
 
 import runfile
-from cli import UserError, atomic_write, nearest, warn
+from cli import (
+  UserError,
+  atomic_write,
+  nearest,
+  remove_temporary_files,
+  warn,
+)
 
 
 class RunState(tf.train.experimental.PythonState):
@@ -223,6 +229,7 @@ class Checkpoints:
 
     What is there stays where there is no checkpoint to go on from.
     """
+    remove_temporary_files(self._directory)
     keep = {f'ckpt-{n}' for n in self._numbers()[-self.KEEP :]}
     own = r'(ckpt-\d+)(_temp|\.index|\.data-\d+-of-\d+)|checkpoint\.tmp.*'
     for path in self._directory.glob('*'):

@@ -127,7 +127,7 @@ def compare(groups, paper, window):
     logged = [run for run in runs if len(run.steps)]
     lasts = [run.steps[-1] for run in logged]
     steps = int(min(lasts, default=0))
-    if lasts and steps < max(lasts) / 2:
+    if 0 < steps < max(lasts, default=0) / 2:
       run_folders.warn(
         f'{task}, {method}: compared at {steps} steps, where the shortest '
         f'run is; the longest has {int(max(lasts))}'
@@ -252,11 +252,13 @@ def table(rows):
   )
 
 
-def sentences(rows, summary, paper, yaxis, window):
+def sentences(rows, summary, paper, axes, window):
   """What stands below the table."""
+  xaxis, yaxis = axes
+  unit = 'environment steps' if xaxis == 'step' else f'of {xaxis}'
   yield (
     f'{yaxis}: mean ± standard deviation over seeds, each the mean of its last '
-    f'{window:.0f} environment steps; difference ± half of its 95% interval.'
+    f'{window:g} {unit}; difference ± half of its 95% interval.'
   )
   if not paper:
     return
@@ -443,14 +445,15 @@ def run(argv):
   if not any(len(r.steps) for group in groups.values() for r in group):
     raise UserError(
       f'no run has {args.yaxis} by {args.xaxis} in its metrics.jsonl yet'
-      + (': no evaluation has finished' if args.yaxis[:5] == 'test/' else '')
+      + _why(runs, args.xaxis, args.yaxis)
     )
   returns = args.yaxis in ('test/return', 'train/return')
   paper = load_paper() if returns and args.xaxis == 'step' else None
   rows = compare(groups, paper, args.window)
   summary = summarize(rows)
   print(table(rows), end='\n\n')
-  for line in sentences(rows, summary, paper, args.yaxis, args.window):
+  axes = args.xaxis, args.yaxis
+  for line in sentences(rows, summary, paper, axes, args.window):
     print(line)
   try:
     if args.outdir:
@@ -462,6 +465,18 @@ def run(argv):
       args.json.write_text(figures(rows, summary))
   except OSError as error:
     raise UserError(f'cannot write: {error}') from None
+
+
+def _why(runs, xaxis, yaxis):
+  """Why no run has one key by another, as a message goes on."""
+  if (xaxis, yaxis) == ('step', 'test/return'):
+    return ': no evaluation has finished'
+  keys = set().union(*(run_folders.keys_of(run.folder) for run in runs))
+  for flag, key in (('--xaxis', xaxis), ('--yaxis', yaxis)):
+    if key not in keys:
+      hint = cli.nearest(key, sorted(keys))
+      return f': there is no {key} in any ({flag}){hint}'
+  return ': no line has both'
 
 
 def main(argv=None):

@@ -154,7 +154,7 @@ FLAGS = {
          'environments that run at the same time', 'release'),
     Flag('env_args', arguments.Arguments(), {},
          'arguments of the constructor of a gym_ task', fixed=FIXED),
-    Flag('inputs', arguments.Names(), 'image',
+    Flag('inputs', arguments.Names(order=spaces.in_order), 'image',
          'what the agent sees: image, image_2, state (all vectors), or names '
          'of vectors', 'section 2', FIXED),
     Flag('record', arguments.Names(empty=True), '',

@@ -300,8 +300,8 @@ class ShortEpisodes:
     config = self._run.config
     if self._said or self._run.steps() < config.prefill:
       return
-    paths = self._run.datadir.glob('*.npz')
-    rows = [episode_files.episode_length(path) for path in paths]
+    names = episode_files.list_episodes(self._run.datadir)
+    rows = [episode_files.episode_length(name) for name in names]
     short = sum(n < config.batch_length for n in rows)
     if 0 < short < len(rows):
       self._said = True

@@ -6,7 +6,9 @@ TensorFlow here.
 
 import contextlib
 import datetime
+import errno
 import functools
+import os
 import pathlib
 import struct
 import uuid
@@ -18,6 +20,8 @@ import spaces
 from cli import atomic_write
 
 OTHERS = ('action', 'reward', 'discount')  # what is no observation
+# Errors of the system that come of what a file is; others come of the machine.
+OF_THE_FILE = (None, errno.EINVAL, errno.EISDIR, errno.ENOENT)
 
 
 def save_episodes(directory, episodes):
@@ -49,22 +53,32 @@ def _next_stamp(directory):
   return now.strftime(form)
 
 
+def list_episodes(directory):
+  """Names of a folder's episodes, from the oldest; none without a folder."""
+  try:
+    names = os.listdir(directory)
+  except (FileNotFoundError, NotADirectoryError, PermissionError):
+    return []
+  return sorted(name for name in names if name.endswith('.npz'))
+
+
 def newest(directory):
   """The last name of a folder's episodes; '' if there is none."""
-  return max((p.name for p in directory.glob('*.npz')), default='')
+  return max(list_episodes(directory), default='')
 
 
 def episode_length(path):
   """Rows of an episode file, the reset included, from its name."""
+  stem = os.path.basename(path).removesuffix('.npz')
   try:
-    return int(pathlib.Path(path).stem.rsplit('-', 1)[-1])
+    return int(stem.rpartition('-')[2])
   except ValueError:
     return 0
 
 
 def count_episodes(directory):
   """Number of episodes in a folder, and of agent steps in them."""
-  lengths = [episode_length(p) for p in pathlib.Path(directory).glob('*.npz')]
+  lengths = [episode_length(name) for name in list_episodes(directory)]
   return len(lengths), sum(n - 1 for n in lengths if n)
 
 
@@ -126,9 +140,11 @@ class EpisodeFile:
   def _errors(self):
     try:
       yield
-    except ValueError:
+    except (ValueError, MemoryError):
       raise
     except Exception as error:  # anything may be wrong with such a file
+      if isinstance(error, OSError) and error.errno not in OF_THE_FILE:
+        raise
       raise ValueError(f'{type(error).__name__}: {error}') from error
 
   def _locate(self):

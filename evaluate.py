@@ -40,6 +40,7 @@ import tools
 import training
 from cli import UserError
 from episode_files import OTHERS
+from worker_calls import RenderError, TaskError
 from world_model import CONTEXT
 
 LENGTH = 50  # rows of a prediction, the context included
@@ -100,7 +101,7 @@ def evaluate(config, episodes, outdir=None):
     outdir: folder for videos, or None.
   """
   recorder = Recorder(episodes, config.action_repeat, config.seed)
-  env = environments.make_env(config, 0, 'test', [recorder], lost=_report)
+  env = _make_env(config, recorder, bool(outdir))
   try:
     agent = library.load_dreamer(config, dreamer.Dreamer, env)
     print(
@@ -133,6 +134,26 @@ def evaluate(config, episodes, outdir=None):
   )
 
 
+def _make_env(config, recorder, films):
+  """The environment, with an image for the video if it has one."""
+  make = functools.partial(
+    environments.make_env, prefix='test', callbacks=[recorder], lost=_report
+  )
+  if not films or spaces.names_image(config.inputs):
+    return make(config)
+  # OpenGL and TensorFlow do not go together in one process.
+  shared = config.parallel in ('none', 'thread')
+  parallel = 'process' if shared else config.parallel
+  env = make(cli.AttrDict(config, record='image', parallel=parallel))
+  try:
+    _ = env.about  # waits
+    return env
+  except (TaskError, RenderError) as error:
+    env.close()
+    print(f'No video: {error}')
+    return make(config)
+
+
 def _report(error):
   cli.warn(f'{error}; the episode begins anew')
 
@@ -143,7 +164,8 @@ def _report(error):
 def write_videos(agent, recorder, outdir):
   """Writes all pictures of an evaluation to a folder."""
   outdir.mkdir(parents=True, exist_ok=True)
-  write_video(outdir / 'behavior', side_by_side(recorder.videos))
+  if recorder.videos:
+    write_video(outdir / 'behavior', side_by_side(recorder.videos))
   world = agent.world
   batch = recorder.batch(world.inputs)
   if world.representation.decoders:
@@ -237,11 +259,14 @@ def parse_flags(argv):
 
 def run(argv):
   args = parse_flags(argv)
+  if args.export and (args.outdir or args.json):
+    raise UserError(
+      '--export writes a SavedModel and evaluates nothing: leave out --outdir '
+      'and --json'
+    )
   cli.make_folders(args.outdir, args.json and args.json.parent, args.export)
   config = runfile.load_config(args.logdir)
   config.update(seed=args.seed, eval_noise=0.0)
-  if args.outdir and not spaces.names_image(config.inputs):
-    config.record = 'image'  # for the video alone
   # An exported agent may run where there is no bfloat16.
   training.setup_precision('32' if args.export else config.precision)
   try:

@@ -134,9 +134,7 @@ class Evolution(behaviors.Behavior):
       state = dict(state, stoch=state['mean'] + spread * noise)
       feat = dynamics.get_feat(state)
       total += chance * world.reward(feat).mean()  # Eq. 4
-      if c.pcont:
-        chance *= world.pcont(feat).mean() / c.discount
-      return state, chance, total
+      return state, chance * world.chance(feat), total
 
     state = {k: tf.tile(v, [people, 1]) for k, v in starts.items()}
     zeros = tf.zeros([people * count])

@@ -296,13 +296,14 @@ class Follower:
     path = self._saved.restore()
     number = int(path.rpartition('-')[2]) if path else self._number
     another, self._number = number != self._number, number
+    if another:
+      self._came = time.time()
     return another
 
   def _follow(self):
     try:
       if self._load():
         self._actor.take()
-        self._came = time.time()
     except cli.UserError as error:  # no reason for a robot to stand still
       cli.warn(f'acting on with the weights of {self.updates} updates: {error}')
     if self._should_log(self.step):

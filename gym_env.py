@@ -13,7 +13,9 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import re
+import sys
 import typing
 
 import numpy as np
@@ -44,6 +46,7 @@ FORMS = {
 
 def right_form(task):
   """How a name of another program is written here, None if not known."""
+  task = re.sub(r'^gym(nasium)?[_/]', '', task, flags=re.IGNORECASE)
   lower = task.lower()
   form = next((v for k, v in FORMS.items() if lower.startswith(k)), None)
   package = _package(task)
@@ -180,7 +183,7 @@ class GymEnv:
     """
     found, reason = {}, None
     for path, space in parts.items():
-      if not _is(space, 'Box'):
+      if not _is(space, 'Box') or 0 in space.shape:
         continue
       try:
         low, high = np.min(space.low), np.max(space.high)
@@ -266,7 +269,7 @@ class GymEnv:
     return TaskError(
       f'{self._task} has no images. Its observations are '
       f'{self._env.observation_space}, and what it renders cannot be used: '
-      f'{str(reason).rstrip(".")}.'
+      f'{str(reason).rstrip(".") or type(reason).__name__}.'
     )
 
   def _describe(self, about, others):
@@ -364,6 +367,13 @@ def make(name, args, draws=True):
 
 
 def _import(name, module):
+  if '/' in module or module.startswith('.'):
+    raise TaskError(
+      f'gym_{name}: {module} is a path; the name of a module is wanted, such '
+      'as package.module'
+    )
+  if os.getcwd() not in sys.path:  # last: in this process ours go first
+    sys.path.append(os.getcwd())
   try:
     importlib.import_module(module)
   except ModuleNotFoundError as error:
@@ -477,12 +487,21 @@ def _find_vectors(parts, images):
     if not box:
       others.append(f'{_called(path)} ({_outline(space)})')
       continue
-    name = '/'.join(map(str, path)).replace('\\', '/') or 'state'
-    if name in RESERVED or spaces.is_image(name) or ',' in name:
-      name = f'obs/{name.replace(",", "/")}'
+    name = _array_name(path)
+    while name in found:
+      name += '_'
     text = f'{_called(path)} ({_outline(space)})'
     found[name] = Source(path, text, space=box, convert=convert)
   return found, others
+
+
+def _array_name(path):
+  """What the part of an observation is called as a flag and in a file."""
+  name = '/'.join(map(str, path)).replace('\\', '/')
+  name = re.sub(r'\.{2,}', '.', name).strip('/') or 'state'
+  if name in RESERVED or spaces.is_image(name) or ',' in name:
+    name = f'obs/{name.replace(",", "/")}'
+  return name
 
 
 def _vector(space):
@@ -497,7 +516,8 @@ def _vector(space):
     return box, lambda value: box.encode(np.ravel(value) - start)
   if _is(space, 'Box') or _is(space, 'MultiBinary'):
     box = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
-    return box, lambda value: np.asarray(value, np.float32)
+    # A copy, as many an environment writes over what it gave.
+    return box, lambda value: np.array(value, np.float32)
   return None, None
 
 

@@ -178,6 +178,12 @@ class Agent:
     actions = actions[None] if single else actions
     if obs is not None:
       obs, _ = self._read(obs)
+      count = len(next(iter(obs.values())))
+      if count != len(actions):
+        raise ValueError(
+          f'Observations are of {count} environments, actions are of '
+          f'{len(actions)}.'
+        )
     if obs is None and self._state is None:
       raise ValueError('There is no observation yet: give one, or act first.')
     told = self._imagine(obs, self._before(len(actions), False), actions)

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -21,6 +22,8 @@ import tempfile
 
 import imageio.v3 as imageio
 import numpy as np
+import PIL.Image
+import PIL.ImageSequence
 import tqdm
 
 import cli
@@ -88,19 +91,38 @@ def slug(name):
 
 def read(data, extension):
   """A video as uint8 [T, H, W, 3] and its images a second."""
+  if extension == '.gif':
+    return _read_gif(data)
   images = imageio.imiter(data, extension=extension)
   frames = [_color(x) for x in itertools.islice(images, FRAMES)]
-  about = imageio.immeta(data, extension=extension)
-  duration = about.get('duration') if extension == '.gif' else None
-  fps = 1000 / duration if duration else about.get('fps', 20)
+  fps = imageio.immeta(data, extension=extension).get('fps', 20)
   return np.stack(frames), min(max(fps, 1), 60)
+
+
+def _read_gif(data):
+  """As `read`, of images that are shown for different times.
+
+  Equal images that follow each other are one that is shown for longer.
+  """
+  images = PIL.ImageSequence.Iterator(PIL.Image.open(io.BytesIO(data)))
+  frames, times = [], []
+  for image in itertools.islice(images, FRAMES):
+    frames.append(np.asarray(image.convert('RGB')))
+    times.append(image.info.get('duration') or 50)  # milliseconds
+  unit = min(times)
+  counts = [round(time / unit) for time in times]
+  frames = np.repeat(np.stack(frames), counts, 0)[:FRAMES]
+  return frames, min(max(1000 / unit, 1), 60)
 
 
 def _color(image):
   """uint8 [H, W, 3] of a gray, colored or transparent image."""
-  image = np.asarray(image, np.uint8)
+  image = np.asarray(image)
+  image = (image >> 8 if image.dtype == np.uint16 else image).astype(np.uint8)
   if image.ndim == 2:
-    image = image[..., None].repeat(3, 2)
+    image = image[..., None]
+  if image.shape[2] < 3:  # gray, perhaps with alpha
+    image = image[..., :1].repeat(3, 2)
   return image[..., :3]
 
 

@@ -37,7 +37,11 @@ SECTIONS = {
     Panel('Image loss', 'nats for an image', {'image_loss': ''}),
     Panel('Vector loss', 'nats for all vectors', {'vector_loss': ''}),
     Panel('Contrastive loss', 'nats for a state', {'state_loss': ''}),
-    Panel('Reward loss', 'nats for a reward', {'reward_loss': ''}),
+    Panel(
+      'Reward loss',
+      'nats, times --reward_scale',
+      {'reward_loss': ''},
+    ),
     Panel('KL divergence', 'nats, posterior from prior', {'div': ''}),
     Panel('Discount loss', 'nats, scaled', {'pcont_loss': ''}),
   ],
@@ -83,7 +87,8 @@ class Reader:
     state = file_state(path)
     if path not in self._files or self._files[path][0] != state:
       series = run_folders.read_series(path, xaxis, NAMES)
-      thin = {k: _thinned(*v) for k, v in series.items() if k != yaxis}
+      whole = yaxis, 'train/return'  # its first are those of random actions
+      thin = {k: _thinned(*v) for k, v in series.items() if k not in whole}
       self._files[path] = state, {**series, **thin}
     return self._files[path][1][yaxis]
 

@@ -24,6 +24,7 @@ class Progress:
     self._run, self._learner = run, learner
     self._c, self._team = run.config, run.team
     self._evaluations = 0
+    self._first = True  # of this process
     self._should_eval = tools.Every(self._c.eval_every)
     self._state = checkpoints.RunState(self._collect)
     self._checkpoints = checkpoints.Checkpoints(
@@ -84,11 +85,20 @@ class Progress:
     if not self._team.chief or not self._should_eval.due(step):
       return
     if env:
-      env.number(self._evaluations)
-      count = self._c.eval_episodes
-      tools.simulate(self._learner.evaluate, [env], episodes=count)
-      self._evaluations += count
+      done = self._evaluated()
+      env.number(self._evaluations + done)
+      left = max(0, self._c.eval_episodes - done)
+      tools.simulate(self._learner.evaluate, [env], episodes=left)
+      self._evaluations += done + left
     self._should_eval(step)  # or what stops here evaluates when it resumes
+
+  def _evaluated(self):
+    """Episodes of an evaluation that an earlier process was stopped in."""
+    if not self._first:
+      return 0
+    self._first = False
+    steps = self._run.logger.steps_of('test/return')
+    return steps.count(self._run.steps())
 
   def resume(self):
     """Restores the newest checkpoint; steps are those of whole episodes."""
@@ -174,13 +184,13 @@ class ExactProgress(Progress):
   def _rewind(self, saved):
     if not saved['exact']:
       return
-    later = sorted(self._run.datadir.glob('*.npz'))
+    later = episode_files.list_episodes(self._run.datadir)
     if 'newest' in saved:
-      later = [path for path in later if path.name > saved['newest']]
+      later = [name for name in later if name > saved['newest']]
     else:  # a checkpoint of before 2026-11-28
       later = later[saved['episodes'] :]
-    for path in later:
-      path.unlink()
+    for name in later:
+      (self._run.datadir / name).unlink()
     if self._run.logger.size() > saved['metrics_size']:
       self._run.logger.rewind(saved['metrics_size'])
     if later:

@@ -6,6 +6,7 @@ Ray is optional; sweep.py imports it.
 import contextlib
 import datetime
 import json
+import math
 import os
 import pathlib
 import re
@@ -93,7 +94,7 @@ class Runner:
     return code, int(steps[-1]), words
 
   def signal(self, number):
-    """SIGTERM: to save and stop. SIGKILL: its workers, too."""
+    """SIGTERM: to save and stop. SIGKILL: its workers end by themselves."""
     with contextlib.suppress(ProcessLookupError):
       if number == signal.SIGKILL:
         os.killpg(self._process.pid, number)
@@ -152,9 +153,15 @@ def places(ray, cpus, gpus):
   """How many runs there is room for at once."""
   count = 0
   for have_cpus, have_gpus in resources(ray):
-    room = have_cpus // cpus
-    count += int(min(room, have_gpus // gpus) if gpus else room)
+    rooms = [room(have_cpus, cpus)]
+    rooms += [room(have_gpus, gpus)] if gpus else []
+    count += min(rooms)
   return count
+
+
+def room(have, each):
+  """How many shares there are in what a node has."""
+  return math.floor(have / each + 1e-9)  # 1.0 // 0.1 is 9
 
 
 def share(ray, args):

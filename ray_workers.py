@@ -234,7 +234,7 @@ class _Served:
 
   def __init__(self, order, folder, timeout, start_timeout):
     for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, signal.SIG_IGN)
+      signal.signal(number, lambda *_: None)  # see `worker_process._work`
     signal.signal(signal.SIGALRM, self._give_up)
     self._limits = call_limit(timeout), start_limit(start_timeout)
     self._order = io.BytesIO(order), folder

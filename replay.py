@@ -16,7 +16,13 @@ import spaces
 import worker_calls
 import workers
 from cli import UserError, warn
-from episode_files import OTHERS, EpisodeFile, OtherShape, count_episodes
+from episode_files import (
+  OTHERS,
+  EpisodeFile,
+  OtherShape,
+  count_episodes,
+  list_episodes,
+)
 
 
 class Replay:
@@ -24,19 +30,24 @@ class Replay:
 
   Args:
     directory: folder of episode files; `rescan` looks for new ones.
-    capacity: agent steps to draw from, the newest; 0 for all.
+    length: rows in a window; None for whole episodes.
+    capacity: agent steps to draw from, the newest in episodes that are long
+      enough; 0 for all.
     shapes: {key: shape of a row} that all episodes must have.
     repair: rename broken files to *.broken; else they stay, unused.
   """
 
-  def __init__(self, directory, capacity=0, shapes=None, repair=True):
+  def __init__(
+    self, directory, length=None, capacity=0, shapes=None, repair=True
+  ):
     self._directory = pathlib.Path(directory)
+    self._length = length
     self._capacity = capacity
     self._shapes = shapes
     self._repair = repair
     self._unused = set()
     self._episodes = {}
-    self._recent = []
+    self._recent = []  # those that windows are drawn from
     self._changed = None
 
   def rescan(self):
@@ -44,25 +55,26 @@ class Replay:
     if changed == self._changed:
       return
     self._changed = changed
-    names = {p.name for p in self._directory.glob('*.npz')} - self._unused
-    names = sorted(names)
+    names = list_episodes(self._directory)
+    names = [name for name in names if name not in self._unused]
     known = self._episodes
     self._episodes = {
       n: known.get(n) or EpisodeFile(self._directory / n, self._shapes)
       for n in names
     }
     self._recent, steps = [], 0
-    for name in reversed(names):
+    for episode in reversed(self._episodes.values()):
       if self._capacity and steps >= self._capacity:
         break
-      self._recent.append(self._episodes[name])
-      steps += self._episodes[name].length - 1
+      if episode.length >= (self._length or 1):
+        self._recent.append(episode)
+        steps += episode.length - 1
     self._recent.reverse()
 
   def check(self):
     """Sets aside files whose structure is broken, all at once.
 
-    UserError if all are whole, and of another task.
+    UserError if all that are whole are of another task.
     """
     self.rescan()
     broken = []
@@ -72,7 +84,7 @@ class Replay:
       except ValueError as error:
         broken.append((episode, error))
     others = [error for _, error in broken if isinstance(error, OtherShape)]
-    if others and len(others) == len(self._episodes):
+    if others and len(broken) == len(self._episodes):
       raise UserError(
         f'the episodes in {self._directory} are of another task: {others[0]}. '
         'Give the --task and flags that they were made with, or a new --logdir'
@@ -80,29 +92,18 @@ class Replay:
     for episode, error in broken:
       self._set_aside(episode, error)
 
-  def window(self, rng, length=None, balance=False):
+  def window(self, rng, balance=False):
     """One window: dictionary of arrays [length, ...], and `source`.
 
     An episode is drawn uniformly, then a window of it: any that fits, the
     one that ends in the last row included. With `balance`, draws that do not
     fit count as the last window, so that ends of episodes come more often.
-    Without `length` it is the whole episode.
     """
     while True:
-      fit = [e for e in self._recent if e.length >= (length or 1)]
-      if not fit:
-        longest = max([e.length for e in self._recent], default=0)
-        if not longest:
-          raise UserError(
-            f'learning needs episodes, and there are none in {self._directory}'
-          )
-        raise UserError(
-          f'batch_length {length} is longer than any episode in '
-          f'{self._directory}: the longest has {longest} rows. '
-          f'Choose --batch_length {max(longest, 2)} or less.'
-        )
-      episode = fit[rng.integers(len(fit))]
-      total = length or episode.length
+      if not self._recent:
+        raise self._nothing()
+      episode = self._recent[rng.integers(len(self._recent))]
+      total = self._length or episode.length
       last = episode.length - total
       start = int(rng.integers((episode.length if balance else last) + 1))
       start = min(start, last)
@@ -111,6 +112,18 @@ class Replay:
         return dict(window, source=f'{episode.path.name}, row {start}')
       except ValueError as error:
         self._set_aside(episode, error)
+
+  def _nothing(self):
+    longest = max([e.length for e in self._episodes.values()], default=0)
+    if not longest:
+      return UserError(
+        f'learning needs episodes, and there are none in {self._directory}'
+      )
+    return UserError(
+      f'batch_length {self._length} is longer than any episode in '
+      f'{self._directory}: the longest has {longest} rows. '
+      f'Choose --batch_length {max(longest, 2)} or less.'
+    )
 
   def _set_aside(self, episode, error):
     if self._repair:
@@ -156,12 +169,12 @@ def load_episodes(
   Raises:
     UserError: no episode is long enough.
   """
-  replay = Replay(directory, capacity, shapes, repair)
+  replay = Replay(directory, length, capacity, shapes, repair)
   for block in itertools.count(start):
     replay.rescan()
     rng = np.random.default_rng([seed, block, stream])
     for _ in range(rescan):
-      yield replay.window(rng, length, balance)
+      yield replay.window(rng, balance)
 
 
 def describe(directory):
@@ -171,8 +184,8 @@ def describe(directory):
     {key: shape of a row}, and whether their actions are one-hot; {} and False
     where there is none.
   """
-  for path in sorted(pathlib.Path(directory).glob('*.npz')):
-    episode = EpisodeFile(path)
+  for name in list_episodes(directory):
+    episode = EpisodeFile(pathlib.Path(directory) / name)
     with contextlib.suppress(ValueError):
       rows = episode.read(0, episode.length)
       actions = rows['action'][1:]  # the first is none

@@ -226,7 +226,11 @@ class Report:
       panels=panels.score_charts(groups, self._paper),
       sentences=list(
         compare.sentences(
-          rows, summary, self._paper, panels.RETURN, self._args.window
+          rows,
+          summary,
+          self._paper,
+          ('step', panels.RETURN),
+          self._args.window,
         )
       ),
       rule=rule(self._args.window),

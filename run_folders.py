@@ -5,6 +5,7 @@ task/method/seed/metrics.jsonl that the 2020 release's plots read. Reads only.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -185,6 +186,17 @@ def read_series(path, xaxis, names):
   if infinite:
     warn(f'{path}: {infinite} numbers that are not finite are left out')
   return {name: _columns(pairs) for name, pairs in series.items()}
+
+
+def keys_of(folder):
+  """All keys in the metrics.jsonl of a run."""
+  keys = set()
+  for file in metrics_files(folder / 'metrics.jsonl'):
+    with contextlib.suppress(OSError):
+      for line in file.read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+          keys |= set(json.loads(line))
+  return keys
 
 
 def _columns(pairs):

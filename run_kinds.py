@@ -1,6 +1,7 @@
 """Kinds of runs: what each collects, evaluates and learns, and its steps."""
 
 import dataclasses
+import os
 import pathlib
 import time
 import typing
@@ -75,7 +76,7 @@ class OfflineRun(Run):
   def datadir(self):
     folder = pathlib.Path(self.config.offline)
     inner = folder / 'episodes'  # of a logdir
-    return inner if inner.is_dir() else folder
+    return inner if os.path.isdir(inner) else folder
 
   def steps(self):
     """Environment steps in which a run that collects has as many updates."""

@@ -106,9 +106,13 @@ def _read_config(path):
   try:
     record = json.loads(path.read_text())
     record = dict(record, config=dict(record['config']))
+  except (FileNotFoundError, NotADirectoryError):
+    raise UserError(
+      f'{path.parent} is not the logdir of a run: there is no config.json'
+    ) from None
   except OSError as error:
     raise UserError(f'cannot read {path}: {error.strerror}') from None
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     raise UnreadableError(
       f'{path} is not readable as the configuration of a run'
     ) from None
@@ -128,10 +132,6 @@ def load_config(logdir):
     UserError: the folder does not hold a run that this code can read.
   """
   path = pathlib.Path(logdir) / 'config.json'
-  if not path.exists():
-    raise UserError(
-      f'--logdir {logdir} is not the logdir of a run: there is no config.json'
-    )
   return AttrDict(_saved_flags(path), logdir=pathlib.Path(logdir))
 
 
@@ -147,7 +147,7 @@ def _saved_flags(path):
   for name in saved.keys() - {'logdir', 'task'}:
     kind = all_flags()[name].kind
     try:
-      kind.parse(str(_shown(saved[name])))
+      saved[name] = kind.parse(str(_shown(saved[name])))
     except (ValueError, KeyError, OverflowError):
       raise UserError(
         f'{path} has --{name} {_shown(saved[name])}, which is not {kind}'

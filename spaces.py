@@ -63,7 +63,7 @@ class View:
 
   def __init__(self, task, offers, inputs='image', record=''):
     used = choose(task, offers, inputs)
-    kept = choose(task, offers, record) if record else []
+    kept = choose(task, offers, record, 'record') if record else []
     self.names = in_order({*used, *kept})
     self.space = gym.spaces.Dict({k: offers[k].space for k in self.names})
     self.about = [f'The agent sees {_listed(used, offers)}.']
@@ -72,19 +72,19 @@ class View:
       self.about.append(f'Not used: {_listed(unused, offers)}.')
 
 
-def choose(task, offers, inputs):
-  """The observations that `--inputs` names, in order; see `View`."""
+def choose(task, offers, wanted, flag='inputs'):
+  """The observations that a flag names, in order; see `View`."""
   vectors = [name for name in offers if not is_image(name)]
   chosen = set()
-  for word in inputs.split(','):
+  for word in wanted.split(','):
     if word == 'state' and vectors:
       chosen.update(vectors)
     elif word in offers:
       chosen.add(word)
     else:
-      names = [*in_order(offers), *(['state'] if vectors else [])]
+      names = dict.fromkeys(in_order(offers) + (['state'] if vectors else []))
       raise TaskError(
-        f'--inputs {word}: {task} has no such observation'
+        f'--{flag} {word}: {task} has no such observation'
         f'{nearest(word, names)}; it has {", ".join(names)}'
       )
   return in_order(chosen)

@@ -133,6 +133,7 @@ def _atari(name, opts):
     life_done=not opts.test,
     seed=opts.seed,
     inputs=opts.inputs,
+    record=opts.record,
   )
 
 
@@ -143,6 +144,7 @@ def _lab(name, opts):
     seed=opts.seed,
     test=opts.test,
     inputs=opts.inputs,
+    record=opts.record,
   )
 
 

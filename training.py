@@ -274,14 +274,15 @@ def _train(run, make_agent, envs, test_env):
   config = run.config
   run.wait()
   spec = _prepare(run, envs, test_env)
-  if envs:
-    prefill(run, envs)
   with run.stop.immediate():
     agent = make_agent(config, spec.actions, run.team, spec.inputs)
     for name, count in agent.count_parameters().items():
       run.say(f'Found {count} {name} parameters.')
     if config.init_from and run.learns and runfile.begins(config):
       _initialize(run, agent, make_agent, spec)
+  if envs:
+    prefill(run, envs)
+  with run.stop.immediate():
     learner = _make_learner(run, agent, make_agent, spec)
     run.follow(learner)
     run.hear = agent.behavior.hear
@@ -393,9 +394,18 @@ def _replay_spec(run):
   shapes, onehot = replay.describe(run.datadir)
   size = shapes['action'][0]
   record = dict(choices=[size]) if onehot else dict(size=size)
+  actions = _stored_actions(run) or spaces.action_space(record)
   inputs = environments.input_shapes(run.config, shapes)
   about = [f'The agent sees {", ".join(inputs)}, of the episodes.']
-  return environments.Spec(inputs, spaces.action_space(record), about)
+  return environments.Spec(inputs, actions, about)
+
+
+def _stored_actions(run):
+  """The action space that the run of the episodes wrote; None without one."""
+  try:
+    return runfile.load_spaces(run.datadir.parent)[1]
+  except UserError:
+    return None
 
 
 def _told_spec(run):

@@ -104,7 +104,7 @@ class ProcessWorker:
     self._process.send_signal(signal.SIGABRT)  # it prints where it is
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(2)
-    self._process.kill()
+    _kill_group(self._process)
     return self._obituary(str(limit))
 
   def _obituary(self, cause=None):
@@ -161,15 +161,20 @@ def _start_worker(connection, order):
   )
 
 
+def _kill_group(process):
+  """Ends a worker, and what its environment has started and left."""
+  with contextlib.suppress(ProcessLookupError):
+    os.killpg(process.pid, signal.SIGKILL)
+
+
 def _end_worker(process, connection, ready, reader):
   """Ends a worker: kindly, or by force if it has not begun or is stuck."""
   with contextlib.suppress(OSError):
     connection.send(None)
-  try:
+  with contextlib.suppress(subprocess.TimeoutExpired):
     process.wait(2 if ready.done() else 0)
-  except subprocess.TimeoutExpired:
-    process.kill()
-    process.wait()
+  _kill_group(process)
+  process.wait()
   connection.close()
   reader.join(2)
 
@@ -182,7 +187,8 @@ def _work(handle, fallback):
     fallback: value of MUJOCO_GL to start over with if rendering fails, or ''.
   """
   for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, signal.SIG_IGN)
+    # Not SIG_IGN, which programs that the environment starts would inherit.
+    signal.signal(number, lambda *_: None)
   faulthandler.enable()  # prints a traceback when it crashes or is aborted
   environment = dict(os.environ)
   connection = mp_connection.Connection(int(handle))

@@ -125,6 +125,15 @@ class WorldModel:
     """Head of discounts, None if they are not predicted."""
     return self.heads.get('pcont')
 
+  def chance(self, feat):
+    """Chance that an episode goes on from states [..., F]: 1 or pcont / gamma.
+
+    What the discount head predicts discounts as well (Appendix A).
+    """
+    if not self.pcont:
+      return tf.ones(tf.shape(feat)[:-1])
+    return self.pcont(feat).mean() / self._c.discount
+
   @property
   def vector(self):
     """Head of vectors, q_theta(o_t|s_t); None if there are none."""

@@ -16,6 +16,7 @@ OpenGL and TensorFlow crash in one process, so `Async` keeps environments in
 workers. suites.py has them by the names of tasks.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -276,10 +277,11 @@ def _import_suite(renders):
       'This task needs dm_control: pip install -r requirements.txt, and on '
       'Python 3.13 also pip install --no-deps dm-control (see README.md).'
     )
-  if not renders and 'dm_control' not in sys.modules:
-    os.environ['MUJOCO_GL'] = 'disabled'  # or dm_control loads OpenGL
+  spared = not renders and 'dm_control' not in sys.modules
   try:
-    from dm_control import suite
+    # dm_control loads OpenGL where this does not disable it.
+    with _environment(**(dict(MUJOCO_GL='disabled') if spared else {})):
+      from dm_control import suite
 
     return suite
   except Exception as error:
@@ -288,6 +290,19 @@ def _import_suite(renders):
     if any(name in place for name in graphics for place in places):
       raise _render_error(error) from error
     raise
+
+
+@contextlib.contextmanager
+def _environment(**changes):
+  """Changes variables of the process, which workers inherit, for a while."""
+  before = {name: os.environ.get(name) for name in changes}
+  os.environ.update(changes)
+  try:
+    yield
+  finally:
+    for name, value in before.items():
+      os.environ.pop(name)
+      os.environ.update({} if value is None else {name: value})
 
 
 def _render_error(error):
@@ -336,6 +351,7 @@ class Atari:
     all_actions=False,
     seed=None,
     inputs='image',
+    record='',
   ):
     check_name(name, atari_games(), 'atari_')
     import ale_py
@@ -357,7 +373,7 @@ class Atari:
       f'resized to {"x".join(map(str, size))}'
     )
     offers = dict(image=spaces.Offer(spaces.image_space(size), screen))
-    view = spaces.View(f'atari_{name}', offers, inputs)
+    view = spaces.View(f'atari_{name}', offers, inputs, record)
     self.about, self.observation_space = view.about, view.space
     self._goes_on = False  # whether the next episode continues this game
     self._reseeded = False
@@ -452,6 +468,7 @@ class DeepMindLab:
     seed=None,
     test=False,
     inputs='image',
+    record='',
   ):
     require_lab(level)
     import deepmind_lab
@@ -465,7 +482,7 @@ class DeepMindLab:
     self._random = np.random.RandomState(seed)
     self._repeat, self._size = action_repeat, tuple(size)
     image = spaces.Offer(spaces.image_space(size), 'the screen')
-    view = spaces.View(f'dmlab_{level}', dict(image=image), inputs)
+    view = spaces.View(f'dmlab_{level}', dict(image=image), inputs, record)
     self.about, self.observation_space = view.about, view.space
     self.action_space = gym.spaces.Discrete(len(self.ACTIONS))
 

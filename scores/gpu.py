@@ -83,7 +83,7 @@ def measure(precision, jit, preset, lock):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--ways', nargs='+', default=WAYS, metavar='16,True')
+  parser.add_argument('--ways', nargs='+', default=WAYS, choices=WAYS)
   parser.add_argument('--preset', default='release')
   parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)

@@ -113,7 +113,7 @@ def foretell(world, paths):
   for path in paths:
     with np.load(path) as episode:
       rows = {k: episode[k] for k in ('image', 'action', 'reward')}
-    starts = range(0, len(rows['reward']) - length, STRIDE)
+    starts = range(0, len(rows['reward']) - length + 1, STRIDE)
     data = {
       k: np.stack([v[start : start + length] for start in starts])
       for k, v in rows.items()
@@ -175,6 +175,9 @@ def main():
   parser.add_argument('--json', type=pathlib.Path, help='goes on with a file')
   parser.add_argument('--costs', action='store_true')
   args = parser.parse_args()
+  for arm in args.arms.split(','):
+    if arm not in ARMS:
+      parser.error(f'there is no arm {arm}{cli.nearest(arm, ARMS)}')
   if args.costs:
     time_costs(args.episodes[0])
     args.arms = ''

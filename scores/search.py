@@ -147,6 +147,9 @@ def main():
   parser.add_argument('--inputs', default='state')
   parser.add_argument('--costs', action='store_true', help='of an update')
   args = parser.parse_args()
+  for arm in args.arms.split(','):
+    if arm not in ARMS:
+      parser.error(f'there is no arm {arm}{cli.nearest(arm, ARMS)}')
   tasks = args.tasks.split(',')
   if args.costs:
     time_costs(tasks[0], args.inputs)

@@ -8,6 +8,10 @@ import sys
 import pytest
 
 import benchmark
+import commandline
+import configs
+import tools
+import training
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +53,27 @@ def test_report_of_all_parts(tmp_path):
   assert report['update_floors'] == pytest.approx(report['update_s'] * rate)
   for key in ('startup_s', 'update_s', 'run_env_steps_per_s'):
     assert f'\n{key} ' in result.stdout
+
+
+def test_steps_are_those_of_episodes_that_end_early(tmp_path):
+  """16 of 100 in toy_catch, whose windows are as short."""
+  words = ['--task=toy_catch', '--what=replay,env', f'--json={tmp_path / "x"}']
+  result = script(*words)
+  assert result.returncode == 0, result.stderr
+  config = commandline.parse_flags([f'--logdir={tmp_path}', *SMALL[:-1]])
+  config.update(configs.define_config('toy_catch', 'debug'), logdir=tmp_path)
+  with benchmark._environments(config, 1) as (envs, lengths):
+    act = training.random_agent(envs[0].action_space, 0)
+    tools.simulate(act, envs, episodes=3)
+  assert lengths == [16, 16, 16]
+
+
+def test_a_part_that_cannot_be_measured_ends_with_code_2():
+  words = ['--task=toy_catch', '--behavior=planning', '--what=train']
+  result = script(*words)
+  assert result.returncode == 2
+  assert 'toy_catch has discrete actions' in result.stderr
+  assert 'failed' not in result.stderr and 'Traceback' not in result.stderr
 
 
 @pytest.mark.parametrize(

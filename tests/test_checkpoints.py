@@ -222,10 +222,11 @@ def test_restore_sweeps_what_a_killed_run_left(tmp_path):
   (tmp_path / 'ckpt-6_temp/part-0').write_text('x')
   (tmp_path / 'ckpt-6.data-00000-of-00001').write_text('x')
   (tmp_path / 'checkpoint.tmp123').write_text('x')
+  (tmp_path / '.checkpoint.123.tmp').write_text('x')
   for name in ('index', 'data-00000-of-00001'):
     shutil.copy(tmp_path / f'ckpt-4.{name}', tmp_path / f'ckpt-3.{name}')
   saver.restore()
-  assert len(list(tmp_path.iterdir())) == len(before) + 5  # reading only
+  assert len(list(tmp_path.iterdir())) == len(before) + 6  # reading only
   assert saver.restore(repair=True).endswith('ckpt-5')
   assert {p.name for p in tmp_path.iterdir()} == before
 

@@ -315,6 +315,12 @@ def test_folders_without_results(tmp_path, kind, message, capsys):
     (['--indir', '.', '--bins', 'x'], '--bins'),
     (['--indir', '{}', '--tasks', '('], '--tasks'),
     (['--indir', '{}', '--yaxis', 'nothing'], 'no run has nothing by step'),
+    (['--indir', '{}', '--yaxis', 'test/retrun'], 'did you mean test/return'),
+    (['--indir', '{}', '--xaxis', 'episode'], 'did you mean episodes'),
+    (
+      ['--indir', '{}', '--yaxis', 'train/return', '--xaxis', 'test/return'],
+      'no line has both',
+    ),
     (['--indir', '{}', '--json', '/proc/nowhere/x'], 'cannot write'),
     (['--indir', '{}', '--json', '{}'], '(it is a folder)'),
     (['--indir', '{}', '--outdir', '{}', '--bins', '1e-6'], 'choose 100'),
@@ -384,3 +390,16 @@ def test_nothing_in_a_logdir_is_touched(tmp_path):
   assert compare.main([f'--indir={tmp_path}']) == 0
   after = {p: p.stat().st_mtime_ns for p in [folder, *folder.iterdir()]}
   assert after == before
+
+
+def test_another_axis_is_named_and_may_be_negative(tmp_path, capsys):
+  for seed, shift in enumerate((0, 9)):
+    folder = write_run(tmp_path / f'{seed}', WALK, seed, [])
+    lines = [{'loss': x - 10 - shift, 'value': 1.0} for x in range(9)]
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (folder / 'metrics.jsonl').write_text(text)
+  words = [f'--indir={tmp_path}', '--xaxis=loss', '--yaxis=value', '--window=5']
+  assert compare.main(words) == 0
+  out, err = capsys.readouterr()
+  assert 'the mean of its last 5 of loss;' in out
+  assert 'Warning' not in out + err

@@ -140,6 +140,7 @@ def test_a_given_flag_wins_over_preset_and_task():
     (['--precision', '8'], '--precision takes one of auto, 16'),
     (['--env_args', '[1]'], '--env_args takes a JSON object'),
     (['--env_args', '{1}'], 'Expecting property name'),
+    (['--env_args', '{"a": 1e400}'], '--env_args takes a JSON object'),
     (['--env_args', '{"a": 1}'], '--env_args is for gym_ tasks'),
     (['--task', 'crafter_reward'], 'gym_crafter:CrafterReward-v1'),
   ],
@@ -489,6 +490,44 @@ def test_config_of_another_program_is_left_alone(tmp_path, capsys):
   assert dreamer.main(['--logdir', str(tmp_path)]) == 2
   assert 'a config.json that is of no run' in capsys.readouterr().err
   assert [p.name for p in tmp_path.iterdir()] == ['config.json']
+
+
+@pytest.mark.parametrize(
+  'text, value',
+  [('1e0', '1'), ('0,00,2.0', '0,2'), (' 1 , 0', '1,0'), ('', '')],
+)
+def test_cameras_are_whole_numbers(tmp_path, text, value):
+  config = parse(f'--logdir={tmp_path}', f'--cameras={text}')
+  assert config.cameras == value
+
+
+def test_inputs_are_the_same_in_any_order(tmp_path):
+  """Of logdirs as well whose run was started before they were put in order."""
+  config = parse(f'--logdir={tmp_path}', '--inputs=state,image')
+  assert config.inputs == 'image,state'
+  runfile.write_config(config)
+  path = tmp_path / 'config.json'
+  path.write_text(path.read_text().replace('image,state', 'state,image'))
+  assert runfile.load_config(tmp_path).inputs == 'image,state'
+  assert runfile.check_logdir(config) == []
+
+
+def test_saved_texts_are_read_as_values(tmp_path):
+  """Where somebody has edited a config.json."""
+  values = dict(steps='800', log_images='False', action_repeat='2')
+  record = {'config': dict(task='toy_reach', preset='debug', **values)}
+  (tmp_path / 'config.json').write_text(json.dumps(record))
+  config = runfile.load_config(tmp_path)
+  found = [config.steps, config.log_images, config.action_repeat]
+  assert found == [800, False, 2]
+
+
+def test_a_folder_that_may_not_be_searched(tmp_path):
+  """Here a name that is too long, as root may search everything."""
+  path = tmp_path / '/'.join(['a' * 250] * 20)
+  assert arguments.File().parse(str(path)) == path
+  with pytest.raises(cli.UserError, match='File name too long'):
+    runfile.load_config(path)
 
 
 @pytest.mark.parametrize(

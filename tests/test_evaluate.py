@@ -202,6 +202,7 @@ def test_beside_a_training_run(copy, tmp_path):
     ('no task', 'does not say its task, preset, inputs'),
     ('no episodes', '--episodes takes a whole number from 1'),
     ('unwritable', 'cannot write'),
+    ('two at once', '--export writes a SavedModel and evaluates nothing'),
   ],
 )
 def test_bad_input(copy, kind, message, capfd):
@@ -225,6 +226,8 @@ def test_bad_input(copy, kind, message, capfd):
     words = ['--episodes=0']
   elif kind == 'unwritable':
     words += ['--outdir=/proc/nowhere']
+  elif kind == 'two at once':
+    words += [f'--export={copy}/model', f'--outdir={copy}/videos']
   assert evaluate.main([f'--logdir={copy}', *words]) == 2
   check_error(capfd.readouterr().err, message)
 
@@ -246,3 +249,46 @@ def test_bad_input_ends_the_process_with_code_2(copy, changes, message):
   result = script('evaluate.py', f'--logdir={copy}', '--episodes=1')
   assert result.returncode == 2, result.stderr
   check_error(result.stderr, message)
+
+
+# Of vectors, and nothing to render.
+BARE = """
+import gymnasium
+import numpy as np
+
+class Bare(gymnasium.Env):
+  observation_space = gymnasium.spaces.Box(-9, 9, (2,), np.float32)
+  action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+  def reset(self, seed=None, options=None):
+    self.place = np.zeros(2, np.float32)
+    return self.place, {}
+
+  def step(self, action):
+    self.place = self.place + action
+    return self.place, 1.0, False, False, {}
+
+gymnasium.register('Bare-v0', entry_point=Bare)
+"""
+
+
+@pytest.mark.parametrize(
+  'task, films', [('dmc_cartpole_balance', True), ('gym_bare:Bare-v0', False)]
+)
+def test_videos_of_a_run_from_vectors(tmp_path, monkeypatch, task, films):
+  """Without a worker; of what can be rendered in one, or not at all."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'bare.py').write_text(BARE)
+  words = ['--preset=debug', '--precision=32', '--steps=450', '--pretrain=2']
+  words += [f'--task={task}', '--inputs=state', '--parallel=none']
+  result = script('dreamer.py', '--logdir=run', *words)
+  assert result.returncode == 0, result.stderr
+  words = ['--logdir=run', '--episodes=1', '--outdir=videos']
+  result = script('evaluate.py', *words)
+  assert (result.returncode, result.stderr) == (0, '')
+  video = ['behavior.gif', 'behavior.mp4'] if films else []
+  names = sorted(p.name for p in (tmp_path / 'videos').iterdir())
+  assert [n for n in names if n.startswith('behavior')] == video
+  assert any(n.startswith('prediction') for n in names)
+  assert ('No video: ' in result.stdout) is not films
+  assert 'cannot be used: NotImplementedError' in result.stdout or films

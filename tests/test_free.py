@@ -139,6 +139,23 @@ def test_actor_counts_whole_episodes_as_the_learner_does(learner, pair):
   assert follower.step == beside._run.steps() == 100
 
 
+def test_age_of_weights_begins_when_they_come(learner, pair):
+  """Not when the actor began to wait for them."""
+  _, run = learner
+  source, copy, _ = pair
+  source.updates.assign(9)
+  run = run_kinds.ActorRun(run.config, run.team, run.stop, run.logger)
+  runfile.write_config(run.config, dict(state=(4,)), source.action_space)
+  follower = free.Follower(source, run, copy)
+  folder = run.config.logdir / 'checkpoints'
+  checkpoints.Checkpoints(folder, **source.knowledge()).save(9)
+  follower._came -= 1000
+  follower._wait()
+  follower._write_summaries()
+  ((_, age),) = lines(run.config.logdir, 'weights_age')
+  assert 0 <= age < 500
+
+
 def test_updates_stop_at_the_largest_ratio(learner):
   learner, run = learner
   learner.pretrain()

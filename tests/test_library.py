@@ -240,6 +240,8 @@ def test_imagining_needs_an_observation_and_actions_of_its_size(mine):
     agent.imagine(None, np.eye(2))
   with pytest.raises(ValueError, match=r'Actions are \[H, 2\]'):
     agent.imagine(np.zeros(4), np.zeros((3, 1)))
+  with pytest.raises(ValueError, match='of 1 environments, actions are of 3'):
+    agent.imagine(np.zeros(4), np.zeros((3, 5, 2)))
   told = agent.imagine(np.zeros(4), np.eye(2))
   assert set(told) == {'reward', 'discount', 'state'}
   batch = agent.imagine(np.zeros((3, 4)), np.zeros((3, 5, 2)))

@@ -252,6 +252,30 @@ def test_plans_by_the_world_model(tmp_path):
   assert (action.numpy()[:, 0] > 0.8).all()
 
 
+def test_plans_are_worth_their_rewards_without_discount(tmp_path, monkeypatch):
+  """Predicted discounts, gamma at most, tell only where an episode ends."""
+  agent = make_agent(
+    tmp_path, behavior='planning', plan_candidates=8, plan_best=2, pcont=True
+  )
+  gamma, scores = agent.world._c.discount, []
+
+  def one(value):
+    return lambda feat: tfd.Deterministic(value * tf.ones(feat.shape[:-1]))
+
+  def plan(score, shape, candidates, *args):
+    scores.append(score(tf.zeros([shape[0], candidates, *shape[1:]])).numpy())
+    return tf.zeros(shape)
+
+  monkeypatch.setattr(behaviors, 'cross_entropy_method', plan)
+  start, seed = agent.world.dynamics.initial(1), tf.constant([3, 4])
+  for going_on in (1.0, 0.5):
+    agent.world.heads.update(reward=one(1.0), pcont=one(going_on * gamma))
+    agent.behavior.act(start, seed, False)
+  horizon = agent.world._c.plan_horizon
+  np.testing.assert_allclose(scores[0], horizon, rtol=1e-6)
+  np.testing.assert_allclose(scores[1], 2 - 0.5 ** (horizon - 1), rtol=1e-6)
+
+
 def test_planning_needs_continuous_actions():
   config = dreamer.define_config('toy_catch')
   config.behavior = 'planning'

@@ -3,6 +3,8 @@
 import os
 import pathlib
 import re
+import subprocess
+import sys
 import tempfile
 import warnings
 import zipfile
@@ -497,3 +499,52 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
   assert [float(next(numbers)['x']) for _ in range(3)] == [0, 1, 2]
   with pytest.raises(cli.UserError, match='no more'):
     next(numbers)
+
+
+def test_what_the_machine_lacks_breaks_no_file(tmp_path):
+  """Without a file descriptor left, reading fails; the episodes stay."""
+  paths = tools.save_episodes(tmp_path, [make_episode(n, 6) for n in (1, 2)])
+  windows = tools.load_episodes(tmp_path, 1000, 6)
+  code = f"""
+import os, resource, sys
+sys.path[:] = {sys.path!r}
+import numpy as np
+import replay
+stored = replay.Replay({str(tmp_path)!r}, 6)
+stored.rescan()
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+held = []
+try:
+  while True:
+    held.append(os.open('/dev/null', os.O_RDONLY))
+except OSError:
+  pass
+try:
+  stored.window(np.random.default_rng(0))
+except OSError as error:
+  os.close(held.pop())
+  print(error.strerror)
+"""
+  command = [sys.executable, '-c', code]
+  found = subprocess.run(command, capture_output=True, text=True)
+  assert (found.stdout, found.stderr) == ('Too many open files\n', '')
+  assert all(path.exists() for path in paths)
+  assert {identify(next(windows))[0] for _ in range(30)} == {1, 2}
+
+
+def test_episodes_of_another_task_stay_beside_a_broken_one(tmp_path):
+  paths = tools.save_episodes(tmp_path, [make_episode(n, 6) for n in (1, 2, 3)])
+  os.truncate(paths[0], 300)
+  with pytest.raises(cli.UserError, match='are of another task'):
+    replay.Replay(tmp_path, shapes=dict(position=(7,))).check()
+  assert all(path.exists() for path in paths)
+
+
+def test_capacity_counts_what_is_long_enough(tmp_path):
+  """The newest 20 steps of episodes that windows fit into."""
+  lengths = [11, 11, 11, 3, 3, 3, 3, 3, 3, 3, 3]
+  episodes = [make_episode(n, length) for n, length in enumerate(lengths)]
+  tools.save_episodes(tmp_path, episodes)
+  windows = draw(tmp_path, 50, 50, 6, capacity=20)
+  assert {identify(window)[0] for window in windows} == {1, 2}

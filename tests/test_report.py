@@ -22,6 +22,7 @@ import charts
 import commandline
 import compare
 import configs
+import logger
 import media
 import panels
 import report
@@ -356,6 +357,20 @@ def test_long_runs_are_thinned_to_means():
   np.testing.assert_allclose(y, 2 * x)
 
 
+def test_random_actions_of_long_runs(tmp_path):
+  """Five episodes of 40, then thousands of 900."""
+  flags = dict(prefill=5000, clip_rewards='none')
+  folder = write_run(tmp_path / 'run', WALK, 0, [(1000, 1.0)], **flags)
+  with (folder / 'metrics.jsonl').open('w') as file:
+    for step in range(1000, 3_000_000, 1000):
+      score = 40.0 if step <= 5000 else 900.0
+      file.write(f'{{"step": {step}, "train/return": {score}}}\n')
+  reader = panels.Reader()
+  (run,) = run_folders.find_runs([tmp_path], read=reader)
+  origins = [run_origins.origin(run)]
+  assert run_origins.random_return(reader, [run], origins) == 40.0
+
+
 def test_the_last_step_of_a_run_is_in_the_last_bin(tmp_path):
   # 31000 / 30 is rounded so that the last of 31 edges is below 31000.
   write_run(tmp_path / 'a', WALK, 0, [(10_000, 1.0), (31_000, 5.0)])
@@ -534,6 +549,33 @@ def test_videos_are_within_the_limit():
   assert extension == '.mp4' and len(data) <= media.LIMIT
   image = rng.integers(0, 255, (900, 700, 3)).astype(np.uint8)
   assert len(media.encode_still(image)) <= media.LIMIT
+
+
+@pytest.mark.parametrize('still', [0, 30])
+def test_gifs_keep_their_pace_where_images_are_equal(still):
+  """Pillow makes equal images that follow each other one, shown for longer."""
+  frames = np.zeros((50, 64, 64, 3), np.uint8)
+  for index in range(50):
+    place = 0 if still <= index < still + 20 else index
+    frames[index, place : place + 9] = 255
+  read, fps = media.read(logger.encode_gif(frames, 20), '.gif')
+  assert fps == 20 and read.shape == frames.shape
+  assert np.abs(read.astype(int) - frames).mean() < 1
+
+
+@pytest.mark.parametrize(
+  'image, color',
+  [
+    (np.full((9, 9), 0x8000, np.uint16), (128, 128, 128)),
+    (np.full((9, 9, 2), [200, 255], np.uint8), (200, 200, 200)),
+    (np.full((9, 9, 4), [1, 2, 3, 255], np.uint8), (1, 2, 3)),
+  ],
+)
+def test_stills_of_all_kinds(image, color):
+  data = imageio.imwrite('<bytes>', image, extension='.png')
+  ((still,), _) = media.read(data, '.png')
+  assert still.shape == (9, 9, 3)
+  assert (still == color).all()
 
 
 def test_without_ffmpeg_videos_are_animated_webp():

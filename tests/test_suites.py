@@ -558,3 +558,9 @@ def test_resizing_keeps_the_mean():
   gray = spaces.resize(image[..., :1], (64, 64))
   assert (gray[..., 0] == gray[..., 2]).all()
   assert PIL.Image.fromarray(gray).size == (64, 64)
+
+
+@pytest.mark.parametrize('task', ['atari_pong', 'toy_reach'])
+def test_an_observation_to_record_that_is_not_there(task):
+  with pytest.raises(wrappers.TaskError, match='--record rewrad: .*; it has'):
+    suites.make_task(task, inputs='image', record='rewrad')

@@ -17,6 +17,7 @@ import pytest
 
 import compare
 import configs
+import ray_runs
 import run_folders
 import suites
 import sweep
@@ -392,3 +393,8 @@ def test_help(capsys):
   assert end.value.code == 0
   text = re.sub(r'\s', '', capsys.readouterr().out)
   assert all(name in text for name in (*sweep.SETS, *sweep.METHODS))
+
+
+@pytest.mark.parametrize('share, runs', [(0.1, 10), (0.2, 5), (0.3, 3), (1, 1)])
+def test_shares_of_a_gpu(share, runs):
+  assert ray_runs.room(1.0, share) == runs

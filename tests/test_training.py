@@ -194,6 +194,39 @@ def test_stopped_evaluation_is_made_when_the_run_resumes(
 
 
 @pytest.mark.slow
+def test_of_a_stopped_evaluation_the_rest_is_made(make_learner, tmp_path):
+  """Episodes with the numbers that they would have had."""
+  changes = dict(task='toy_reach', time_limit=20, parallel='none')
+  agent = make_learner(tmp_path, eval_episodes=3, **changes)
+  run, numbers = agent._run, []
+  with environments.running(run) as (_, env):
+    number = env.number
+    env.number = lambda n: (numbers.append(n), number(n))
+    made = progress.Progress(run, agent)
+    evaluate = agent.evaluate
+
+    def stop_after_one(*args):
+      if (tmp_path / 'metrics.jsonl').exists():  # one has ended
+        run.stop._handle(signal.SIGTERM, None)
+      return evaluate(*args)
+
+    agent.evaluate = stop_after_one
+    with pytest.raises(cli.Stopped):
+      made.evaluate_if_due(env)
+    assert len(returns_of(tmp_path)) == 1
+    run.stop._requested, agent.evaluate = False, evaluate
+    again = progress.Progress(run, agent)
+    for _ in range(2):
+      again.evaluate_if_due(env)
+    assert len(returns_of(tmp_path)) == 3
+    assert (numbers, again._evaluations) == ([0, 1], 3)
+
+
+def returns_of(logdir):
+  return [x for x in read_metrics(logdir) if 'test/return' in x]
+
+
+@pytest.mark.slow
 def test_exact_run_keeps_what_its_checkpoint_knew(make_learner, tmp_path):
   """By name: a file that was set aside does not count for another."""
   agent = make_learner(tmp_path, deterministic=True, prefill=10**6)

@@ -11,6 +11,8 @@ import commandline
 import dreamer
 import environments
 import episode_files
+import runfile
+import spaces
 
 pytestmark = pytest.mark.slow
 
@@ -93,8 +95,7 @@ def test_nothing_to_take(reach, tmp_path, flags, message, capsys):
   words = ['--task=toy_reach', f'--init_from={reach}', *flags]
   assert run(tmp_path / 'run', *words) == 2
   assert message in capsys.readouterr().err
-  # Nothing is lost: without the mistake it goes on.
-  assert len(list((tmp_path / 'run/episodes').glob('*.npz'))) >= 8
+  assert not list((tmp_path / 'run/episodes').glob('*.npz'))  # before the work
   assert not checkpoints.Checkpoints(tmp_path / 'run').newest_trace()
 
 
@@ -196,6 +197,25 @@ def test_one_hot_actions_are_found_in_episodes(tmp_path):
   assert run(tmp_path / 'discrete', *words) == 0
   space = dreamer.load(tmp_path / 'discrete').action_space
   assert space.discrete and space.choices == (3,)
+
+
+def test_several_choices_are_those_of_the_run_of_the_episodes(tmp_path):
+  """Which the vectors side by side do not tell."""
+  box = spaces.OneHotBox([2, 3])
+  rows = dict(
+    state=np.zeros((9, 3), np.float32),
+    action=box.encode(np.ones((9, 2), int)),
+    reward=np.zeros(9, np.float32),
+    discount=np.ones(9, np.float32),
+  )
+  source = tmp_path / 'source'
+  episode_files.save_episodes(source / 'episodes', [rows] * 3)
+  flags = ['--task=custom_robot', '--inputs=state', '--preset=debug']
+  config = commandline.parse_flags([f'--logdir={source}', *flags])
+  runfile.write_config(config, dict(state=(3,)), box)
+  words = [f'--offline={source}', *flags, '--updates=3', '--batch_length=9']
+  assert run(tmp_path / 'run', *words) == 0
+  assert dreamer.load(tmp_path / 'run').action_space.choices == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import cli
+import episode_files
 import gym_env
 import spaces
 import suites
@@ -814,6 +815,9 @@ def test_an_error_within_a_constructor_is_its_own():
     ('MiniGrid-Empty-5x5-v0', 'gym_minigrid:MiniGrid-Empty-5x5-v0'),
     ('ALE/Pong-v5', 'gym_ale_py:ALE/Pong-v5'),
     ('CartPole-v1', 'gym_CartPole-v1'),
+    ('Gym_CartPole-v1', 'written gym_CartPole-v1'),
+    ('gymnasium_CartPole-v1', 'written gym_CartPole-v1'),
+    ('gym/CartPole-v1', 'written gym_CartPole-v1'),
     ('dmc_walker_wlak', 'dmc_walker_walk'),
   ],
 )
@@ -835,3 +839,87 @@ def test_an_id_without_its_package_gets_the_right_form():
 
 for _kind in (Changing, Chatty, Flaky, Slow, SlowStart):
   register(_kind)
+
+
+# --- What environments do to their own ---------------------------------------
+
+
+class Reusing(Base):
+  """Writes over the array that it gave, as many do."""
+
+  observation_space = S.Box(-99, 99, (2,), np.float32)
+  given = np.zeros(2, np.float32)
+
+  def obs(self):
+    self.given[:] = self.time
+    return self.given
+
+
+@pytest.mark.parametrize('strategy', ['none', 'thread', 'process'])
+def test_an_array_that_is_used_again_is_copied(strategy):
+  kind = functools.partial(suites.make_task, 'custom_reuse', 1, 5, 0)
+  kind = functools.partial(kind, function=Reusing, inputs='state')
+  env = wrappers.Collect(wrappers.Async(kind, strategy))
+  env.reset()
+  for _ in range(5):
+    info = env.step(np.zeros(2, np.float32))[3]
+  env.close()
+  assert info['episode']['state'][:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+  'keys, names',
+  [
+    (['/joint_states', 'a..b'], ['a.b', 'joint_states']),
+    (['/'], ['state']),
+    (['a/b', 'b', ('a', 'b')], ['a/b', 'a/b_', 'b']),
+  ],
+)
+def test_any_key_is_the_name_of_an_array_in_a_file(tmp_path, keys, names):
+  """Topics of ROS, for instance, begin with a slash."""
+  parts = {}
+  for key in keys:
+    inner, key = (parts, key) if isinstance(key, str) else ({}, key)
+    if isinstance(key, str):
+      inner[key] = S.Box(-1, 1, (2,), np.float32)
+    else:
+      parts[key[0]] = S.Dict({key[1]: S.Box(-1, 1, (2,), np.float32)})
+  space = S.Dict(parts)
+  kind = variant(observation_space=space, obs=lambda self: space.sample())
+  env = wrappers.Collect(
+    suites.make_task('custom_keys', 1, 5, 0, function=kind, inputs='state'),
+    [lambda episode: episode_files.save_episodes(tmp_path, [episode])],
+  )
+  env.reset()
+  for _ in range(5):
+    env.step(np.zeros(2, np.float32))
+  assert sorted(env.observation_space.spaces) == sorted([*names, 'reward'])
+  (path,) = tmp_path.glob('*.npz')
+  rows = episode_files.EpisodeFile(path).read(0, 6)
+  assert {*names, 'action', 'reward', 'discount'} == set(rows)
+
+
+def test_an_observation_without_entries_is_no_hindrance():
+  parts = dict(none=S.Box(-1, 1, (0,)), some=S.Box(-1, 1, (2,)))
+  space = S.Dict(parts)
+  kind = variant(observation_space=space, obs=lambda self: space.sample())
+  env = suites.make_task('custom_none', function=kind)
+  assert env.observation_space['image'].shape == (64, 64, 3)
+
+
+def test_a_module_of_the_current_folder_without_a_worker(tmp_path, monkeypatch):
+  (tmp_path / 'bare_module.py').write_text(
+    'import gymnasium\n'
+    "gymnasium.register('Bare-v0', entry_point=\n"
+    "  'gymnasium.envs.classic_control:CartPoleEnv')\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  env = suites.make_task('gym_bare_module:Bare-v0', inputs='state')
+  assert env.reset()['state'].shape == (4,)
+
+
+@pytest.mark.parametrize('module', ['./mine', '../mine', '/mine', '.mine'])
+def test_a_path_is_no_module(module):
+  with pytest.raises(wrappers.TaskError, match='is a path; the name of a'):
+    suites.make_task(f'gym_{module}:Id-v0')

@@ -617,3 +617,39 @@ def test_cluster_of_two_hosts():
   assert 'no worker for an environment within 3 seconds' in room
   assert 'takes 1 CPU; the cluster has 1, 0 of them free' in room
   assert lost.startswith('The environment worker died: ')
+
+
+class Simulator:
+  """Starts a program of its own, and ends it as programs are ended."""
+
+  def __init__(self, path=None):
+    self.path = path
+    self.program = subprocess.Popen(['sleep', '600'])
+    self.observation_space = self.action_space = None
+
+  def reset(self):
+    return self.program.pid
+
+  def step(self, action):
+    time.sleep(600)
+
+  def close(self):
+    self.program.terminate()
+    self.path.write_text(str(self.program.wait()))
+
+
+def test_an_environment_can_end_its_programs(tmp_path):
+  env = wrappers.Async(functools.partial(Simulator, tmp_path / 'end'))
+  program = env.reset()
+  env.close()
+  assert not alive(program)
+  assert (tmp_path / 'end').read_text() == str(-signal.SIGTERM)
+
+
+def test_programs_of_a_worker_that_hangs_end_with_it():
+  env = wrappers.Async(Simulator, 'process', timeout=0.5)
+  program = env.reset()
+  with pytest.raises(wrappers.WorkerLost, match='gave no answer'):
+    env.step(None)
+  assert wait_until(lambda: not alive(program))
+  env.close()
