@@ -89,7 +89,7 @@ class ProcessWorker:
     while not future.done():
       oldest, limit = self._pending[0]
       try:
-        if self._connection.poll(limit.seconds or None):
+        if self._listen(limit.seconds or None):
           answer = self._connection.recv()
         else:
           answer = self._kill(limit)
@@ -98,6 +98,22 @@ class ProcessWorker:
       self._pending.popleft()
       oldest.set_result(answer)
     return resolve(future.result())
+
+  def _listen(self, seconds):
+    """Waits for an answer; whether it came in time. EOFError: none will come.
+
+    A worker that died is noticed though processes that it forked live on.
+    """
+    if not hasattr(os, 'pidfd_open') or self._process.returncode is not None:
+      return self._connection.poll(seconds)
+    death = os.pidfd_open(self._process.pid)
+    try:
+      ready = mp_connection.wait([self._connection, death], seconds)
+    finally:
+      os.close(death)
+    if ready == [death] and not self._connection.poll():
+      raise EOFError
+    return bool(ready)
 
   def _kill(self, limit):
     """Ends a worker that hangs, and returns its answer."""

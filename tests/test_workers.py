@@ -653,3 +653,26 @@ def test_programs_of_a_worker_that_hangs_end_with_it():
     env.step(None)
   assert wait_until(lambda: not alive(program))
   env.close()
+
+
+class Forking(Simulator):
+  """Dies, and leaves a process that holds all its files open."""
+
+  def step(self, action):
+    child = os.fork()
+    if not child:
+      time.sleep(600)
+    self.path.write_text(str(child))
+    os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(600)
+
+
+def test_a_worker_that_dies_is_noticed_though_its_children_live(tmp_path):
+  kind = functools.partial(Forking, tmp_path / 'child')
+  env = wrappers.Async(kind, 'process', timeout=0)  # no limit
+  program = env.reset()
+  with pytest.raises(wrappers.WorkerLost, match='killed by signal SIGSEGV'):
+    env.step(None)
+  env.close()
+  child = int((tmp_path / 'child').read_text())
+  assert wait_until(lambda: not alive(child) and not alive(program))
