@@ -81,9 +81,18 @@ def measure(precision, jit, preset, lock):
   return figures
 
 
+def _way(text):
+  precision, _, jit = text.partition(',')
+  if precision not in ('16', 'bfloat16', '32') or jit not in ('True', 'False'):
+    raise argparse.ArgumentTypeError(
+      f'{text} is not a precision and whether to jit, such as 16,True'
+    )
+  return text
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--ways', nargs='+', default=WAYS, choices=WAYS)
+  parser.add_argument('--ways', nargs='+', default=WAYS, type=_way)
   parser.add_argument('--preset', default='release')
   parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)

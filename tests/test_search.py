@@ -96,3 +96,18 @@ def test_times_of_a_gpu_on_a_cpu(tmp_path, monkeypatch):
   middle, least, largest = figures['update_s']
   assert 0 < least <= middle <= largest < figures['first_update_s']
   assert figures['policy_ms'][0] > 0 and 'peak_gib' not in figures
+
+
+@pytest.mark.parametrize(
+  'script, words, message',
+  [
+    (gpu, ['--ways', '16'], '16 is not a precision and whether to jit'),
+    (search, ['--logdir=x', '--arms=bse'], 'did you mean base?'),
+    (screen, ['--episodes=x', '--arms=bse'], 'did you mean base?'),
+  ],
+)
+def test_wrong_arms(monkeypatch, capsys, script, words, message):
+  monkeypatch.setattr(sys, 'argv', ['script', *words])
+  with pytest.raises(SystemExit, match='2'):
+    script.main()
+  assert message in capsys.readouterr().err
