@@ -102,8 +102,8 @@ def test_times_of_a_gpu_on_a_cpu(tmp_path, monkeypatch):
   'script, words, message',
   [
     (gpu, ['--ways', '16'], '16 is not a precision and whether to jit'),
-    (search, ['--logdir=x', '--arms=bse'], 'did you mean base?'),
-    (screen, ['--episodes=x', '--arms=bse'], 'did you mean base?'),
+    (search, ['--logdir=x', '--arms=bse'], 'did you mean base'),
+    (screen, ['--episodes=x', '--arms=bse'], 'did you mean base'),
   ],
 )
 def test_wrong_arms(monkeypatch, capsys, script, words, message):
