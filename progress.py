@@ -46,7 +46,8 @@ class Progress:
 
   def portion(self):
     """What is collected until the next look at evaluations and checkpoints."""
-    steps = min(self._c.eval_every, self._c.steps - self._learner.step)
+    left = self._c.steps - self._run.collected(self._learner.step)
+    steps = min(self._c.eval_every, left)
     share = self._c.action_repeat * self._team.workers
     return dict(steps=-(-steps // share))
 

@@ -49,6 +49,15 @@ class Run:
     """Environment steps in the replay, of all processes."""
     return replay.count_steps(self.datadir, self.config, self.team.folders)
 
+  def collected(self, acted):
+    """Environment steps that count to --steps: those of whole episodes.
+
+    Args:
+      acted: steps that were acted; several processes, which have to end at
+        once, count these.
+    """
+    return acted if self.team.workers > 1 else self.steps()
+
   def wait(self):
     """Until there is what another process brings."""
 

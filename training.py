@@ -336,7 +336,7 @@ def _collect(run, learner, progress, envs, test_env):
   """The loop of Algorithm 1: collect, learn, evaluate, save."""
   state = None
   learner.begin()
-  while learner.step < run.config.steps:
+  while run.collected(learner.step) < run.config.steps:
     progress.evaluate_if_due(test_env)
     state = tools.simulate(learner, envs, state=state, **progress.portion())
     progress.after_portion()

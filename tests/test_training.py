@@ -28,6 +28,7 @@ import cli
 import distribute
 import dreamer
 import environments
+import episode_files
 import evaluate
 import learner
 import logger
@@ -520,6 +521,21 @@ def test_learning_needs_episodes(main, tmp_path):
   assert code == 2
   assert 'learning needs episodes' in text and '--prefill 0' in text
   assert 'Choose --batch_length' not in text
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_all_its_steps_in_whole_episodes(tmp_path, capsys):
+  """Of several environments some are in the middle of one."""
+  words = [f'--logdir={tmp_path}', '--task=gym_CartPole-v1', '--preset=debug']
+  words += ['--inputs=state', '--precision=32', '--envs=3', '--prefill=100']
+  words += ['--batch_length=5', '--eval_every=50', '--steps=500', *FEW]
+  assert run_here(words) == 0
+  stored = episode_files.count_episodes(tmp_path / 'episodes')
+  assert stored[1] >= 500
+  capsys.readouterr()
+  assert run_here(words) == 0
+  assert 'Nothing was left to do' in capsys.readouterr().out
+  assert episode_files.count_episodes(tmp_path / 'episodes') == stored
 
 
 @pytest.mark.slow
