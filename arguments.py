@@ -177,13 +177,13 @@ class Path:
 
 
 class Folder(Path):
-  """A folder, as text; none may be given."""
+  """A folder, as text from the root on; none may be given."""
 
   def __str__(self):
     return 'a folder'
 
   def parse(self, text):
-    return str(super().parse(text)) if text else ''
+    return os.path.abspath(super().parse(text)) if text else ''
 
 
 class File(Path):

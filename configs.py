@@ -447,7 +447,7 @@ def resolve_actions(config, actspace):
   if discrete and config.behavior == 'planning':
     raise UserError(
       f'{config.task} has discrete actions, and --behavior planning needs '
-      'continuous ones; choose actor_critic or actor'
+      'continuous ones; choose actor_critic, actor or evolution'
     )
   if config.action_dist not in ('auto', dist):
     raise UserError(

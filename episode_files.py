@@ -196,7 +196,8 @@ class EpisodeFile:
     wanted = {**self._shapes, 'reward': (), 'discount': ()}
     missing = {'action', *wanted} - set(arrays)
     if missing:
-      raise ValueError(f'it lacks {", ".join(sorted(missing))}')
+      kind = ValueError if missing & {*OTHERS} else OtherShape
+      raise kind(f'it lacks {", ".join(sorted(missing))}')
     for key, (shape, _) in arrays.items():
       if not shape or shape[0] != self.length:
         raise ValueError(f'{key} has shape {shape}, not {self.length} rows')

@@ -138,12 +138,12 @@ class GymEnv:
     result = self._env.step(self._own_action(action))
     self._obs, reward, ended, *truncated, info = result
     if not truncated:
-      truncated = [info.get('TimeLimit.truncated', False)]
+      truncated = [(info or {}).get('TimeLimit.truncated', False)]
       ended = ended and not truncated[0]
     self._steps += 1
     done = bool(ended or truncated[0] or self._steps == self._limit)
     about = {'discount': np.float32(0 if ended else 1)}
-    if 'missed' in info:
+    if info and 'missed' in info:
       about['missed'] = int(info['missed'])
     return self._number(reward), done, about
 
@@ -331,6 +331,11 @@ def _call(function, task):
       f'{task}: its function gave a {type(env).__name__} without '
       f'{", ".join(missing)}; it must be an environment of Gymnasium or Gym.'
     )
+  if hasattr(env, 'num_envs'):
+    raise TaskError(
+      f'{task}: its function gave several environments in one, a '
+      f'{type(env).__name__}; it must give one, and --envs runs several.'
+    )
   return env
 
 
@@ -516,9 +521,18 @@ def _vector(space):
     return box, lambda value: box.encode(np.ravel(value) - start)
   if _is(space, 'Box') or _is(space, 'MultiBinary'):
     box = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
-    # A copy, as many an environment writes over what it gave.
-    return box, lambda value: np.array(value, np.float32)
+    return box, functools.partial(_array, shape=space.shape)
   return None, None
+
+
+def _array(value, shape):
+  """A float32 copy, as many an environment writes over what it gave."""
+  array = np.array(value, np.float32)
+  if array.shape != shape:
+    raise ValueError(
+      f'An observation has shape {array.shape}; its space says {shape}.'
+    )
+  return array
 
 
 def _called(path):

@@ -23,7 +23,7 @@ import environments
 import runfile
 import spaces
 import training
-from cli import AttrDict, UserError, kept_signals
+from cli import AttrDict, Stopped, StopSignal, UserError, kept_signals
 
 
 class Policy(tf.Module):
@@ -233,6 +233,8 @@ class Agent:
         raise ValueError(f'{name} is {array.dtype}; images are uint8.')
     else:
       array = array.astype(np.float32)
+      if not np.isfinite(array).all():
+        raise ValueError(f'{name} has numbers that are not finite.')
     if shape not in (array.shape, array.shape[1:]):
       raise ValueError(
         f'{name} has shape {array.shape}, not {shape} or (E, '
@@ -305,6 +307,12 @@ def train(make_env, logdir, make_agent, **flags):
   """Trains on environments that a function makes; see `dreamer.train`."""
   name = re.sub(r'\W+', '', getattr(make_env, '__name__', 'env'))
   flags = {'task': f'custom_{name}', **flags, 'logdir': logdir}
+  flags = {k: v for k, v in flags.items() if v is not None}
+  if make_env is not None and not callable(make_env):
+    raise UserError(
+      'make_env is a function that makes an environment, not a '
+      f'{type(make_env).__name__}; a task with a name is given as task='
+    )
   config = commandline.parse_flags(
     [f'--{k}={_text(v)}' for k, v in flags.items()]
   )
@@ -315,8 +323,14 @@ def train(make_env, logdir, make_agent, **flags):
       f'make_env cannot be sent to another process ({error}): it must be a '
       'function that makes the environment, and not hold one'
     ) from error
-  with kept_signals():
-    training.run(config, make_agent, make_env)
+  stop = StopSignal()
+  try:
+    with kept_signals():
+      training.run(config, make_agent, make_env, stop)
+  except Stopped:
+    raise KeyboardInterrupt from None
+  if stop.requested:  # all is saved; the caller is to end, too
+    raise KeyboardInterrupt
   return load(logdir, make_agent)
 
 
@@ -395,4 +409,5 @@ def _prefixed(state):
 
 def _plain(name):
   """The name of an observation as one of a tensor."""
-  return re.sub(r'\W+', '_', name)
+  name = re.sub(r'\W+', '_', name, flags=re.ASCII)
+  return name if name[:1].isalpha() else f'obs_{name.lstrip("_")}'

@@ -84,11 +84,18 @@ def _command(run, flags):
   with contextlib.suppress(KeyError, TypeError, AttributeError):
     base = _defaults(run, *(flags[name] for name in configs.START))
     base.update(preset='release', inputs='image')
-    words = ['python', 'dreamer.py', '--logdir', flags.get('logdir', '')]
-    words += ['--task', flags['task']]
-    for name, value in flags.items():
-      if name not in ('logdir', 'task') and value != base.get(name):
-        words += [f'--{name}', _shown(value)]
+    given = {
+      name: value
+      for name, value in flags.items()
+      if name not in ('logdir', 'task') and value != base.get(name)
+    }
+    logdir, task = flags.get('logdir', ''), flags['task']
+    if task.startswith('custom_'):  # made by a function
+      words = [f'task={task!r}', *(f'{k}={v!r}' for k, v in given.items())]
+      return f'dreamer.train(make_env, {logdir!r}, {", ".join(words)})'
+    words = ['python', 'dreamer.py', '--logdir', logdir, '--task', task]
+    for name, value in given.items():
+      words += [f'--{name}', _shown(value)]
     return shlex.join(map(str, words))
   return ''
 

@@ -183,6 +183,34 @@ def load_spaces(logdir):
     return None, None
 
 
+def check_spaces(logdir, inputs, actions):
+  """UserError unless a run that began sees and does what is there now.
+
+  Args:
+    logdir: with a config.json; without one nothing is checked.
+    inputs: {name: shape} of what the agent is to see.
+    actions: its action space.
+  """
+  path = pathlib.Path(logdir) / 'config.json'
+  old, acts = load_spaces(logdir) if path.exists() else (None, None)
+  if old is None:
+    return
+  then = old, spaces.action_record(acts)
+  shapes = {k: tuple(map(int, v)) for k, v in inputs.items()}
+  now = shapes, spaces.action_record(actions)
+  if then != now:
+    raise UserError(
+      f'the environment has changed: it shows {_told(*now)}, and the run in '
+      f'--logdir {logdir} was made with {_told(*then)}. Bring that environment '
+      'back, or choose a new folder.'
+    )
+
+
+def _told(inputs, actions):
+  shown = ', '.join(f'{k} {list(v)}' for k, v in inputs.items())
+  return f'{shown} and takes actions {json.dumps(actions)}'
+
+
 def write_config(config, inputs=None, actions=None, folder=None):
   """Writes config.json: flags, versions, and when the run first started.
 

@@ -173,6 +173,7 @@ def choose(tasks, methods=None):
 def check_task(name):
   try:
     suites.check_task(name)
+    suites.check_function(name, None)
   except UserError as error:
     hint = nearest(name, SETS)
     message = f'there is no set or task {name!r}{hint}' if hint else error

@@ -210,13 +210,14 @@ class Estimate:
     )
 
 
-def run(config, make_agent, function=None):
+def run(config, make_agent, function=None, stop=None):
   """Trains, from an empty logdir or from where the last run stopped.
 
   Args:
     config: from `commandline.parse_flags`.
     make_agent: class of the agent: `dreamer.Dreamer`.
     function: makes the environment of a custom task.
+    stop: `cli.StopSignal`, which tells the caller of a signal.
 
   Raises:
     cli.Failure: with a message for the user and an exit code.
@@ -232,7 +233,7 @@ def run(config, make_agent, function=None):
       raise UserError('--learner free makes its updates in one process')
     if team.folders > 1:
       cli.remove_temporary_files(config.logdir / 'episodes')
-    stop = cli.StopSignal()
+    stop = stop or cli.StopSignal()
     stop.install()
     datadir = config.logdir / 'episodes'
     step = replay.count_steps(datadir, config, team.folders)
@@ -377,6 +378,8 @@ def _prepare(run, envs, test_env):
   configs.resolve_actions(config, spec.actions)
   if config.init_from and runfile.begins(config):
     runfile.load_config(config.init_from)  # or an error, before the work
+  if not runfile.begins(config):
+    runfile.check_spaces(run.home, spec.inputs, spec.actions)
   shapes = {**spec.inputs, 'action': spec.actions.shape}
   replay.Replay(run.datadir, shapes=shapes, repair=bool(envs)).check()
   if run.team.chief:

@@ -501,6 +501,17 @@ def test_cameras_are_whole_numbers(tmp_path, text, value):
   assert config.cameras == value
 
 
+def test_a_folder_is_the_same_by_any_name(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = parse(f'--logdir={tmp_path}', '--offline=data')
+  runfile.write_config(config)
+  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'checkpoints/ckpt-1.index').write_bytes(b'')
+  monkeypatch.chdir('/')
+  again = parse(f'--logdir={tmp_path}', f'--offline={tmp_path}/./data')
+  assert runfile.check_logdir(again) == []
+
+
 def test_inputs_are_the_same_in_any_order(tmp_path):
   """Of logdirs as well whose run was started before they were put in order."""
   config = parse(f'--logdir={tmp_path}', '--inputs=state,image')

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -173,6 +174,7 @@ def test_sampling_draws_though_the_run_collected_with_the_mode(runs):
     (lambda obs: {**obs, 'image': obs['image'] / 255}, 'images are uint8'),
     (lambda obs: {**obs, 'state': np.zeros(5)}, r'not \(4,\) or \(E, 4\)'),
     (lambda obs: {**obs, 'state': np.zeros((2, 4))}, 'Only some observations'),
+    (lambda obs: {**obs, 'state': [0, 0, np.nan, 0]}, 'that are not finite'),
   ],
 )
 def test_wrong_observations(runs, change, message):
@@ -307,6 +309,8 @@ def test_lambdas_reach_the_workers():
     (cartpole, dict(prest='cpu'), 'did you mean --preset'),
     (cartpole, dict(steps=-3), '--steps takes a whole number'),
     (None, dict(task='custom_x'), 'custom_x is made by a function'),
+    ('CartPole-v1', {}, 'make_env is a function that makes an environment'),
+    (cartpole, dict(record=None, init_from=None, steps=-3), '--steps takes a'),
     (cartpole, dict(task='toy_reach'), 'toy_reach has an environment of its'),
   ],
 )
@@ -314,6 +318,77 @@ def test_bad_input(tmp_path, make_env, flags, message):
   flags = {'inputs': 'state', **SMALL, **flags}
   with pytest.raises(cli.UserError, match=re.escape(message)):
     dreamer.train(make_env, tmp_path / 'run', **flags)
+
+
+def test_a_logdir_is_needed():
+  with pytest.raises(cli.UserError, match='--logdir'):
+    dreamer.train(cartpole, None, inputs='state', **SMALL)
+
+
+class Pole(gymnasium.Wrapper):
+  """Asks the program that trains on it to end."""
+
+  def __init__(self, when):
+    super().__init__(cartpole())
+    self.left = when
+
+  def step(self, action):
+    self.left -= 1
+    if not self.left:
+      os.kill(os.getpid(), signal.SIGINT)
+    return super().step(action)
+
+
+@pytest.mark.parametrize('when', [30, 450])  # in the prefill, and later
+def test_ctrl_c_ends_the_program_as_well(tmp_path, when):
+  flags = dict(SMALL, inputs='state', task='custom_pole', parallel='none')
+  with pytest.raises(KeyboardInterrupt):
+    dreamer.train(lambda: Pole(when), tmp_path, **flags)
+  agent = dreamer.train(lambda: Pole(0), tmp_path, **flags)
+  assert agent.step >= 500
+
+
+class Other(gymnasium.Wrapper):
+  """Shows what it is told to."""
+
+  def __init__(self, keys):
+    super().__init__(cartpole())
+    part = self.env.observation_space
+    self.keys = keys
+    self.observation_space = gymnasium.spaces.Dict(dict.fromkeys(keys, part))
+
+  def reset(self, **kwargs):
+    obs, info = self.env.reset(**kwargs)
+    return dict.fromkeys(self.keys, obs), info
+
+  def step(self, action):
+    obs, *others = self.env.step(action)
+    return dict.fromkeys(self.keys, obs), *others
+
+
+@pytest.mark.parametrize('keys', [['place'], ['place', 'speed', 'goal']])
+def test_an_environment_that_changed_is_refused(tmp_path, keys):
+  """Nothing is lost: the run goes on with the one that it was made with."""
+  flags = dict(SMALL, inputs='state', task='custom_pole', steps=450)
+  dreamer.train(lambda: Other(['place', 'speed']), tmp_path, **flags)
+  before = {p: p.read_bytes() for p in tmp_path.rglob('*.npz')}
+  about = runfile.load_spaces(tmp_path)[0]
+  with pytest.raises(cli.UserError, match='the environment has changed: it'):
+    dreamer.train(lambda: Other(keys), tmp_path, **flags)
+  assert {p: p.read_bytes() for p in tmp_path.rglob('*.npz*')} == before
+  assert runfile.load_spaces(tmp_path)[0] == about
+  flags.update(steps=500)
+  dreamer.train(lambda: Other(['place', 'speed']), tmp_path, **flags)
+
+
+def test_exported_names_begin_with_a_letter(tmp_path):
+  config = dreamer.define_config('toy_reach', 'debug', 'state')
+  inputs = {'0': (2,), '_pose': (3,), 'ä b': ()}
+  space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+  library.export(dreamer.Dreamer(config, space, inputs=inputs), tmp_path)
+  act = tf.saved_model.load(str(tmp_path)).signatures['act']
+  names = {n for n in act.structured_input_signature[1] if n[:6] != 'memory'}
+  assert names == {'obs_0', 'obs_pose', 'obs_b'}
 
 
 def test_a_function_that_holds_what_cannot_be_sent(tmp_path):

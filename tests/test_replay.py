@@ -548,3 +548,11 @@ def test_capacity_counts_what_is_long_enough(tmp_path):
   tools.save_episodes(tmp_path, episodes)
   windows = draw(tmp_path, 50, 50, 6, capacity=20)
   assert {identify(window)[0] for window in windows} == {1, 2}
+
+
+def test_episodes_without_what_the_agent_sees_are_of_another_task(tmp_path):
+  (path,) = tools.save_episodes(tmp_path, [make_episode(1, 6)])
+  shapes = dict(position=(3,), goal=(2,))
+  with pytest.raises(cli.UserError, match='another task: it lacks goal'):
+    replay.Replay(tmp_path, shapes=shapes).check()
+  assert path.exists()

@@ -239,6 +239,17 @@ def test_command_repeats_the_run(made):
   }
 
 
+def test_command_of_a_custom_task_is_python(tmp_path):
+  flags = full_config('custom_mine', 0, horizon=10)
+  del flags['task'], flags['seed']
+  write_run(tmp_path / 'run', 'custom_mine', 0, [(1, 1.0)], **flags)
+  (run,) = run_folders.find_runs([tmp_path])
+  command = run_origins.origin(run).command
+  begin = "dreamer.train(make_env, './logdir/0', task='custom_mine', "
+  assert command.startswith(begin) and 'horizon=10' in command
+  compile(command, 'command', 'eval')
+
+
 def test_flags_follow_from_the_command_of_a_run_without_config(tmp_path):
   write_metrics(tmp_path / 'runs/toy_reach/dreamer/0', [(900, 4.0)])
   folder = tmp_path / 'runs/toy_reach/dreamer/0'

@@ -310,6 +310,7 @@ REACH = ('--tasks', 'toy_reach')
     (('--tasks', 'toy_rech'), 'did you mean toy_reach'),
     (('--tasks', 'dmc2'), 'did you mean dmc20?'),
     (('--tasks', 'toy_reach,'), "''"),
+    (('--tasks', 'custom_mine'), 'custom_mine is made by a function'),
     ((*REACH, '--methods', 'dremer'), 'did you mean dreamer'),
     ((*REACH, '--methods', ''), "there is no ''"),
     (('--tasks', 'figure8', '--methods', 'planet'), 'figure8 has none of them'),

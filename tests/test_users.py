@@ -923,3 +923,36 @@ def test_a_module_of_the_current_folder_without_a_worker(tmp_path, monkeypatch):
 def test_a_path_is_no_module(module):
   with pytest.raises(wrappers.TaskError, match='is a path; the name of a'):
     suites.make_task(f'gym_{module}:Id-v0')
+
+
+class Lengthening(Base):
+  """A vector of another length than its space says, now and then."""
+
+  observation_space = S.Box(-99, 99, (2,), np.float32)
+
+  def obs(self):
+    return np.zeros(2 + (self.time == 3), np.float32)
+
+
+def test_a_vector_of_another_shape_than_announced_is_an_error():
+  env = make(Lengthening, inputs='state')
+  env.reset()
+  with pytest.raises(ValueError, match=r'shape \(3,\); its space says \(2,\)'):
+    for _ in range(3):
+      env.step(np.zeros(2, np.float32))
+
+
+def test_several_environments_in_one_are_refused():
+  with pytest.raises(wrappers.TaskError, match='gave several environments in'):
+    suites.make_task(
+      'custom_several',
+      function=lambda: gymnasium.make_vec('CartPole-v1', num_envs=2),
+      inputs='state',
+    )
+
+
+def test_no_info_is_an_empty_one():
+  kind = variant(step=lambda self, action: (*Base.step(self, action)[:4], None))
+  env = make(kind)
+  env.reset()
+  assert env.step(np.zeros(2, np.float32))[1] == 1.0
