@@ -195,6 +195,22 @@ def test_nearest_published_step(step, nearest, mean):
     assert found['std'] == pytest.approx(57.7 * (5 / 4) ** 0.5)
 
 
+def test_young_runs_are_not_in_the_summary(tmp_path):
+  write_seeds(tmp_path / 'runs', WALK, [200.0, 220.0, 240.0], 89_000)
+  write_seeds(tmp_path / 'runs', 'dmc_cheetah_run', [1.0, 2.0, 3.0], 90_000)
+  _, result = report(tmp_path / 'runs')
+  assert result['summary']['dreamer']['tasks'] == 1
+
+
+def test_other_arguments_are_another_task(tmp_path):
+  for size in (3, 4):
+    flags = dict(env_args={'size': size})
+    write_run(tmp_path / f'runs/{size}', 'gym_Maze-v0', 0, [(1e5, 1)], **flags)
+  _, result = report(tmp_path / 'runs')
+  tasks = [row['task'] for row in result['rows']]
+  assert tasks == [f'gym_Maze-v0 {{"size": {size}}}' for size in (3, 4)]
+
+
 def test_summary_by_hand(tmp_path, capsys):
   write_seeds(tmp_path / 'runs', WALK, [200.0, 220.0, 240.0])  # paper 137.2
   write_seeds(tmp_path / 'runs', 'dmc_cheetah_run', [100.0, 60.0])  # 127.6

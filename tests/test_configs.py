@@ -441,6 +441,48 @@ def test_all_other_flags_that_change_are_said(tmp_path, capsys):
   assert capsys.readouterr().out == line
 
 
+def test_config_keeps_when_a_run_first_started(tmp_path):
+  config = dreamer.define_config('toy_reach')
+  config.logdir = tmp_path
+  runfile.write_config(config)
+  path = tmp_path / 'config.json'
+  record = dict(json.loads(path.read_text()), started='2020-01-01T00:00:00')
+  path.write_text(json.dumps(record))
+  config.steps = 7
+  runfile.write_config(config)
+  record = json.loads(path.read_text())
+  assert record['started'] == '2020-01-01T00:00:00'
+  assert record['config']['steps'] == 7
+
+
+def test_preset_for_machines_without_a_gpu():
+  """What differs from the release, as docs/results.md has it."""
+  both = dict(
+    preset='cpu', batch_size=16, batch_length=32, cnn_depth=8, num_units=200,
+    free_nats=1.0, kl_balance=0.83, imag_starts=64, slow_value=0.02,
+    actor_entropy=0.01, train_steps=200, pretrain=500, model_lr=1e-3,
+    value_lr=3e-4, actor_lr=1e-4,
+  )  # fmt: skip
+  own = dict(
+    image=dict(reward_scale=10.0, decode_images=128),
+    state=dict(kl_scale=0.6, precision='32', inputs='state'),
+  )
+  plain = configs.define_config()
+  for inputs, changes in own.items():
+    config = configs.define_config(preset='cpu', inputs=inputs)
+    found = {k: v for k, v in config.items() if v != plain[k]}
+    assert found == {**both, **changes}
+
+
+def test_what_is_just_possible_is_taken():
+  """Sequences as long as episodes; all candidates of a plan as the best."""
+  flags = ('--time_limit=20', '--action_repeat=2')
+  assert parse(*flags, '--batch_length=11').batch_length == 11
+  with pytest.raises(cli.UserError, match='Choose 11 or less'):
+    parse(*flags, '--batch_length=12')
+  assert parse('--plan_candidates=100').plan_best == 100
+
+
 @pytest.mark.parametrize(
   'name', ['dreamer', 'evaluate', 'compare', 'benchmark']
 )

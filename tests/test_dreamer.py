@@ -192,6 +192,17 @@ def test_pcont_loss_by_hand(tmp_path):
   assert np.isclose(metrics['pcont_loss'], -10 * like.mean(), rtol=1e-5)
 
 
+def test_pcont_loss_counts_by_its_scale(tmp_path):
+  agent = make_agent(tmp_path, pcont=True)
+  batch, rest = batch_of(agent), []
+  for scale in (1.0, 3.0):
+    agent._c.pcont_scale = scale
+    loss, metrics, _ = model_losses(agent, batch)
+    rest.append(loss - metrics['pcont_loss'])
+    rest.append(metrics['pcont_loss'] / scale)
+  np.testing.assert_allclose(rest[2:], rest[:2], rtol=1e-5)
+
+
 def constant_agent(folder, reward, value, **changes):
   """Reward and value models that say the same everywhere."""
   agent = make_agent(folder, **changes)
@@ -251,6 +262,28 @@ def test_values_of_the_slow_copy_are_those_in_eq_6(tmp_path):
   assert all('slow' not in w.path for w in agent.optimizers['value'].variables)
 
 
+def test_logged_numbers_by_hand(tmp_path):
+  """Entropies of prior and posterior, and what is imagined."""
+  agent = constant_agent(tmp_path, 1.0, 20.0, discount=0.9, disclam=0.5)
+  for layer, raw in (('_img3', 2.0), ('_obs2', -1.0)):
+    bias = getattr(agent.world.dynamics, layer).bias
+    bias.assign([0, 0, 0, raw, raw, raw])
+  _, metrics, post = model_losses(agent)
+  for name, raw in (('prior_ent', 2.0), ('post_ent', -1.0)):
+    std = np.log1p(np.exp(raw)) + 0.1
+    entropy = 3 * 0.5 * np.log(2 * np.pi * np.e * std**2)
+    assert np.isclose(metrics[name], entropy, rtol=1e-5), name
+  _, metrics = agent.behavior.losses(post, dream_seeds(agent))
+  assert np.isclose(metrics['imag_reward'], 1.0)
+  assert np.isclose(metrics['imag_value'], 20.0)
+  third = 1 + 0.9 * 20
+  second = 1 + 0.9 * (0.5 * 20 + 0.5 * third)
+  first = 1 + 0.9 * (0.5 * 20 + 0.5 * second)
+  assert np.isclose(metrics['imag_return'], (first + second + third) / 3)
+  each = metrics['action_ent'] / 2
+  assert np.isclose(metrics['action_ent_each'], each)
+
+
 def test_pcont_weights_and_starts(tmp_path):
   agent = constant_agent(tmp_path, 1.0, 2.0, pcont=True, disclam=1.0)
   set_bias(agent.world.pcont, np.log(0.8 / 0.2))
@@ -261,6 +294,35 @@ def test_pcont_weights_and_starts(tmp_path):
   assert np.allclose(imag['weights'][:, 0], [1.0, 0.8, 0.64], rtol=1e-5)
   first = 1 + 0.8 * (1 + 0.8 * (1 + 0.8 * 2))
   assert np.allclose(imag['returns'][0], first, rtol=1e-5)
+
+
+def test_chance_to_get_there_is_no_way_to_a_larger_objective(tmp_path):
+  """The weights of Eq. 7 have no gradient, though they are predicted."""
+  agent = make_agent(
+    tmp_path, pcont=True, horizon=3, disclam=1.0, action_init_std=1.0
+  )
+  for head, value in ((agent.world.reward, 1.0), (agent.behavior.value, 0.0)):
+    for variable in head.variables:
+      variable.assign(tf.zeros_like(variable))
+    set_bias(head, value)
+  _, _, post = model_losses(agent)
+  seeds = dream_seeds(agent)
+
+  def plain():
+    """V_2 = 1 and V_1 = 1 + g_1; both count half, V_2 times g_1 as given."""
+    feat, _ = agent.behavior.imagine(post, seeds)
+    return -0.5 * tf.reduce_mean(agent.world.pcont(feat[0]).mean())
+
+  variables = [v.value for v in agent.optimizers['actor'].variables]
+  grads = []
+  for function in (plain, lambda: agent.behavior.actor_loss(post, seeds)[0]):
+    with tf.GradientTape() as tape:
+      loss = function()
+    grad = tape.gradient(loss, variables)
+    grads.append(np.concatenate([np.ravel(x) for x in grad]))
+  scale = np.abs(grads[0]).max()
+  assert scale > 0
+  np.testing.assert_allclose(grads[1] / scale, grads[0] / scale, atol=1e-3)
 
 
 def test_imagination_leaves_the_start_state_out(tmp_path):
@@ -428,6 +490,57 @@ def test_each_loss_moves_its_own_networks(tmp_path):
     assert {k for k in opts if moved(opts[k], before[k])} == {name}
     assert float(metrics[f'{name}_grad_norm']) > 0
   assert agent.train.experimental_get_tracing_count() == 1
+
+
+def test_networks_and_optimizers_are_as_the_flags_say(tmp_path):
+  """Layers, activations; of each optimizer rate, clipping, epsilon, decay."""
+  rates = dict(model_lr=1e-2, value_lr=3e-2, actor_lr=1e-1)
+  changes = dict(
+    pcont=True, pcont_layers=1, dense_act='relu', cnn_act='tanh', **rates
+  )
+  agent = make_agent(tmp_path, grad_clip=0.5, opt_eps=0.1, **changes)
+  networks = agent.networks()
+  layers = {k: len(networks[k].weights) // 2 for k in ('reward', 'pcont')}
+  assert layers == dict(reward=2 + 1, pcont=1 + 1)
+  found = {
+    name: {x.activation.__name__ for x in network._flatten_layers()
+           if hasattr(x, 'activation')}
+    for name, network in networks.items()
+  }  # fmt: skip
+  dense = {'relu', 'linear'}
+  assert all(found[k] == dense for k in ('actor', 'value', 'reward', 'pcont'))
+  assert found['dynamics'] == {*dense, 'tanh'}  # that of the GRU
+  assert found['encode'] == {'tanh'} and found['decode'] == {'tanh', 'linear'}
+  agent.set_learning_rates()
+  for name, opt in agent.optimizers.items():
+    before = weights(opt)
+    opt.apply([tf.ones_like(v) for v in before])
+    size = 0.5 / sum(v.size for v in before) ** 0.5  # clipped to a norm of 0.5
+    mean, root = 0.1 * size, 0.001**0.5 * size
+    step = rates[f'{name}_lr'] * 0.001**0.5 / 0.1 * mean / (root + 0.1)
+    for new, old in zip(weights(opt), before, strict=True):
+      np.testing.assert_allclose(old - new, step, rtol=0.02, atol=1e-7)
+  decay = dict(weight_decay=0.1, weight_decay_pattern='h1/kernel')
+  agent = make_agent(tmp_path, **decay)
+  opt = agent.optimizers['value']
+  for variable in opt.variables:
+    variable.assign(tf.ones_like(variable))
+  opt.apply([tf.zeros_like(v) for v in opt.variables])
+  decayed = {v.path for v in opt.variables if (v.numpy() < 1).all()}
+  assert decayed == {'value/h1/kernel'}
+
+
+def test_the_mode_is_collected_where_that_is_asked(tmp_path):
+  agent = make_agent(tmp_path, action_init_std=1.0)
+  latent = agent.world.dynamics.initial(3)
+  seed = tf.constant([1, 2])
+
+  def act(training):
+    return agent.behavior.act(latent, seed, training).numpy()
+
+  assert (act(True) != act(False)).all()
+  agent._c.collect_action = 'mode'
+  np.testing.assert_array_equal(act(True), act(False))
 
 
 def test_acting_and_evaluating_move_nothing(tmp_path):
@@ -608,6 +721,23 @@ def test_open_loop_keeps_the_truth_and_the_context(tmp_path):
     other = agent.world.open_loop({**batch, 'image': image}).numpy()
     change.append(np.abs(other[:, :, 64:128] - model)[:, t].mean())
   assert change[0] > 10 * change[1]
+
+
+def test_open_loop_is_by_the_action_of_the_same_row(tmp_path):
+  agent = make_agent(tmp_path, batch_length=8)
+  batch = batch_of(agent)
+
+  def predict(row=None):
+    action = batch['action'].copy()
+    if row is not None:
+      action[:, row] = -action[:, row]
+    tf.random.set_seed(0)  # the same noise
+    data = agent.world.preprocess({**batch, 'action': action})
+    return agent.world._predict(data).numpy()
+
+  for row in (5, 7):  # the first without an image, and the last
+    changed = (predict(row) != predict()).any((0, 2))
+    assert changed.tolist() == [t >= row for t in range(8)]
 
 
 def test_epsilon_goes_from_04_to_01_in_200000_updates(tmp_path):

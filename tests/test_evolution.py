@@ -232,6 +232,35 @@ def test_search_in_the_environment_goes_on_where_it_was_saved(tmp_path):
   assert ends[0][1] == 3 and ends[0][-6:].sum() == 9  # generations, episodes
 
 
+def test_evaluations_are_of_the_answer_so_far(tmp_path):
+  """Not of a controller of the population: at first, all weights are 0."""
+  agent = make_agent(tmp_path, **SMALL, evolve='environment')
+  behavior = agent.behavior
+  behavior.before_action(np.ones(1, bool))
+  start = agent.world.dynamics.initial(1)
+  latent = {k: tf.ones_like(v) for k, v in start.items()}
+  seed = tf.constant([1, 2])
+  assert (behavior.act(latent, seed, True).numpy() != 0).all()
+  assert (behavior.act(latent, seed, False).numpy() == 0).all()
+
+
+def test_generations_wait_as_flags_say_and_for_finite_returns(tmp_path):
+  behavior = make_agent(tmp_path, **SMALL).behavior
+  returns = tf.range(6.0)
+
+  def end(fitness, waits):
+    behavior.before_update(waits)
+    metrics = behavior.after_update(dict(fitness=fitness))
+    return behavior._generations.search.generation, metrics
+
+  generation, metrics = end(returns, waits=True)  # --actor_delay
+  assert generation == 0 and 'imag_return' not in metrics
+  generation, metrics = end(returns / 0.0, waits=False)
+  assert generation == 0 and not np.isfinite(metrics['imag_return'])
+  generation, metrics = end(returns, waits=False)
+  assert generation == 1 and metrics['imag_return_best'] == 5
+
+
 # --- Resuming -----------------------------------------------------------------
 
 

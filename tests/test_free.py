@@ -1,17 +1,20 @@
 """Acting and learning at paces of their own, in one process and in two."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import test_faults as faults
+from test_dreamer import eagerly
 
 import checkpoints
 import cli
@@ -213,6 +216,77 @@ def test_updates_may_follow_from_steps_again(learner, tmp_path):
     counts[step] = again.updates
   assert counts == {1000: 4, 1001: 4, 1098: 4, 1099: 4, 1100: 9}
   again.halt()
+
+
+@pytest.mark.slow
+@eagerly()
+def test_each_update_is_acted_with(learner, tmp_path):
+  source, copy = learner[0]._agent, make_agent(tmp_path)
+  both = free.FreeLearner(source, learner[1], copy)
+  both.learn_on()
+  assert int(copy.updates) == 1
+  for name, layer in source.networks().items():
+    pairs = zip(layer.weights, copy.networks()[name].weights, strict=True)
+    assert all((x.numpy() == y.numpy()).all() for x, y in pairs), name
+
+
+@eagerly()
+def test_evaluations_beside_a_learner_do_not_explore(learner, tmp_path):
+  source, copy, (_, run) = make_agent(tmp_path), make_agent(tmp_path), learner
+  run.config.update(expl='completely_random', expl_amount=1.0)
+  copy.config.update(run.config)
+  run = run_kinds.ActorRun(run.config, run.team, run.stop, run.logger)
+  for variable in copy.behavior.actor.weights:
+    variable.assign(tf.zeros_like(variable))
+  copy.behavior.actor._out.bias.assign([9.0, 9.0, -9.0, -9.0])
+  follower = free.Follower(source, run, copy)
+  obs, reset = dict(state=np.zeros((9, 4))), np.ones(9, bool)
+  assert (follower.evaluate(obs, reset)[0] > 0.99).all()
+  assert (follower(obs, reset)[0] < 0.9).any()
+
+
+def test_weights_do_not_change_while_an_action_is_found():
+  """An action is by those of one update, all of them."""
+
+  class Agent:
+    def __init__(self):
+      self.weight = tf.Variable(0.0)
+      self.begun, self.end = threading.Event(), threading.Event()
+
+    def knowledge(self):
+      return dict(weight=self.weight)
+
+    def __call__(self, *args):
+      self.begun.set()
+      assert self.end.wait(20)
+      return float(self.weight)
+
+  agent, source = Agent(), Agent()
+  actor = free.Actor(agent, source)
+  actor.take()
+  source.weight.assign(1.0)
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    action = threads.submit(actor, None, None)
+    assert agent.begun.wait(20)
+    taken = threads.submit(actor.take)
+    assert not concurrent.futures.wait([taken], 0.5).done
+    agent.end.set()
+    assert action.result() == 0.0
+    taken.result()
+  assert float(agent.weight) == 1.0
+
+
+def test_actor_that_resumes_does_not_evaluate_anew(learner, pair):
+  _, run = learner
+  source, copy, _ = pair
+  run.logger.scalars(100, {'test/return': 1.0})
+  run = run_kinds.ActorRun(run.config, run.team, run.stop, run.logger)
+  made = free.ActorProgress(run, free.Follower(source, run, copy))
+  made.resume()
+  assert made._evaluations == 1
+  every = run.config.eval_every
+  due = [made._should_eval.due(100 + step) for step in (0, every - 1, every)]
+  assert due == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -330,3 +330,30 @@ def test_predicts_a_linear_system_open_loop(tmp_path):
     share = tf.reduce_mean(late**2) / tf.math.reduce_variance(truth)
     errors.append(float(share))
   assert errors[0] > 0.8 and errors[1] < 0.1
+
+
+def test_the_library_tells_vectors_as_the_environment_has_them(tmp_path):
+  """Undoing what the model's are scaled by, if they are."""
+  for scale, expected in dict(none=2.0, symlog=np.exp(2.0) - 1).items():
+    agent = make_agent(tmp_path / scale, VECTORS, vector_scale=scale)
+    head = agent.world.vector
+    for variable in head.variables:
+      variable.assign(tf.zeros_like(variable))
+    head._out.bias.assign(2.0 * tf.ones(11))
+    obs = {k: np.zeros(shape, np.float32) for k, shape in VECTORS.items()}
+    told = library.Agent(agent).imagine(obs, np.zeros((3, 2)))
+    for name, shape in VECTORS.items():
+      assert told[name].shape == (3, *shape)
+      np.testing.assert_allclose(told[name], expected, rtol=1e-5)
+
+
+def test_the_library_makes_environments_of_any_seed(tmp_path):
+  agent = make_agent(tmp_path, VECTORS, seed=1)
+  agent.config.update(task='toy_reach', inputs='state', parallel='none')
+  agent, starts = library.Agent(agent), []
+  for seed in (None, 1, 2):
+    env = agent.make_env(seed)
+    starts.append(tuple(env.reset(number=0)['state']))
+    env.close()
+  assert starts[0] == starts[1] != starts[2]
+  assert agent.config.seed == 1

@@ -830,6 +830,18 @@ def test_last_layers_are_exact(policy):
     np.testing.assert_allclose(output, 45.1, rtol=1e-6)
 
 
+def test_state_model_smallest_std():
+  """As of the states; narrower ones would tell images too well apart."""
+  model = models.StateModel(3, 5)
+  model(tf.zeros([1, 7]))
+  for variable in model.weights:
+    variable.assign(tf.zeros_like(variable))
+  model._out.bias.assign([0.5, 0.5, 0.5, -50, -50, -50])
+  mean, std = model(tf.ones([2, 7]))
+  np.testing.assert_allclose(mean, np.full((2, 3), 0.5))
+  np.testing.assert_allclose(std, np.full((2, 3), 0.1), rtol=1e-6)
+
+
 # --- Sizes ------------------------------------------------------------------
 
 

@@ -556,3 +556,54 @@ def test_episodes_without_what_the_agent_sees_are_of_another_task(tmp_path):
   with pytest.raises(cli.UserError, match='another task: it lacks goal'):
     replay.Replay(tmp_path, shapes=shapes).check()
   assert path.exists()
+
+
+def batches(folder, count, part=(0, 1), **flags):
+  """(episode, first row) of the windows of batches, by the flags of a run."""
+  defaults = dict(batch_size=20, batch_length=3, dataset_balance=False)
+  defaults.update(seed=0, replay_capacity=0, action_repeat=4)
+  config = cli.AttrDict({**defaults, **flags})
+  inputs = dict(image=(4, 4, 3))
+  drawn = replay.load_dataset(folder, config, part=part, inputs=inputs)
+  found = [batch for batch, _ in zip(drawn, range(count), strict=False)]
+  images = np.concatenate([batch['image'] for batch in found])
+  return [(int(x[0, 0, 0, 0]), int(x[0, 0, 0, 1])) for x in images]
+
+
+def test_batches_are_drawn_as_the_flags_say(tmp_path):
+  tools.save_episodes(tmp_path, [make_episode(n, 10) for n in range(1, 6)])
+  plain = batches(tmp_path, 10)
+  assert {number for number, _ in plain} == {1, 2, 3, 4, 5}
+  # In environment steps: 36 in each episode.
+  few = batches(tmp_path, 10, replay_capacity=72)
+  assert {number for number, _ in few} == {4, 5}
+  ends = [row for _, row in batches(tmp_path, 10, dataset_balance=True)]
+  assert np.mean([row == 7 for _, row in plain]) < 0.25
+  assert np.mean(np.array(ends) == 7) > 0.3  # 4 of 11 draws
+  assert batches(tmp_path, 10, seed=1) != plain
+  # Of two processes each draws half, and not the same.
+  halves = [batches(tmp_path, 10, part=(index, 2)) for index in (0, 1)]
+  assert len(halves[0]) == len(halves[1]) == 100
+  assert halves[0] != halves[1]
+
+
+@pytest.mark.parametrize(
+  'flags, stays',
+  [({}, False), ({'role': 'learn'}, True), ({'offline': 'x'}, True)],
+)
+def test_who_sets_broken_episodes_aside(tmp_path, flags, stays):
+  """Only who writes to the folder: --role learn leaves it to --role act."""
+  tools.save_episodes(tmp_path, [make_episode(1, 10)])
+  path = tmp_path / '20260101T000000000000-broken-10.npz'
+  path.write_bytes(b'broken')
+  assert {number for number, _ in batches(tmp_path, 2, **flags)} == {1}
+  assert path.exists() == stays
+
+
+def test_observations_that_are_not_finite_are_set_aside(tmp_path):
+  episodes = [make_episode(1, 6), make_episode(2, 6)]
+  episodes[1]['position'][3, 0] = np.inf
+  tools.save_episodes(tmp_path, episodes)
+  windows = draw(tmp_path, 30, 30, 6, shapes=dict(position=(3,)))
+  assert {identify(w)[0] for w in windows} == {1}
+  assert len(list(tmp_path.glob('*.broken'))) == 1

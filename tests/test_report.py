@@ -361,6 +361,19 @@ def test_normalized_score_by_hand(tmp_path):
   assert first == f'M{round(1000 / 1.53)} {round(1000 * (1 - 0.25 / 1.1))}'
 
 
+def test_of_young_runs_the_paper_has_its_first_point():
+  line = panels._paper_line([100, 200, 300], [1, 2, 3], 50)
+  assert (line.x.tolist(), line.y.tolist()) == ([100], [1])
+  line = panels._paper_line([100, 200, 300], [1, 2, 3], 200)
+  assert line.y.tolist() == [1, 2]
+
+
+def test_charts_are_of_numbers_that_runs_log():
+  known = {name for name in logger.METRICS if name[:4] in ('test', 'trai')}
+  known |= {name.split('/')[1] for name in logger.METRICS}
+  assert set(panels.NAMES) <= known
+
+
 def test_long_runs_are_thinned_to_means():
   x, y = panels._thinned(np.arange(5000.0), np.arange(5000.0) * 2)
   assert len(x) == 500

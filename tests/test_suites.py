@@ -560,6 +560,14 @@ def test_resizing_keeps_the_mean():
   assert PIL.Image.fromarray(gray).size == (64, 64)
 
 
+def test_resizing_to_height_and_width():
+  image = np.zeros((40, 40, 3), np.uint8)
+  image[20:] = 255
+  tall = spaces.resize(image, (20, 10))
+  assert tall.shape == (20, 10, 3)
+  assert (tall[:9] == 0).all() and (tall[11:] == 255).all()
+
+
 @pytest.mark.parametrize('task', ['atari_pong', 'toy_reach'])
 def test_an_observation_to_record_that_is_not_there(task):
   with pytest.raises(wrappers.TaskError, match='--record rewrad: .*; it has'):

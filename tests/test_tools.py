@@ -499,6 +499,13 @@ def probabilities(logits):
   return tf.concat([tf.nn.softmax(part) for part in parts], -1)
 
 
+def test_factored_one_hot_draws_each_choice_by_itself():
+  dist = tools.FactoredOneHotDist(tf.zeros([4000, 6]), (3, 3))
+  first, second = np.split(dist.sample(seed=(1, 2)).numpy(), 2, -1)
+  together = first.T @ second / 4000
+  np.testing.assert_allclose(together, np.full((3, 3), 1 / 9), atol=0.02)
+
+
 def test_factored_one_hot_is_straight_through():
   logits, _ = factored()
   weights = tf.random.stateless_normal([4, 5], [0, 1])
@@ -653,6 +660,15 @@ def test_loss_scaling_gives_the_same_update():
     np.testing.assert_allclose(plain, scaled, rtol=1e-6)
   assert metrics['opt_skipped'] == 0
   assert metrics['opt_loss_scale'] > 1
+
+
+@pytest.mark.parametrize('scaling', [False, True])
+def test_logged_norm_is_that_of_the_loss_before_clipping(scaling):
+  weights = Weights(KERNEL, BIAS)
+  optimizer = tools.Adam('opt', [weights], 0.1, 0.5, loss_scaling=scaling)
+  norm = linear_step(optimizer, weights)['opt_grad_norm']
+  expected = np.linalg.norm(np.concatenate([np.ravel(x) for x in SLOPES]))
+  assert norm == pytest.approx(expected, rel=1e-5) and norm > 0.5
 
 
 def test_loss_scale_is_in_the_gradients():

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from test_dreamer import (
+  eagerly,
   make_agent,
   moved,
   random_episode,
@@ -25,6 +26,7 @@ from test_dreamer import (
 
 import checkpoints
 import cli
+import commandline
 import distribute
 import dreamer
 import environments
@@ -223,6 +225,89 @@ def test_of_a_stopped_evaluation_the_rest_is_made(make_learner, tmp_path):
     assert (numbers, again._evaluations) == ([0, 1], 3)
 
 
+@pytest.mark.slow
+@eagerly()
+def test_evaluations_do_not_explore(make_learner, tmp_path):
+  """By `--expl_amount`, though training does."""
+  agent = make_learner(
+    tmp_path, expl='completely_random', expl_amount=1.0, prefill=0
+  )
+  actor = agent._agent.behavior.actor
+  for variable in actor.variables:
+    variable.assign(tf.zeros_like(variable))
+  actor._out.bias.assign([9.0, 9.0, -9.0, -9.0])  # tanh of 5 tanh(9 / 5)
+  obs, reset = dict(image=np.zeros((9, 64, 64, 3), np.uint8)), np.ones(9, bool)
+  assert (agent.evaluate(obs, reset)[0] > 0.99).all()
+  agent._should_train.skip(0)  # nothing is due
+  assert (agent(obs, reset)[0] < 0.9).any()
+
+
+def test_logged_numbers_are_means_since_the_last_entry(make_learner, tmp_path):
+  agent = make_learner(tmp_path)
+  for values in ([1.0, 2.0, 6.0], [5.0]):
+    agent.unlogged(dict(model_loss=values))
+    agent.finish()
+  agent._c.log_scalars = False
+  agent.unlogged(dict(model_loss=[7.0]))
+  agent.finish()
+  lines = read_metrics(tmp_path)
+  assert [x.get('model_loss') for x in lines] == [3.0, 5.0, None]
+
+
+def test_portions_and_pauses_between_checkpoints(make_learner, tmp_path):
+  """Evaluations are apart in environment steps, checkpoints in minutes."""
+  changes = dict(eval_every=100, steps=230, action_repeat=2, save_every=1.0)
+  agent = make_learner(tmp_path, **changes)
+  made = progress.Progress(agent._run, agent)
+  assert made.portion() == dict(steps=50)
+  agent.step = 200
+  assert made.portion() == dict(steps=15)
+  saved = checkpoints.Checkpoints(tmp_path / 'checkpoints')
+  made._saved = time.time() - 50
+  made.save_if_due()
+  assert saved.newest() == -1
+  made._saved -= 20
+  made.save_if_due()
+  made.save_if_due()  # that was just now
+  assert saved.newest() == 0 and len(saved._numbers()) == 1
+
+
+def test_runs_of_several_environments_are_not_exact(make_learner, tmp_path):
+  """Their episodes end in an order that no checkpoint knows."""
+  run = make_learner(tmp_path, deterministic=True)._run
+  assert run.exact
+  run.config.envs = 2
+  assert not run.exact
+
+
+def test_estimate_of_hours(make_learner, tmp_path, capsys):
+  """Of 1e5 steps with 100 updates in 1000, 2 seconds each: 5.6 hours."""
+  agent = make_learner(tmp_path, batch_size=20, batch_length=50)
+  for _ in range(3):
+    with agent._timer():
+      pass
+  estimate = training.Estimate(agent._run, agent)
+  agent._timer.seconds = 4.0  # of two, without the first
+  estimate()
+  estimate()
+  out = capsys.readouterr().out
+  assert out.count('An update takes 2.0 s here') == 1
+  assert 'about 6 hours of updates' in out
+
+
+def test_random_episodes_differ_and_follow_from_their_number(small):
+  space = small[0].action_space
+
+  def draw(number, episodes):
+    act = training.random_agent(space, 0, number)
+    starts = [True, False] * episodes
+    return np.array([act(None, np.array([start]))[0] for start in starts])
+
+  actions = draw(0, 3).reshape(3, -1)
+  assert len(np.unique(actions)) == actions.size
+  np.testing.assert_array_equal(draw(2, 1).ravel(), actions[2])
+
+
 def returns_of(logdir):
   return [x for x in read_metrics(logdir) if 'test/return' in x]
 
@@ -388,6 +473,91 @@ def test_changes_of_discrete_actions():
   assert about == dict(real_value=0, changes=1 / 3)
   short = {k: v[:2] for k, v in episode.items()}  # one action: no change
   assert environments.describe_behavior(short, config) == dict(real_value=0)
+
+
+# --- Environments -------------------------------------------------------------
+
+
+def make_run(folder, *flags):
+  """A run on toy_reach of vectors, in this process."""
+  words = [f'--logdir={folder}', '--task=toy_reach', '--inputs=state']
+  words += ['--preset=debug', '--parallel=none', *flags]
+  config = commandline.parse_flags(words)
+  (folder / 'episodes').mkdir(parents=True)
+  log = logger.Logger(folder, 100)
+  return run_kinds.Run(config, distribute.Team(), cli.StopSignal(), log)
+
+
+def test_each_environment_has_random_streams_of_its_own(tmp_path):
+  run = make_run(tmp_path / 'run')
+
+  def first(index, prefix, seed=0):
+    run.config.seed = seed
+    env = environments.make_worker(run.config, index, prefix)
+    return tuple(env.reset(number=0)['state'])
+
+  kinds = [(0, 'train'), (1, 'train'), (0, 'test'), (0, 'train', 1)]
+  assert len({first(*kind) for kind in kinds}) == 4
+  assert first(*kinds[0]) == first(*kinds[0])
+
+
+def test_evaluations_ask_for_the_task_as_it_is_tested(tmp_path, monkeypatch):
+  """Whole games of Atari, and the held-out levels of Lab."""
+  run, asked = make_run(tmp_path / 'run'), {}
+  for prefix in ('train', 'test'):
+    monkeypatch.setattr(
+      environments.suites,
+      'make_task',
+      lambda *args, name=prefix, **kwargs: asked.update({name: kwargs['test']}),
+    )
+    environments.make_worker(run.config, 0, prefix)
+  assert asked == dict(train=False, test=True)
+
+
+def test_all_environments_of_a_run_are_closed(tmp_path):
+  run = make_run(tmp_path / 'run', '--envs=2')
+  with environments.running(run) as (envs, test):
+    everything = [*envs, test]
+    assert all(env.reset()['state'].shape == (4,) for env in everything)
+  for env in everything:
+    with pytest.raises(cli.Failure, match='closed'):
+      env.reset()
+
+
+@pytest.mark.parametrize('rows, said', [(9, True), (10, False)])
+def test_which_episodes_are_short(tmp_path, capsys, rows, said):
+  run = make_run(tmp_path / 'run', '--prefill=1')  # --batch_length 10
+  rng = np.random.default_rng(0)
+  episodes = [random_episode(rng, n) for n in (rows, 12)]
+  tools.save_episodes(run.datadir, episodes)
+  environments.ShortEpisodes(run)(episodes[1])
+  text = '1 of 2 episodes have fewer rows than --batch_length 10'
+  assert (text in capsys.readouterr().out) == said
+
+
+def test_share_of_missed_ticks(tmp_path):
+  """3 of 4 in one step, none of 1 in the last: 3 of 5."""
+
+  class Robot:
+    def __init__(self):
+      self.missed = iter((3, 0, 1))
+
+    def reset(self, blocking):
+      return {}
+
+    def step(self, action, blocking):
+      missed = next(self.missed)
+      return lambda: ({}, 0.0, missed != 3, dict(missed=missed))
+
+  run = make_run(tmp_path / 'run')
+  env = environments.Deadlines(Robot(), run, 'missed')
+  env.reset()
+  env.step(None)
+  env.step(None, blocking=False)()
+  env.reset()
+  env.step(None)
+  shares = [x['missed'] for x in read_metrics(tmp_path / 'run')]
+  assert shares == [3 / 5, 1 / 2]
 
 
 # --- Whole runs -------------------------------------------------------------

@@ -193,6 +193,17 @@ class TestAsync:
       env.reset()
 
 
+@pytest.mark.parametrize('strategy', ['process', 'thread', 'none'])
+def test_what_is_replaced_is_closed(strategy, tmp_path):
+  path = tmp_path / 'closed'
+  env = wrappers.Async(functools.partial(Closing, path), strategy)
+  env.reset()
+  env.restart()
+  assert path.read_text() == 'closed once\n'
+  assert env.reset()['count'] == 0
+  env.close()
+
+
 def unpicklable():
   return lambda: None
 
