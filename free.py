@@ -400,8 +400,11 @@ class ActorProgress(Progress):
   def resume(self):
     run = self._run
     evaluated = run.logger.steps_of('test/return')
+    here = evaluated.count(run.steps())
+    if here < self._c.eval_episodes:  # the rest of these is due
+      evaluated = [step for step in evaluated if step != run.steps()]
+    self._evaluations = len(evaluated)
     if evaluated:
-      self._evaluations = len(evaluated)
       self._should_eval.skip(max(evaluated))
     if run.logger.resumes:
       run.say(f'Resumed at step {self._learner.step}.')

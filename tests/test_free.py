@@ -276,6 +276,19 @@ def test_weights_do_not_change_while_an_action_is_found():
   assert float(agent.weight) == 1.0
 
 
+def test_actor_that_resumes_makes_the_rest_of_an_evaluation(learner, pair):
+  _, run = learner
+  source, copy, _ = pair
+  for step in (50, 50, 50, 100):
+    run.logger.scalars(step, {'test/return': 1.0})
+  run.config.update(eval_episodes=3, eval_every=50)
+  run = run_kinds.ActorRun(run.config, run.team, run.stop, run.logger)
+  made = free.ActorProgress(run, free.Follower(source, run, copy))
+  made.resume()
+  assert (made._evaluations, made._evaluated()) == (3, 1)
+  assert made._should_eval.due(run.steps())
+
+
 def test_actor_that_resumes_does_not_evaluate_anew(learner, pair):
   _, run = learner
   source, copy, _ = pair
