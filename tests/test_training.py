@@ -256,11 +256,14 @@ def test_logged_numbers_are_means_since_the_last_entry(make_learner, tmp_path):
 
 def test_portions_and_pauses_between_checkpoints(make_learner, tmp_path):
   """Evaluations are apart in environment steps, checkpoints in minutes."""
-  changes = dict(eval_every=100, steps=230, action_repeat=2, save_every=1.0)
+  changes = dict(eval_every=100, action_repeat=2, save_every=1.0)
   agent = make_learner(tmp_path, **changes)
+  agent._c.steps = agent._run.steps() + 230
   made = progress.Progress(agent._run, agent)
   assert made.portion() == dict(steps=50)
-  agent.step = 200
+  agent.step = agent._c.steps - 10  # 20 in an episode that has not ended
+  episode = dict(reward=np.zeros(101, np.float32))
+  episode_files.save_episodes(tmp_path / 'episodes', [episode])
   assert made.portion() == dict(steps=15)
   saved = checkpoints.Checkpoints(tmp_path / 'checkpoints')
   made._saved = time.time() - 50
