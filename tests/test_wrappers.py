@@ -560,6 +560,17 @@ def test_rendering_is_refused_beside_tensorflow(monkeypatch):
     suites.check_parallel('toy_reach', 'fork')
 
 
+def test_a_task_without_images_leaves_rendering_to_later_workers():
+  done = run_script("""
+    import os
+    import suites
+    os.environ.pop('MUJOCO_GL', None)
+    suites.make_task('dmc_cartpole_balance', inputs='state').reset()
+    print(os.environ.get('MUJOCO_GL'))
+  """)
+  assert (done.returncode, done.stdout) == (0, 'None\n')
+
+
 def test_importing_is_quiet_and_light():
   done = run_script("""
     import sys
