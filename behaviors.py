@@ -127,6 +127,7 @@ class Planning(Behavior):
       reward = self._world.reward(feat).mean()
       chance = tf.math.cumprod(self._world.chance(feat), 1, exclusive=True)
       reward *= chance  # to get there
+      # V_R (Eq. 4) of each plan.
       return tf.reshape(tf.reduce_sum(reward, 1), [count, c.plan_candidates])
 
     plan = cross_entropy_method(

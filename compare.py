@@ -253,12 +253,20 @@ def table(rows):
 
 
 def sentences(rows, summary, paper, axes, window):
-  """What stands below the table."""
+  """Yields what stands below the table.
+
+  Args:
+    rows: from `compare`.
+    summary: from `summarize`.
+    paper: as for `compare`.
+    axes: keys of metrics.jsonl, (x, y).
+    window: in units of x.
+  """
   xaxis, yaxis = axes
   unit = 'environment steps' if xaxis == 'step' else f'of {xaxis}'
   yield (
     f'{yaxis}: mean ± standard deviation over seeds, each the mean of its last '
-    f'{window:g} {unit}; difference ± half of its 95% interval.'
+    f'{window:.12g} {unit}; difference ± half of its 95% interval.'
   )
   if not paper:
     return

@@ -24,7 +24,7 @@ class Progress:
     self._run, self._learner = run, learner
     self._c, self._team = run.config, run.team
     self._evaluations = 0
-    self._first = True  # of this process
+    self._perhaps_begun = True  # the next evaluation, by an earlier process
     self._should_eval = tools.Every(self._c.eval_every)
     self._state = checkpoints.RunState(self._collect)
     self._checkpoints = checkpoints.Checkpoints(
@@ -95,9 +95,9 @@ class Progress:
 
   def _evaluated(self):
     """Episodes of an evaluation that an earlier process was stopped in."""
-    if not self._first:
+    if not self._perhaps_begun:
       return 0
-    self._first = False
+    self._perhaps_begun = False
     steps = self._run.logger.steps_of('test/return')
     return steps.count(self._run.steps())
 

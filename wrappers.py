@@ -277,10 +277,11 @@ def _import_suite(renders):
       'This task needs dm_control: pip install -r requirements.txt, and on '
       'Python 3.13 also pip install --no-deps dm-control (see README.md).'
     )
-  spared = not renders and 'dm_control' not in sys.modules
+  changes = {}
+  if not renders and 'dm_control' not in sys.modules:
+    changes.update(MUJOCO_GL='disabled')  # or dm_control loads OpenGL
   try:
-    # dm_control loads OpenGL where this does not disable it.
-    with _environment(**(dict(MUJOCO_GL='disabled') if spared else {})):
+    with _environment(**changes):
       from dm_control import suite
 
     return suite

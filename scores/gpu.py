@@ -10,6 +10,7 @@ part of an update on its own, which takes XLA several minutes. No simulator.
 
 import argparse
 import fcntl
+import itertools
 import json
 import pathlib
 import subprocess
@@ -18,6 +19,10 @@ import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import arguments
+import cli
+import configs
 
 WAYS = '16,True', '16,False', 'bfloat16,True', '32,True'
 
@@ -38,7 +43,6 @@ def measure(precision, jit, preset, lock):
   import tensorflow as tf
 
   import benchmark
-  import configs
   import dreamer
   import training
 
@@ -81,22 +85,15 @@ def measure(precision, jit, preset, lock):
   return figures
 
 
-def _way(text):
-  precision, _, jit = text.partition(',')
-  if precision not in ('16', 'bfloat16', '32') or jit not in ('True', 'False'):
-    raise argparse.ArgumentTypeError(
-      f'{text} is not a precision and whether to jit, such as 16,True'
-    )
-  return text
-
-
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--ways', nargs='+', default=WAYS, type=_way)
-  parser.add_argument('--preset', default='release')
-  parser.add_argument('--json', type=pathlib.Path)
-  parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)
-  args = parser.parse_args()
+def run(argv):
+  parser = arguments.Parser(__doc__)
+  each = itertools.product(('16', 'bfloat16', '32'), ('True', 'False'))
+  ways = arguments.Choice(*map(','.join, each))
+  parser.flag('--ways', ways, WAYS, 'precision and jit', nargs='+')
+  parser.flag('--preset', configs.PRESET, 'release')
+  parser.flag('--json', arguments.File(), help='file for the figures')
+  parser.flag('--one', arguments.Text(), help=argparse.SUPPRESS, nargs=2)
+  args = parser.parse(argv)
   if args.one:
     way, lock = args.one
     print(json.dumps(measure(*way.split(','), args.preset, lock)))
@@ -120,5 +117,10 @@ def main():
     args.json.write_text(json.dumps(results, indent=2) + '\n')
 
 
+def main(argv=None):
+  """Returns the exit code; see `cli.main`."""
+  return cli.main('gpu.py', run, argv)
+
+
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

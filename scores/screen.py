@@ -12,7 +12,6 @@ exact, 1 the best constant.
 All arms have the time of --updates updates of the first window of `COSTS`.
 """
 
-import argparse
 import json
 import pathlib
 import shutil
@@ -28,6 +27,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import arguments
 import cli
 import commandline
 import dreamer
@@ -166,26 +166,28 @@ def time_costs(folder, repeats=15):
     print(*size, f'{np.median(seconds):.4f} s')
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--episodes', nargs='+', type=pathlib.Path, required=True)
-  parser.add_argument('--arms', default=','.join(ARMS))
-  parser.add_argument('--seeds', type=int, default=2)
-  parser.add_argument('--updates', type=int, default=1000)
-  parser.add_argument('--json', type=pathlib.Path, help='goes on with a file')
-  parser.add_argument('--costs', action='store_true')
-  args = parser.parse_args()
-  for arm in args.arms.split(','):
-    if arm not in ARMS:
-      parser.error(f'there is no arm {arm}{cli.nearest(arm, ARMS)}')
+def run(argv):
+  parser = arguments.Parser(__doc__)
+  text = 'logdirs whose episodes are learned from'
+  parser.flag(
+    '--episodes', arguments.Path(), help=text, nargs='+', required=True
+  )
+  arms = arguments.Names(arguments.Choice(*ARMS))
+  parser.flag('--arms', arms, ','.join(ARMS))
+  parser.flag('--seeds', arguments.Whole(1), 2, 'how many (2)')
+  parser.flag('--updates', arguments.Whole(1), 1000, 'of the first arm (1000)')
+  parser.flag('--json', arguments.File(), help='goes on with a file')
+  bare = dict(nargs='?', const='True')
+  parser.flag('--costs', arguments.Truth(), False, 'of an update', **bare)
+  args = parser.parse(argv)
   if args.costs:
     time_costs(args.episodes[0])
-    args.arms = ''
+    return
   known = args.json and args.json.exists()
   done = json.loads(args.json.read_text()) if known else {}
   for seed in range(args.seeds):
     for folder in args.episodes:
-      for arm in filter(None, args.arms.split(',')):
+      for arm in args.arms.split(','):
         name = f'{folder.name} {arm} {seed}'
         if name in done:
           continue
@@ -197,5 +199,10 @@ def main():
             file.write((json.dumps(done, indent=1) + '\n').encode())
 
 
+def main(argv=None):
+  """Returns the exit code; see `cli.main`."""
+  return cli.main('screen.py', run, argv)
+
+
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

@@ -10,7 +10,6 @@ metrics.jsonl and a run.json with command, commit, versions and machine. Started
 twice, with other arms, it makes two runs at a time; each uses one thread.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import arguments
 import cli
 import commandline
 import compare
@@ -138,18 +138,17 @@ def time_costs(task, inputs, repeats=15):
     print(f'{arm:14} {middle:.4f} s {counts[arm] * middle:6.1f} s')
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--logdir', type=pathlib.Path, required=True)
-  parser.add_argument('--arms', default='base')
-  parser.add_argument('--tasks', default=','.join(f'dmc_{x}' for x in TASKS))
-  parser.add_argument('--seeds', default='0', help='by commas')
-  parser.add_argument('--inputs', default='state')
-  parser.add_argument('--costs', action='store_true', help='of an update')
-  args = parser.parse_args()
-  for arm in args.arms.split(','):
-    if arm not in ARMS:
-      parser.error(f'there is no arm {arm}{cli.nearest(arm, ARMS)}')
+def run(argv):
+  parser = arguments.Parser(__doc__)
+  parser.flag('--logdir', arguments.Path(), help='of the runs', required=True)
+  parser.flag('--arms', arguments.Names(arguments.Choice(*ARMS)), 'base')
+  tasks = ','.join(f'dmc_{x}' for x in TASKS)
+  parser.flag('--tasks', arguments.Names(), tasks, f'or dmc20 ({tasks})')
+  parser.flag('--seeds', arguments.Names(arguments.Whole()), '0')
+  parser.flag('--inputs', arguments.Names(), 'state')
+  bare = dict(nargs='?', const='True')
+  parser.flag('--costs', arguments.Truth(), False, 'of an update', **bare)
+  args = parser.parse(argv)
   tasks = args.tasks.split(',')
   if args.costs:
     time_costs(tasks[0], args.inputs)
@@ -171,5 +170,10 @@ def main():
           keep(logdir, folder, words)
 
 
+def main(argv=None):
+  """Returns the exit code; see `cli.main`."""
+  return cli.main('search.py', run, argv)
+
+
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

@@ -1,7 +1,6 @@
 """Of several test processes (pytest -n 2), each computes on its share of cores.
 
-TensorFlow's threads would else wait for each other on cores that are taken:
-learning `toy_catch` by evolution took twice the processor time.
+TensorFlow's threads would else wait for each other on cores that are taken.
 """
 
 import os

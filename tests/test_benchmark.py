@@ -5,11 +5,14 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import benchmark
 import commandline
 import configs
+import dreamer
+import spaces
 import tools
 import training
 
@@ -66,6 +69,26 @@ def test_steps_are_those_of_episodes_that_end_early(tmp_path):
     act = training.random_agent(envs[0].action_space, 0)
     tools.simulate(act, envs, episodes=3)
   assert lengths == [16, 16, 16]
+
+
+def test_split_of_an_update_has_all_heads(tmp_path):
+  config = configs.define_config('toy_catch', 'debug')
+  config.logdir = tmp_path
+  agent = dreamer.Dreamer(config, spaces.OneHotBox(3))
+  heads, seen = agent.world.heads, set()
+  for name, head in heads.items():
+    heads[name] = lambda feat, n=name, h=head: (seen.add(n), h(feat))[1]
+  shape = config.batch_size, config.batch_length
+  batch = dict(
+    image=np.zeros([*shape, 64, 64, 3], np.uint8),
+    action=np.zeros([*shape, 3], np.float32),
+    reward=np.zeros(shape, np.float32),
+    discount=np.ones(shape, np.float32),
+  )
+  pieces = benchmark._pieces(agent, batch, config)
+  seen.clear()  # what making them has run
+  pieces['decoder_heads']()
+  assert seen == {'reward', 'pcont'}
 
 
 def test_a_part_that_cannot_be_measured_ends_with_code_2():

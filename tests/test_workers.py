@@ -680,7 +680,7 @@ class Forking(Simulator):
 
 def test_a_worker_that_dies_is_noticed_though_its_children_live(tmp_path):
   kind = functools.partial(Forking, tmp_path / 'child')
-  env = wrappers.Async(kind, 'process', timeout=0)  # no limit
+  env = wrappers.Async(kind, 'process', timeout=20)
   program = env.reset()
   with pytest.raises(wrappers.WorkerLost, match='killed by signal SIGSEGV'):
     env.step(None)
