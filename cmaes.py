@@ -8,6 +8,8 @@ numbers of a generation follow from the seed and its number. No TensorFlow.
 Letters in shapes: P population, n weights.
 """
 
+import warnings
+
 import numpy as np
 
 FULL = 500  # weights; above, the covariance is diagonal: n numbers, not n^2
@@ -67,6 +69,8 @@ class Search:
     """The first generation will be around `mean` [n]."""
     import cma
 
+    # Said of a path that is long along one weight, which it then bounds.
+    warnings.filterwarnings('ignore', message=r'elements of z2\[k\]')
     mean = np.asarray(mean, np.float64)
     self._es = cma.CMAEvolutionStrategy(mean, self._std, self.options())
 

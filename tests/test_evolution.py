@@ -85,6 +85,15 @@ def test_goes_on_from_an_array_as_if_it_had_not_ended(full, population):
   assert search.std == pytest.approx(np.mean(whole.stds))
 
 
+def test_a_clear_way_is_no_reason_to_warn(recwarn):
+  """`cma` warns of a path that one weight alone makes long; it bounds it."""
+  search = Search(693, 32, 0.1, seed=0)
+  search.begin(np.zeros(693))
+  run(search, lambda x: x[690], 30)
+  assert search.mean[690] > 1
+  assert not list(recwarn)
+
+
 def test_many_weights_have_a_diagonal_covariance():
   few, many = Search(500, 8, 1.0, 0), Search(501, 8, 1.0, 0)
   assert few.shapes['covariance'] == (500, 500)
