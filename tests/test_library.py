@@ -306,6 +306,7 @@ def test_lambdas_reach_the_workers():
     (lambda: 3, {}, 'gave a int without observation_space, action_space'),
     (cartpole, dict(inputs='image'), 'custom_cartpole has no images'),
     (cartpole, dict(inputs='pose'), '--inputs pose: custom_cartpole has no'),
+    (cartpole, dict(inputs=['pose', 'state']), '--inputs pose: custom_cart'),
     (cartpole, dict(prest='cpu'), 'did you mean --preset'),
     (cartpole, dict(steps=-3), '--steps takes a whole number'),
     (None, dict(task='custom_x'), 'custom_x is made by a function'),

@@ -231,6 +231,20 @@ def test_planning_beside_the_optimum_of_a_linear_quadratic_task():
   assert np.abs(few[..., 0] - optimum).max() > 0.1  # it takes iterations
 
 
+def test_plans_stay_within_the_bounds_of_actions():
+  """The more the better: of what is allowed, the bound is the best."""
+  seen = []
+
+  def score(actions):
+    seen.append(abs(actions.numpy()).max())
+    return tf.reduce_sum(actions, [-2, -1])
+
+  plan = behaviors.cross_entropy_method(
+    score, [2, 4, 3], 200, 20, 10, tf.constant([1, 2])
+  )
+  assert max(seen) <= 1 and plan.numpy().min() > 0.95
+
+
 def test_plans_by_the_world_model(tmp_path):
   """Where the reward is the first action, planning finds its bound."""
   agent = make_agent(
