@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import functools
 import importlib.machinery
+import importlib.util
 import os
 import pickle
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import types
 import weakref
 from multiprocessing import connection as mp_connection
 
@@ -136,6 +138,11 @@ class ProcessWorker:
     with contextlib.suppress(subprocess.TimeoutExpired):
       self._process.wait(5)
     code = self._process.returncode
+    if code == -signal.SIGSEGV:
+      return (
+        'was killed by signal SIGSEGV (so ends OpenGL in software beside '
+        'TensorFlow: does what makes the environment import that?)'
+      )
     if code is not None and code < 0:
       return f'was killed by signal {signal.Signals(-code).name}'
     return f'ended with exit code {code}'
@@ -228,6 +235,7 @@ def _work(handle, fallback):
 
 def construct(order, folder):
   """Makes the environment that a pickled constructor in a file makes."""
+  _leave_out_agent()
   constructor = pickle.load(order)
   _make_way(folder)
   return constructor()
@@ -248,9 +256,38 @@ def _send(connection, answer):
 
 
 # --- Modules of the user ----------------------------------------------------
-# They may have the names of ours.
 
-# Those that workers load.
+
+class _Agent(types.ModuleType):
+  """`dreamer` in a worker, which has no agent: names without what they do."""
+
+  def __getattr__(self, name):
+    if name.startswith('__'):
+      raise AttributeError(name)
+    return type(name, (), dict(__init__=_refuse))
+
+
+def _refuse(self, *_, **__):
+  raise RuntimeError(
+    f'dreamer.{type(self).__name__} is used in the process of an environment, '
+    'which has no agent.'
+  )
+
+
+def _leave_out_agent():
+  """The module that makes an environment may also train on it.
+
+  What it imports would bring TensorFlow along.
+  """
+  if 'dreamer' in sys.modules:
+    return
+  spec = importlib.util.find_spec('dreamer')
+  own = os.path.dirname(os.path.abspath(__file__))
+  if spec and spec.origin == os.path.join(own, 'dreamer.py'):
+    sys.modules['dreamer'] = _Agent('dreamer')
+
+
+# Modules of ours that workers load; the user's may have the same names.
 # fmt: off
 OWN = (
   'cli', 'episode_files', 'gym_env', 'ray_workers', 'replay', 'spaces',

@@ -1,6 +1,7 @@
 """The agent as a library: acting, imagining, training, a SavedModel."""
 
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -380,6 +381,59 @@ def test_an_environment_that_changed_is_refused(tmp_path, keys):
   assert runfile.load_spaces(tmp_path)[0] == about
   flags.update(steps=500)
   dreamer.train(lambda: Other(['place', 'speed']), tmp_path, **flags)
+
+
+TRAINS_AND_RENDERS = """
+import sys
+
+import gymnasium
+import numpy as np
+
+import dreamer
+from dreamer import Dreamer, train
+
+
+class Agent(Dreamer):
+  pass
+
+
+class Pole(gymnasium.Env):
+  observation_space = gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+  action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+  def __init__(self):
+    from dm_control import suite  # here all are in one process
+
+    self.env = suite.load('cartpole', 'balance')
+
+  def reset(self, seed=None, options=None):
+    self.env.reset()
+    image = self.env.physics.render(8, 8)
+    return image, dict(loaded='tensorflow' in sys.modules)
+
+  def step(self, action):
+    train(None, 'nowhere')
+"""
+
+
+@pytest.mark.parametrize('strategy', ['process', 'ray'])
+def test_a_module_that_trains_makes_environments(
+  tmp_path, monkeypatch, strategy
+):
+  """Workers that import it have no TensorFlow, beside which OpenGL crashes."""
+  name = f'trains_with_{strategy}'
+  (tmp_path / f'{name}.py').write_text(TRAINS_AND_RENDERS)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  module = importlib.import_module(name)
+  assert module.dreamer is dreamer
+  env = workers.Async(module.Pole, strategy)
+  try:
+    image, about = env.reset()
+    assert image.std() > 0 and about == dict(loaded=False)
+    with pytest.raises(workers.WorkerError, match=r'dreamer\.train is used in'):
+      env.step(0)
+  finally:
+    env.close()
 
 
 def test_exported_names_begin_with_a_letter(tmp_path):
