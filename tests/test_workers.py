@@ -434,7 +434,8 @@ class TestRemote:
 
 def modules_after_task(task):
   suites.make_task(task).reset()
-  return sorted({'tensorflow', 'keras', 'dreamer'} & set(sys.modules))
+  loaded = {k for k, v in sys.modules.items() if getattr(v, '__file__', None)}
+  return sorted({'tensorflow', 'keras', 'dreamer'} & loaded)
 
 
 # Deliberately without a guard for __main__: a worker must not run this again.
