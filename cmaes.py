@@ -22,7 +22,7 @@ class Search:
     size: n.
     population: P.
     std: standard deviation of each weight in the first generation.
-    seed: int.
+    seed: int; of what is restored, that of its state.
     full: a full covariance; None: up to `FULL` weights.
   """
 
@@ -116,7 +116,8 @@ class Search:
   def state(self):
     """What the next `ask` needs, float64 [length]; between generations."""
     es, model = self._es, self._es.sm
-    counters = [1.0, es.countiter, es.sigma, 0.0, 0.0]
+    # The first, below 0, tells the seed; 1 is of older checkpoints.
+    counters = [-1.0 - self._seed, es.countiter, es.sigma, 0.0, 0.0]
     parts = dict(mean=es.mean, path=es.pc, sigma_path=es.adapt_sigma.ps)
     if self._full:
       counters[3:] = model.last_update, model.count_eigen
@@ -137,7 +138,8 @@ class Search:
       start = end
     self.begin(parts['mean'])
     es, model = self._es, self._es.sm
-    _, es.countiter, es.sigma, *updates = map(float, parts['counters'])
+    mark, es.countiter, es.sigma, *updates = map(float, parts['counters'])
+    self._seed = int(-1 - mark) if mark < 0 else self._seed
     es.countiter = int(es.countiter)
     es.mean_old, es.timer = es.mean, cma.utilities.utils.ElapsedWCTime()
     es.pc, es.adapt_sigma.ps = parts['path'], parts['sigma_path']

@@ -48,8 +48,8 @@ def say(line):
 class Runner:
   """A Ray actor: keeps one run of dreamer.py, a process of its own."""
 
-  def start(self, logdir, flags, cpus, gpus):
-    """Returns when the process is there."""
+  def start(self, logdir, flags, folder, cpus, gpus):
+    """Returns when the process is there, in `folder` if this host has it."""
     env = {k: v for k, v in os.environ.items() if not k.startswith('RAY_')}
     threads = str(max(1, int(cpus)))
     env.update(OMP_NUM_THREADS=threads, TF_NUM_INTRAOP_THREADS=threads)
@@ -70,7 +70,7 @@ class Runner:
       stdin=subprocess.DEVNULL,
       stdout=self._out,
       stderr=subprocess.STDOUT,
-      cwd=ROOT,
+      cwd=folder if os.path.isdir(folder) else ROOT,
       env=env,
       start_new_session=True,  # Ctrl-C is for sweep.py, which asks runs to stop
     )
@@ -226,7 +226,9 @@ class Sweep:
     due = [run for run in due if not run.actor and run.after < time.time()]
     for run in due[: max(0, room)]:
       run.actor = self._make()
-      run.answer = run.actor.start.remote(run.logdir, run.flags, *self._share)
+      run.answer = run.actor.start.remote(
+        run.logdir, run.flags, os.getcwd(), *self._share
+      )
 
   def _listen(self):
     """Takes the answers that are there."""

@@ -62,6 +62,8 @@ ATARI = (
 FIGURE4 = ('acrobot_swingup', 'hopper_hop', 'walker_walk', 'walker_run')
 HORIZONS = (10, 20, 30, 45)
 REPEATS = (1, 2, 4)
+# What a method's name tells beside its arm: `dreamer-state`, `planet-free`.
+SETTING = dict(inputs='image', learner='scheduled', offline='')
 OWN = ('--logdir', '--task', '--seed')  # flags that are set here
 LINES = 300  # seconds between lines of a run where there is no terminal
 
@@ -202,13 +204,12 @@ def check_flags(pairs, extra):
       config = commandline.parse_flags(words)
     except UserError as error:
       raise UserError(f'dreamer.py: {error}') from None
-    method = configs.method_name(config)
+    method = configs.method_name(configs.AttrDict(config, **SETTING))
     if method != arm.method:
-      raise UserError(
-        f'the flags after -- make {method} of {arm.name}; choose methods by '
-        f'--methods {method}'
-      )
-    found[task, arm] = config
+      choice = f'; choose it by --methods {method}' if method in METHODS else ''
+      raise UserError(f'the flags after -- make {method} of {arm.name}{choice}')
+    name = arm.name + configs.method_name(config)[len(method) :]
+    found[task, dataclasses.replace(arm, name=name)] = config
   return found
 
 

@@ -241,6 +241,18 @@ def test_search_in_the_environment_goes_on_where_it_was_saved(tmp_path):
   assert ends[0][1] == 3 and ends[0][-6:].sum() == 9  # generations, episodes
 
 
+def test_a_search_keeps_its_seed(tmp_path):
+  """Its returns are of the controllers that were drawn with it."""
+  flags = dict(SMALL, evolve='environment')
+  first = make_agent(tmp_path, **flags, seed=1).behavior
+  again = make_agent(tmp_path, **flags, seed=2).behavior
+  list(act_out(first, np.random.default_rng(0), 3))
+  again.state['search'].assign(first.state['search'])
+  again.before_action(np.ones(1, bool))
+  populations = [x.population.numpy() for x in (first, again)]
+  np.testing.assert_array_equal(*populations)
+
+
 def test_evaluations_are_of_the_answer_so_far(tmp_path):
   """Not of a controller of the population: at first, all weights are 0."""
   agent = make_agent(tmp_path, **SMALL, evolve='environment')

@@ -282,6 +282,23 @@ def test_arms_are_what_dreamer_and_compare_take_them_for(tmp_path):
   assert ('dmc_walker_walk', 'planet-horizon45') in seen
 
 
+def test_flags_of_all_runs_are_part_of_the_folders_names():
+  pairs = sweep.choose('toy_robot', 'dreamer,planet')
+  found = sweep.check_flags(pairs, ['--inputs=state', '--learner=free'])
+  names = [arm.name for _, arm in found]
+  assert names == ['dreamer-free-state', 'planet-free-state']
+
+
+def test_runs_are_in_the_folder_of_the_user(tmp_path):
+  """There its relative paths lead somewhere."""
+  logdir, runner = tmp_path / 'sweep' / 'run', ray_runs.Runner()
+  flags = ['--logdir', str(logdir), '--task=toy_reach', '--init_from=./a']
+  runner.start(logdir, flags, str(tmp_path), 1, 0)
+  wait_for(runner.poll)
+  code, _, text = runner.poll()
+  assert code == 2 and f'{tmp_path}/a' in text
+
+
 def test_presets_and_other_layouts_keep_their_names(tmp_path):
   for path, preset in (
     ('toy_reach/dreamer-horizon9/0', 'cpu'),
