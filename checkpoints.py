@@ -86,10 +86,11 @@ class Checkpoints:
       try:
         self._checkpoint.write(f'{folder}/{name}')
       except tf.errors.OpError as error:
-        reason = self._reason(error, folder)
+        # It says: operation, path of a temporary file; reason.
+        reason = self._reason(error, folder).rpartition('; ')[2]
         full = 'space' in reason or 'quota' in reason
         code = errno.ENOSPC if full else errno.EIO
-        raise OSError(code, reason, str(self._directory)) from None
+        raise OSError(code, reason[:200], str(self._directory)) from None
       for file in self._files(number):
         with file.open('rb') as opened:
           os.fsync(opened.fileno())
@@ -147,9 +148,9 @@ class Checkpoints:
         tf.get_logger().setLevel('ERROR')  # it would list every value
         problem = 'was not made by this version of the code'
         hint = 'use the version that made it, or a new logdir'
-        reason = self._reason(error, folder)
+        reason = self._reason(error, folder)[:200]
       except (tf.errors.OpError, IndexError) as error:
-        reason = self._reason(error, folder)
+        reason = self._reason(error, folder)[:200]
         if number not in self._numbers() or self._is_wrong(number, path):
           return reason
         problem = 'cannot be restored, though its bytes are right'
@@ -195,9 +196,10 @@ class Checkpoints:
         os.close(number)
 
   def _reason(self, error, folder):
-    """The first line of an error, with the real path."""
+    """The first line of an error, with the real path, without operations."""
     line = (str(error) or type(error).__name__).partition('\n')[0]
-    return line.replace(folder, str(self._directory))[:200]
+    line = re.sub(r'^\{\{.*?\}\}\s*|\s*\[Op:\w+\]$', '', line)
+    return line.replace(folder, str(self._directory))
 
   def _numbers(self):
     """Of the checkpoints in the folder, sorted; the index is written last."""

@@ -3,6 +3,8 @@
 Precedence: flag > preset > inputs > task > default. No TensorFlow.
 """
 
+import os
+
 import arguments
 import runfile
 import suites
@@ -89,6 +91,8 @@ def _check_offline(config):
         '--train_every and --train_steps'
       )
     return
+  if not os.path.isdir(config.offline):
+    raise UserError(f'--offline {config.offline}: there is no such folder')
   if not config.train_steps:
     raise UserError('--offline needs --train_steps of 1 or more')
   if config.strategy == 'multiworker':

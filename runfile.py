@@ -293,16 +293,20 @@ def _check_resume(config, saved, path=None):
       continue
     if flag.fixed and begun:
       raise UserError(
-        f'--logdir {logdir} holds a run with --{name} {_shown(old)}, not '
-        f'{_shown(new)}. Resume it with the flags that it was started with '
+        f'--logdir {logdir} holds a run with --{name} {_told(old)}, not '
+        f'{_told(new)}. Resume it with the flags that it was started with '
         f'(see {path or logdir / "config.json"}) or choose a new folder.'
       )
-    changes.append(f'--{name} {_shown(new)} (was {_shown(old)})')
+    changes.append(f'--{name} {_told(new)} (was {_told(old)})')
   return changes
 
 
 def _shown(value):
   return json.dumps(value) if isinstance(value, dict) else value
+
+
+def _told(value):
+  return "''" if value == '' else _shown(value)
 
 
 def begins(config):

@@ -254,9 +254,11 @@ def _failures():
   try:
     yield
   except OSError as error:
+    pipe = isinstance(error, BrokenPipeError)
+    where = error.filename or ('standard output' if pipe else 'logdir')
     raise cli.Failure(
-      f'{error.filename or "logdir"}: {error.strerror}. What was saved before '
-      'is intact; the same command resumes.'
+      f'{where}: {error.strerror}. What was saved before is intact; the same '
+      'command resumes.'
     ) from error
   except (tf.errors.ResourceExhaustedError, MemoryError) as error:
     reason = (str(error) or 'no more can be had').partition('\n')[0][:200]
@@ -470,6 +472,8 @@ def _ending(run, learner, before):
   steps, updates = before
   if not run.learns:
     return line
+  if not learner.updates and run.config.offline:
+    return f'{line} Nothing was learned: --updates says how much to.'
   if not learner.updates and steps < run.config.steps:
     return (
       f'{line} Nothing was learned, as --pretrain, --train_every and '

@@ -1,6 +1,7 @@
 """Runs that are killed, starved or fed with nonsense, in real processes."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import soak
 import tensorflow as tf
+
+import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -330,6 +333,17 @@ def test_full_and_read_only_disks(small_disk):
   result = run(logdir, '--steps=700')
   assert result.returncode == 0, result.stderr
   assert read_episodes(logdir)[: len(episodes)] == episodes
+
+
+def test_checkpoint_on_a_full_disk(small_disk):
+  folder = small_disk / ('long' * 50)
+  saved = checkpoints.Checkpoints(
+    folder, large=tf.Variable(tf.zeros([3 * 10**6]))
+  )
+  with pytest.raises(OSError) as error:
+    saved.save(1)
+  assert error.value.errno == errno.ENOSPC
+  assert error.value.strerror == 'No space left on device'
 
 
 def statm(pid):

@@ -839,3 +839,13 @@ def test_episodes_of_another_task_are_left_alone(main, tmp_path):
   assert sorted(path.parent.glob('episodes/*.npz')) == episodes
   code, error = main('--steps=120', *few, task='toy_reach')
   assert code == 0, error
+
+
+@pytest.mark.slow
+def test_output_that_nobody_takes_ends_a_run(tmp_path):
+  """It is not the logdir that fails."""
+  words = f'--logdir={tmp_path} --task=toy_reach --preset=debug'
+  taken = f'{sys.executable} dreamer.py {words} | head -1'
+  root = pathlib.Path(dreamer.__file__).parent
+  done = subprocess.run(taken, shell=True, cwd=root, capture_output=True)
+  assert b'error: standard output: Broken pipe' in done.stderr

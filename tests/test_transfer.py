@@ -224,6 +224,7 @@ def test_several_choices_are_those_of_the_run_of_the_episodes(tmp_path):
     (['--offline={}/nothing'], 'holds no whole episode'),
     # Its windows may be longer than episodes of the task are here.
     (['--offline={}/nothing', '--batch_length=200'], 'holds no whole episode'),
+    (['--offline={}/nowhere'], '/nowhere: there is no such folder'),
     (['--updates=5'], '--updates is for --offline'),
     (['--offline={}', '--train_steps=0'], 'needs --train_steps of 1 or more'),
     (['--offline={}', '--strategy=multiworker'], '--strategy mirrored'),
@@ -239,13 +240,24 @@ def test_bad_input(reach, tmp_path, words, message, capsys):
   assert message in capsys.readouterr().err
 
 
+def test_nothing_to_learn_offline(reach, tmp_path, capsys):
+  words = [
+    '--task=toy_reach',
+    f'--offline={reach}',
+    '--steps=0',
+    '--pretrain=0',
+  ]
+  assert run(tmp_path / 'run', *words) == 0
+  assert 'Nothing was learned: --updates says' in capsys.readouterr().out
+
+
 def test_collects_or_not_for_good(reach, tmp_path, capsys):
   logdir = tmp_path / 'run'
   words = ['--task=toy_reach', '--inputs=state', '--updates=2']
   assert run(logdir, *words, f'--offline={reach}') == 0
   assert run(logdir, *words[:2]) == 2
   message = rf'holds a run with --offline {re.escape(str(reach))}, not'
-  assert re.search(message, capsys.readouterr().err)
+  assert re.search(message + " ''\\. Resume", capsys.readouterr().err)
 
 
 def test_learns_from_random_and_mixed_episodes(tmp_path):
