@@ -39,6 +39,7 @@ class Progress:
     return dict(
       exact=self.exact,
       evaluations=self._evaluations,
+      steps=self._run.steps(),
       newest=episode_files.newest(self._run.datadir),
       metrics_size=self._run.logger.size(),
       metrics=self._learner.unlogged(),
@@ -110,6 +111,9 @@ class Progress:
       self._rewind(self._state.restored)
     before = self._learner.step
     self._learner.step = self._run.steps()
+    gone = max(0, self._state.restored.get('steps', 0) - self._learner.step)
+    if gone:
+      self._go_back()
     receive(self._team, self._learner.trackable(), self._c.seed)
     if not restored:
       # From now on, a run without a checkpoint is one that has lost it.
@@ -119,11 +123,20 @@ class Progress:
     line = (
       f'Resumed at step {self._learner.step}, {self._learner.updates} updates.'
     )
-    if self._learner.step < before:
-      dropped = before - self._learner.step
+    if self._learner.step + gone < before:
+      dropped = before - self._learner.step - gone
       line += f' ({dropped} steps of unfinished episodes were dropped.)'
+    if gone:
+      line += f' Episodes of {gone} steps are gone, and are made again.'
     self._run.say(line)
     self._resumed(self._state.restored)
+
+  def _go_back(self):
+    """What is due follows from the episodes that are left."""
+    parts = [self._should_eval, *self._learner.trackable().values()]
+    for schedule in parts:
+      if isinstance(schedule, tools.Every):
+        schedule.go_back(self._learner.step)
 
   def _rewind(self, saved):
     """Deletes data newer than the checkpoint, if it will be regenerated."""

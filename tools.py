@@ -55,6 +55,10 @@ class Every(tf.Module):
     """As if it had been true at `step`."""
     self._last.assign(step)
 
+  def go_back(self, step):
+    """As if it had not been true after `step`."""
+    self._last.assign(tf.minimum(self._last, step))
+
 
 class Once(tf.Module):
   """True at the first call of a run, resumed or not, and never again."""

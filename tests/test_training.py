@@ -849,3 +849,22 @@ def test_output_that_nobody_takes_ends_a_run(tmp_path):
   root = pathlib.Path(dreamer.__file__).parent
   done = subprocess.run(taken, shell=True, cwd=root, capture_output=True)
   assert b'error: standard output: Broken pipe' in done.stderr
+
+
+@pytest.mark.slow
+def test_learns_on_though_episodes_are_gone(main, tmp_path):
+  """What is due follows from those that are left."""
+  few = (*FEW, '--time_limit=50', '--prefill=200', '--train_every=50')
+  assert main('--steps=500', *few, task='toy_reach')[0] == 0
+  logdir = next(tmp_path.rglob('config.json')).parent
+  before = updates_of(logdir)
+  assert before == 6  # at 200, 250, ..., 450 steps
+  for path in sorted(logdir.glob('episodes/*.npz'))[:6]:
+    path.unlink()
+  assert main('--steps=500', *few, task='toy_reach')[0] == 0
+  assert updates_of(logdir) == before + 5  # again from 250 on
+
+
+def updates_of(logdir):
+  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
+  return max(json.loads(line).get('updates', 0) for line in lines)
