@@ -18,6 +18,7 @@ import math
 import os
 import pathlib
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -382,6 +383,7 @@ def _run(config, repeats):
 
 def work(part, config, repeats):
   """Runs one part in this process: what `main` gathers from all of them."""
+  tf.get_logger().setLevel('ERROR')  # many functions are traced on purpose
   functions = dict(gemm=gemm, startup=startup, train=train, policy=policy)
   functions.update(replay=windows, env=env)
   figures, spread = functions[part](config, repeats)
@@ -511,14 +513,12 @@ def gather(parts, words, repeats, logdir):
   peaks = {}
   for part in ('gemm', *(p for p in parts if p != 'memory')):
     command = [sys.executable, __file__, *words, f'--repeats={repeats}']
-    process = subprocess.run(
-      [*command, '--work', part, str(logdir)], stdout=subprocess.PIPE, text=True
-    )
-    if process.returncode == 2:  # it has said why
+    code, output = _call([*command, '--work', part, str(logdir)])
+    if code == 2:  # it has said why
       sys.exit(2)
-    if process.returncode:
+    if code:
       raise SystemExit(f'benchmark.py: the part {part} failed')
-    result = json.loads(process.stdout.splitlines()[-1])
+    result = json.loads(output.splitlines()[-1])
     report.update(result['figures'])
     report['spread'].update(result['spread'])
     peaks[part] = result['peak']
@@ -530,10 +530,29 @@ def gather(parts, words, repeats, logdir):
   return report
 
 
+def _call(command):
+  """Exit code and output of a program, which ends with this one."""
+  process = subprocess.Popen(
+    command, stdout=subprocess.PIPE, text=True, start_new_session=True
+  )
+  try:
+    output, _ = process.communicate()
+  except BaseException:  # such as Ctrl-C
+    os.killpg(process.pid, signal.SIGTERM)  # and what it has started
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    raise
+  return process.returncode, output
+
+
 def main(argv=None):
   """Returns the exit code; see `cli.main`."""
   return cli.main('benchmark.py', run, argv)
 
 
 if __name__ == '__main__':
+  cli.end_by_sigterm()
   sys.exit(main())

@@ -74,6 +74,11 @@ def main(name, run, argv=None):
     return 130
 
 
+def end_by_sigterm():
+  """SIGTERM ends the program as Ctrl-C does, with what it has started."""
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def check(name, parse):
   """Ends the program where its command line is refused, or asks for help.
 

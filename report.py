@@ -430,4 +430,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+  cli.end_by_sigterm()
   sys.exit(main())

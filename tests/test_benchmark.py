@@ -1,9 +1,12 @@
 """The benchmark: real parts at debug size, its report, its errors."""
 
+import contextlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -25,6 +28,35 @@ SMALL = ('--preset=debug', '--task=toy_reach', '--precision=32', '--repeats=2')
 def script(*words):
   command = [sys.executable, str(SCRIPT), *SMALL, *map(str, words)]
   return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_nothing_is_left_by_one_that_is_stopped(tmp_path):
+  command = [sys.executable, str(SCRIPT), *SMALL, '--what=startup']
+  mark = str(tmp_path)
+  process = subprocess.Popen(command, env=dict(os.environ, TMPDIR=mark))
+
+  def family():
+    """Command lines of what it has started, by their TMPDIR."""
+    found = []
+    for path in pathlib.Path('/proc').glob('[0-9]*'):
+      with contextlib.suppress(OSError):
+        if mark.encode() in (path / 'environ').read_bytes():
+          found.append((path / 'cmdline').read_bytes())
+    return found
+
+  wait_until(lambda: any(b'dreamer.py' in words for words in family()))
+  process.terminate()
+  assert process.wait(60) == 130
+  wait_until(lambda: not family())
+  assert not list(tmp_path.iterdir())
+
+
+def wait_until(condition):
+  for _ in range(1200):
+    if condition():
+      return
+    time.sleep(0.1)
+  raise AssertionError('it took two minutes')
 
 
 def test_report_of_all_parts(tmp_path):
