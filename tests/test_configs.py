@@ -545,6 +545,7 @@ def test_cameras_are_whole_numbers(tmp_path, text, value):
 
 def test_a_folder_is_the_same_by_any_name(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  (tmp_path / 'data').mkdir()
   config = parse(f'--logdir={tmp_path}', '--offline=data')
   runfile.write_config(config)
   (tmp_path / 'checkpoints').mkdir()
