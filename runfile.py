@@ -293,11 +293,11 @@ def _check_resume(config, saved, path=None):
       continue
     if flag.fixed and begun:
       raise UserError(
-        f'--logdir {logdir} holds a run with --{name} {_told(old)}, not '
-        f'{_told(new)}. Resume it with the flags that it was started with '
+        f'--logdir {logdir} holds a run with --{name} {_quoted(old)}, not '
+        f'{_quoted(new)}. Resume it with the flags that it was started with '
         f'(see {path or logdir / "config.json"}) or choose a new folder.'
       )
-    changes.append(f'--{name} {_told(new)} (was {_told(old)})')
+    changes.append(f'--{name} {_quoted(new)} (was {_quoted(old)})')
   return changes
 
 
@@ -305,7 +305,7 @@ def _shown(value):
   return json.dumps(value) if isinstance(value, dict) else value
 
 
-def _told(value):
+def _quoted(value):
   return "''" if value == '' else _shown(value)
 
 
