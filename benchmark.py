@@ -538,12 +538,10 @@ def _call(command):
   try:
     output, _ = process.communicate()
   except BaseException:  # such as Ctrl-C
-    os.killpg(process.pid, signal.SIGTERM)  # and what it has started
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      process.wait(10)
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+      with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, number)  # and what it has started
+        process.wait(10)
     raise
   return process.returncode, output
 

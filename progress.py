@@ -111,7 +111,8 @@ class Progress:
       self._rewind(self._state.restored)
     before = self._learner.step
     self._learner.step = self._run.steps()
-    gone = max(0, self._state.restored.get('steps', 0) - self._learner.step)
+    known = 0 if self._c.offline else self._state.restored.get('steps', 0)
+    gone = max(0, known - self._learner.step)
     if gone:
       self._go_back()
     receive(self._team, self._learner.trackable(), self._c.seed)

@@ -6,10 +6,10 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
+from test_wrappers import marked, wait_until
 
 import benchmark
 import commandline
@@ -35,28 +35,16 @@ def test_nothing_is_left_by_one_that_is_stopped(tmp_path):
   mark = str(tmp_path)
   process = subprocess.Popen(command, env=dict(os.environ, TMPDIR=mark))
 
-  def family():
-    """Command lines of what it has started, by their TMPDIR."""
-    found = []
-    for path in pathlib.Path('/proc').glob('[0-9]*'):
-      with contextlib.suppress(OSError):
-        if mark.encode() in (path / 'environ').read_bytes():
-          found.append((path / 'cmdline').read_bytes())
-    return found
+  def trains():
+    words = (pathlib.Path(f'/proc/{pid}/cmdline') for pid in marked(mark))
+    with contextlib.suppress(OSError):
+      return any(b'dreamer.py' in path.read_bytes() for path in words)
 
-  wait_until(lambda: any(b'dreamer.py' in words for words in family()))
+  assert wait_until(trains, 120)
   process.terminate()
   assert process.wait(60) == 130
-  wait_until(lambda: not family())
+  assert wait_until(lambda: not marked(mark), 60)
   assert not list(tmp_path.iterdir())
-
-
-def wait_until(condition):
-  for _ in range(1200):
-    if condition():
-      return
-    time.sleep(0.1)
-  raise AssertionError('it took two minutes')
 
 
 def test_report_of_all_parts(tmp_path):

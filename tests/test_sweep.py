@@ -14,6 +14,7 @@ import time
 import uuid
 
 import pytest
+from test_wrappers import marked
 
 import compare
 import configs
@@ -65,12 +66,7 @@ class Command:
 
   def family(self):
     """Process ids of everything that this command has started."""
-    found = []
-    for path in pathlib.Path('/proc').glob('[0-9]*/environ'):
-      with contextlib.suppress(OSError):
-        if f'MARK={self._mark}'.encode() in path.read_bytes():
-          found.append(int(path.parent.name))
-    return found
+    return marked(f'MARK={self._mark}')
 
   def wait(self):
     """Returns the exit code, when no process is left."""

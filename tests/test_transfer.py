@@ -251,6 +251,14 @@ def test_nothing_to_learn_offline(reach, tmp_path, capsys):
   assert 'Nothing was learned: --updates says' in capsys.readouterr().out
 
 
+def test_other_updates_a_step_take_no_episodes_away(reach, tmp_path, capsys):
+  words = ['--task=toy_reach', '--inputs=state', f'--offline={reach}']
+  assert run(tmp_path / 'run', *words, '--updates=2') == 0
+  assert run(tmp_path / 'run', *words, '--updates=3', '--train_steps=999') == 0
+  text = capsys.readouterr().out
+  assert 'Resumed at' in text and 'are gone' not in text
+
+
 def test_collects_or_not_for_good(reach, tmp_path, capsys):
   logdir = tmp_path / 'run'
   words = ['--task=toy_reach', '--inputs=state', '--updates=2']
