@@ -220,6 +220,12 @@ class Arguments:
     return value
 
 
+def split(argv):
+  """The words before the first `--`, and those after it."""
+  end = argv.index('--') if '--' in argv else len(argv)
+  return argv[:end], argv[end + 1 :]
+
+
 class Parser(argparse.ArgumentParser):
   """Flags with kinds; what is wrong is a `UserError` of one line.
 

@@ -2,12 +2,14 @@
 
     python benchmark.py --preset release --what startup,train,policy
     python benchmark.py --preset cpu --json cpu.json
+    python benchmark.py --preset cpu --what train -- --batch_size 32
 
-Each part runs in a process of its own, so that its peak memory is its own.
-Figures are medians over repeated runs after a warm-up, with the least and the
-largest beside them. An update is also given as a multiple of its arithmetic
-floor, the time that its multiplications would take at the rate of a large
-matrix product here, so that figures compare across machines.
+Flags after -- are those of dreamer.py. Each part runs in a process of its own,
+so that its peak memory is its own. Figures are medians over repeated runs after
+a warm-up, with the least and the largest beside them. An update is also given
+as a multiple of its arithmetic floor, the time that its multiplications would
+take at the rate of a large matrix product here, so that figures compare across
+machines.
 """
 
 import argparse
@@ -53,6 +55,9 @@ FLAGS = (
   *('task', 'preset', 'precision', 'jit'),
   *('representation', 'behavior', 'inputs'),
 )
+# Of dreamer.py, which runs that are timed here cannot have: one process that
+# acts and learns on schedule.
+NEVER = ('logdir', 'prefill', 'offline', 'learner', 'role', 'strategy')
 EPISODES = 5  # of random actions, which all parts learn from
 
 
@@ -82,29 +87,30 @@ def gemm(config, repeats):
   return dict(gemm_gflops=rates), dict(gemm_gflops=spread)
 
 
-def startup(config, repeats):
+def startup(words, config, repeats):
   """Seconds from the start of `dreamer.py` to the end of its first update."""
   times = []
   for _ in range(max(1, repeats // 3)):
     with tempfile.TemporaryDirectory() as folder:
       logdir = pathlib.Path(folder)
       (logdir / 'episodes').symlink_to(config.logdir / 'episodes')
-      times.append(_first_update(config, logdir))
+      times.append(_first_update(words, logdir))
   figure = dict(startup_s=float(np.median(times)))
   return figure, dict(startup_s=[min(times), max(times)])
 
 
-def _first_update(config, logdir):
-  words = [sys.executable, str(ROOT / 'dreamer.py'), '--prefill=0']
-  words += [f'--{k}={config[k]}' for k in FLAGS]
+def _first_update(words, logdir):
+  command = [sys.executable, str(ROOT / 'dreamer.py'), *words, '--prefill=0']
   start = time.perf_counter()
   process = subprocess.Popen(
-    [*words, f'--logdir={logdir}'], stdout=subprocess.PIPE, text=True
+    [*command, f'--logdir={logdir}'], stdout=subprocess.PIPE, text=True
   )
   try:
     for line in process.stdout:
       if line.startswith('First update'):
         return time.perf_counter() - start
+    if process.wait() == 2:  # it has said why
+      sys.exit(2)
   finally:
     process.kill()
     process.wait()
@@ -366,13 +372,17 @@ def _run(config, repeats):
   logger = Logger(config.logdir, config.steps)
   learner = Learner(agent, run_kinds.Run(config, team, stop, logger))
 
-  def episode():  # one of each environment, and the updates due by then
-    tools.simulate(learner, envs, episodes=config.envs)
-    learner.catch_up()
+  def collect():  # whole episodes, and the updates due by then
+    until = learner.step + config.train_every
+    while learner.step < until:
+      tools.simulate(learner, envs, episodes=config.envs)
+      learner.catch_up()
 
   with _environments(config, config.envs) as (envs, lengths):
     try:
-      return _rates(episode, lengths, repeats)
+      while config.train_steps and not learner.updates:
+        collect()  # until all is compiled
+      return _rates(collect, lengths, repeats)
     finally:
       learner.halt()
       logger.close()
@@ -381,11 +391,12 @@ def _run(config, repeats):
 # --- Command ----------------------------------------------------------------
 
 
-def work(part, config, repeats):
+def work(part, words, config, repeats):
   """Runs one part in this process: what `main` gathers from all of them."""
   tf.get_logger().setLevel('ERROR')  # many functions are traced on purpose
-  functions = dict(gemm=gemm, startup=startup, train=train, policy=policy)
+  functions = dict(gemm=gemm, train=train, policy=policy)
   functions.update(replay=windows, env=env)
+  functions['startup'] = functools.partial(startup, words)
   figures, spread = functions[part](config, repeats)
   # Of this process, or of the largest that it started.
   users = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -472,7 +483,13 @@ class Parts:
 
 
 def parse_flags(argv):
-  parser = arguments.Parser(__doc__)
+  """The flags; `words` and `extra` of them are for dreamer.py."""
+  own, others = arguments.split(argv)
+  parser = arguments.Parser(
+    __doc__,
+    'other flags of dreamer.py come last, after --',
+    usage='%(prog)s [--what PARTS] [--preset PRESET] [...] [-- FLAGS]',
+  )
   parser.flag('--what', Parts(), list(PARTS), 'parts to time (all)')
   parser.flag('--json', arguments.File(), help='file for the figures')
   for name in FLAGS:
@@ -482,21 +499,32 @@ def parse_flags(argv):
   parser.flag('--repeats', arguments.Whole(1, 1000), 5, 'of what is timed (5)')
   hidden = dict(nargs=2, help=argparse.SUPPRESS)
   parser.flag('--work', arguments.Text(), **hidden)
-  return parser.parse(argv)
+  args = parser.parse(own)
+  for word in others:
+    name = word.split('=')[0]
+    if name.removeprefix('--') in FLAGS:
+      raise cli.UserError(f'{name} comes before --')
+    if name.removeprefix('--') in NEVER:
+      raise cli.UserError(f'{name} is of runs that benchmark.py does not time')
+    if name in ('-h', '--help'):
+      raise cli.UserError('python dreamer.py --help lists its flags')
+  args.words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]
+  args.extra = others
+  return args
 
 
 def run(argv):
   args = parse_flags(argv)
+  words = [*args.words, *args.extra]
   cli.make_folders(args.json and args.json.parent)
   with tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
-    words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]
     config = commandline.parse_flags([*words, f'--logdir={logdir}'])
     if args.work:
-      print(json.dumps(work(args.work[0], config, args.repeats)))
+      print(json.dumps(work(args.work[0], words, config, args.repeats)))
       return
     collect(config)
-    report = gather(args.what, words, args.repeats, logdir)
+    report = gather(args, logdir)
     if {'train', 'policy', 'env'} <= set(args.what):
       report['seconds_per_1000'] = shares(report, config)
   print(table(report))
@@ -505,15 +533,18 @@ def run(argv):
       file.write((json.dumps(report, indent=2) + '\n').encode())
 
 
-def gather(parts, words, repeats, logdir):
+def gather(args, logdir):
   """Runs each part in a process of its own, and joins what they measured."""
   report = dict(
     machine=runfile.machine(), versions=runfile.versions(), spread={}
   )
   peaks = {}
-  for part in ('gemm', *(p for p in parts if p != 'memory')):
-    command = [sys.executable, __file__, *words, f'--repeats={repeats}']
-    code, output = _call([*command, '--work', part, str(logdir)])
+  timed = [part for part in args.what if part != 'memory']
+  for part in ('gemm', *(timed or ('train',))):
+    command = [sys.executable, __file__, *args.words]
+    command += [f'--repeats={args.repeats}', '--work', part, str(logdir)]
+    command += ['--', *args.extra]
+    code, output = _call(command)
     if code == 2:  # it has said why
       sys.exit(2)
     if code:
@@ -525,7 +556,7 @@ def gather(parts, words, repeats, logdir):
   if 'update_gflop' in report:
     rate = report['gemm_gflops']['float32']
     report['update_floors'] = report['update_s'] * rate / report['update_gflop']
-  if 'memory' in parts:
+  if 'memory' in args.what:
     report['peak_mb'] = peaks
   return report
 

@@ -362,7 +362,7 @@ def summary(runs):
 
 def parse_flags(argv):
   """The flags of sweep.py, with those after -- as `extra`."""
-  split = argv.index('--') if '--' in argv else len(argv)
+  own, extra = arguments.split(argv)
   parser = arguments.Parser(
     __doc__,
     'flags of dreamer.py come last, after --',
@@ -381,8 +381,8 @@ def parse_flags(argv):
   cpus = f'and its threads ({ray_runs.CPUS})'
   flag('--cpus-per-run', arguments.Number(0, 1000, above=True), help=cpus)
   flag('--retries', arguments.Whole(), 3, 'of a run that fails (3)')
-  args = parser.parse(argv[:split])
-  args.extra = argv[split + 1 :]
+  args = parser.parse(own)
+  args.extra = extra
   return args
 
 

@@ -91,6 +91,44 @@ def test_steps_are_those_of_episodes_that_end_early(tmp_path):
   assert lengths == [16, 16, 16]
 
 
+def test_a_run_is_timed_when_compiled_and_with_its_updates(
+  tmp_path, monkeypatch
+):
+  """Episodes of 16 steps, an update every 100."""
+  words = [f'--logdir={tmp_path}', *SMALL[:-1], '--task=toy_catch']
+  words += ['--train_every=100', '--train_steps=1', '--batch_length=10']
+  config = commandline.parse_flags(words)
+  benchmark.collect(config)
+  updates = []
+
+  class Watched(benchmark.Learner):
+    def __init__(self, *args):
+      super().__init__(*args)
+      updates.append(lambda: self.updates)
+
+  def rates(collect, lengths, repeats):
+    for _ in range(3):
+      updates.append(updates[0]())
+      lengths.clear()
+      collect()
+      assert sum(lengths) >= 100
+    return 1.0, 1.0, 1.0
+
+  monkeypatch.setattr(benchmark, 'Learner', Watched)
+  monkeypatch.setattr(benchmark, '_rates', rates)
+  benchmark._run(config, 2)
+  assert 1 <= updates[1] < updates[2] < updates[3]
+
+
+@pytest.mark.parametrize('part', ['startup', 'train'])
+def test_flags_of_a_run_come_after_a_dash(part):
+  words = ['--task=toy_catch', f'--what={part}', '--', '--batch_length=30']
+  result = script(*words)
+  assert result.returncode == 2
+  assert 'batch_length 30 is longer than any episode' in result.stderr
+  assert 'Traceback' not in result.stderr
+
+
 def test_split_of_an_update_has_all_heads(tmp_path):
   config = configs.define_config('toy_catch', 'debug')
   config.logdir = tmp_path
@@ -126,6 +164,11 @@ def test_a_part_that_cannot_be_measured_ends_with_code_2():
     (['--task', 'dmc_walker_wlak'], 'dmc_walker_walk'),
     (['--json', '/proc/nowhere/report.json'], '/proc/nowhere'),
     (['--json', '/tmp'], '(it is a folder)'),
+    (['--batch_size', '3'], 'flags of dreamer.py come last, after --'),
+    (['--', '--task=toy_catch'], '--task comes before --'),
+    (['--', '--learner=free'], '--learner is of runs'),
+    (['--', '--help'], 'python dreamer.py --help'),
+    (['--', '--batch_size=0'], '--batch_size takes'),
   ],
 )
 def test_bad_input_is_an_error_with_exit_code_2(words, message, capfd):

@@ -705,6 +705,10 @@ def test_the_users_modules_go_before_ours(tmp_path, monkeypatch, strategy):
   names = ('tools', 'models', 'configs', *worker_process.OWN)
   for name in names:
     (tmp_path / f'{name}.py').write_text('MINE = 9')
+  if strategy == 'ray':  # it keeps the folder that it is started in
+    import ray_workers
+
+    ray_workers._connect_ray()
   monkeypatch.chdir(tmp_path)
   make = functools.partial(
     suites.make_task, 'gym_my_envs:Mine-v7', 1, 10, seed=0
