@@ -469,7 +469,7 @@ def _ending(run, learner, before):
     before: environment steps and updates that it had at the start.
   """
   line = f'Finished at step {learner.step}, {learner.updates} updates.'
-  steps, updates = before
+  steps = before[0]
   if not run.learns:
     return line
   if not learner.updates and run.config.offline:
@@ -485,7 +485,7 @@ def _ending(run, learner, before):
       f'learn from it, give --steps more than {learner.step}, and --pretrain '
       'the number of updates to begin with.'
     )
-  if learner.updates == updates:
+  if (learner.step, learner.updates) == before:
     flag = '--updates' if run.config.updates else '--steps'
     line += f' Nothing was left to do; a larger {flag} goes on.'
   return line

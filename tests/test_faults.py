@@ -96,7 +96,7 @@ def everything(logdir):
 SLOW = '--slow_value=0.1'  # a run keeps it
 EXACT = (
   *('--deterministic=True', '--steps=600', '--log_every=150'),
-  *('--eval_every=150', '--save_every=0', '--train_every=70', SLOW),
+  *('--eval_every=150', '--save_every=0', '--train_every=30', SLOW),
 )
 
 

@@ -346,6 +346,11 @@ def test_what_a_run_without_updates_says(make_learner, tmp_path):
   assert '--steps more than 150' in training._ending(
     agent._run, agent, (150, 0)
   )
+  agent._agent.updates.assign(5)
+  line = training._ending(agent._run, agent, (100, 5))  # collected, but few
+  assert line == 'Finished at step 150, 5 updates.'
+  line = training._ending(agent._run, agent, (150, 5))
+  assert 'Nothing was left to do' in line
 
 
 @pytest.mark.slow
