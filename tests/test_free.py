@@ -159,6 +159,30 @@ def test_age_of_weights_begins_when_they_come(learner, pair):
   assert 0 <= age < 500
 
 
+def test_follower_acts_with_what_is_saved_meanwhile(
+  learner, pair, monkeypatch
+):
+  beside, run = learner
+  source, copy, _ = pair
+  run = run_kinds.ActorRun(run.config, run.team, run.stop, run.logger)
+  follower = free.Follower(source, run, copy)
+  monkeypatch.setattr(follower, 'LOOK', 0.0)
+  other = beside._agent  # which learns
+  folder = run.config.logdir / 'checkpoints'
+  saved = checkpoints.Checkpoints(folder, **other.knowledge())
+  for count in (3, 5):
+    other.updates.assign(count)
+    for layer in other.networks().values():
+      for weight in layer.weights:
+        weight.assign(weight + count)
+    saved.save(count)
+    follower._follow()
+    assert int(copy.updates) == follower.updates == count
+    for name, layer in other.networks().items():
+      pairs = zip(layer.weights, copy.networks()[name].weights, strict=True)
+      assert all((x.numpy() == y.numpy()).all() for x, y in pairs), name
+
+
 def test_updates_stop_at_the_largest_ratio(learner):
   learner, run = learner
   learner.pretrain()
