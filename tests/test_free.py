@@ -159,9 +159,7 @@ def test_age_of_weights_begins_when_they_come(learner, pair):
   assert 0 <= age < 500
 
 
-def test_follower_acts_with_what_is_saved_meanwhile(
-  learner, pair, monkeypatch
-):
+def test_follower_acts_with_what_is_saved_meanwhile(learner, pair, monkeypatch):
   beside, run = learner
   source, copy, _ = pair
   run = run_kinds.ActorRun(run.config, run.team, run.stop, run.logger)
