@@ -221,9 +221,16 @@ class Arguments:
 
 
 def split(argv):
-  """The words before the first `--`, and those after it."""
+  """The words before the first `--`, and those after it, for dreamer.py.
+
+  Raises:
+    UserError: these ask for help.
+  """
   end = argv.index('--') if '--' in argv else len(argv)
-  return argv[:end], argv[end + 1 :]
+  own, others = argv[:end], argv[end + 1 :]
+  if {'-h', '--help'} & set(others):
+    raise UserError('python dreamer.py --help lists its flags')
+  return own, others
 
 
 class Parser(argparse.ArgumentParser):

@@ -500,14 +500,11 @@ def parse_flags(argv):
   hidden = dict(nargs=2, help=argparse.SUPPRESS)
   parser.flag('--work', arguments.Text(), **hidden)
   args = parser.parse(own)
-  for word in others:
-    name = word.split('=')[0]
-    if name.removeprefix('--') in FLAGS:
+  for name in (word.split('=')[0] for word in others):
+    if name in [f'--{flag}' for flag in FLAGS]:
       raise cli.UserError(f'{name} comes before --')
-    if name.removeprefix('--') in NEVER:
+    if name in [f'--{flag}' for flag in NEVER]:
       raise cli.UserError(f'{name} is of runs that benchmark.py does not time')
-    if name in ('-h', '--help'):
-      raise cli.UserError('python dreamer.py --help lists its flags')
   args.words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]
   args.extra = others
   return args

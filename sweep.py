@@ -192,8 +192,6 @@ def check_flags(pairs, extra):
   for name in names:
     if name in OWN:
       raise UserError(f'{name} after -- is set by sweep.py itself')
-    if name in ('-h', '--help'):
-      raise UserError('python dreamer.py --help lists its flags')
     for _, arm in pairs:
       if name in arm.flags:
         raise UserError(f'{name} after -- is set by {arm.name} itself')

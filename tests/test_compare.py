@@ -306,6 +306,16 @@ def make_bad(kind, folder):
     write_metrics(folder / 'a', [(100_000, 1.0)])
 
 
+def test_runs_behind_links_are_found(tmp_path):
+  write_seeds(tmp_path / 'elsewhere', WALK, [1.0, 2.0])
+  (tmp_path / 'runs').mkdir()
+  (tmp_path / 'runs' / 'link').symlink_to(tmp_path / 'elsewhere')
+  code, found = report(tmp_path / 'runs')
+  assert code == 0
+  (row,) = found['rows']
+  assert row['seeds'] == 2
+
+
 @pytest.mark.parametrize(
   'kind, message',
   [
