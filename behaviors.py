@@ -213,23 +213,27 @@ class ActorOnly(Behavior):
     start = self.starts(post, tf.bitwise.invert(seeds[0]))
 
     def step(carry, seeds):
-      state, _ = carry
-      dist = self.actor(tf.stop_gradient(dynamics.get_feat(state)))
-      action = dist.sample(seed=seeds[0])  # Eq. 3
-      return dynamics.img_step(state, action, seeds[1]), self._entropy(
-        dist, action
-      )
+      state, *_ = carry
+      feat = tf.stop_gradient(dynamics.get_feat(state))
+      outputs = self.actor.outputs(feat)
+      action = self.actor.dist(outputs).sample(seed=seeds[0])  # Eq. 3
+      return dynamics.img_step(state, action, seeds[1]), outputs, action
 
-    states, entropy = tools.static_scan(
+    count = distribute.dims(start['stoch'])[0]
+    outputs, action = (
+      tf.zeros([count, n]) for n in (self.actor.size, self._actions)
+    )
+    states, outputs, actions = tools.static_scan(
       step,
       tf.reshape(seeds, [self._c.horizon, 2, 2]),
-      (start, tf.zeros_like(start['stoch'][:, 0])),
+      (start, outputs, action),
       unroll=dynamics.unroll,
     )
+    entropy = self._entropy(self.actor.dist(outputs), actions)
     return dynamics.get_feat(states), entropy
 
   def _entropy(self, dist, action):
-    """Of the action model in nats [N], by one sample where there is no form."""
+    """Of the action model in nats [H, N], by one sample if there is no form."""
     if self._c.action_dist == 'onehot' and self._c.actor_entropy:
       return dist.entropy()
     logprob = dist.log_prob(action)

@@ -45,7 +45,7 @@ import run_kinds
 import runfile
 import tools
 import training
-from layers import Gathering
+from layers import Tapes
 from learner import Learner
 from logger import Logger
 
@@ -165,15 +165,10 @@ def _pieces(agent, batch, config):
     @graph
     def run():
       given = [tf.identity(x) for x in inputs]
-      with dreamer.watch(all=variables) as tapes:
-        for tensor in given:
-          tapes['all'].watch(tensor)
+      with Tapes(variables) as tapes:
+        tapes.watch(given)
         result = loss(*given)
-      wanted = [*given, *(v.value for v in variables)]
-      with Gathering.active() as gathering:
-        grads = tapes['all'].gradient(result, wanted)
-      count = len(given)
-      return grads[:count] + gathering.added(grads[count:], variables)
+      return tapes.gradient(result, variables, inputs=given)
 
     return run
 

@@ -97,7 +97,10 @@ def gather(tensor):
 
 def dims(tensor):
   """Its shape, a list: integers where they are known, else scalar tensors."""
-  known, shape = tensor.shape, tf.shape(tensor)
+  known = tensor.shape
+  if known.is_fully_defined():
+    return list(known)
+  shape = tf.shape(tensor)
   return [shape[i] if n is None else n for i, n in enumerate(known)]
 
 

@@ -23,7 +23,6 @@ Letters in shapes: B batch, T time, H horizon, A action, E environments, F
 feature. Steps are environment steps; gradient steps are called updates.
 """
 
-import contextlib
 import functools
 import pkgutil
 import sys
@@ -51,6 +50,7 @@ import training
 from configs import define_config as define_config
 from environments import make_env as make_env
 from environments import summarize_episode as summarize_episode
+from layers import Tapes
 from replay import IMAGE
 from replay import count_steps as count_steps
 from replay import load_dataset as load_dataset
@@ -280,7 +280,7 @@ class Dreamer:
     """As `train`, with the rows of the batch that this replica has."""
     data = self.world.preprocess(data)
     seeds = self.seeds(data['action'].shape[1], 0)
-    with watch(model=self.optimizers['model'].variables) as tapes:
+    with Tapes(self.optimizers['model'].variables) as tapes:
       losses, metrics, post = self.world.losses(data, seeds)
     grads = self._gradients(tapes, losses)
     behavior_grads, behavior_metrics = self._behavior_gradients(post)
@@ -292,8 +292,8 @@ class Dreamer:
 
   def _behavior_gradients(self, post):
     """Gradients of the behavior's networks, by name, and metrics."""
-    names = self.behavior.learned
-    with watch(**{k: self.optimizers[k].variables for k in names}) as tapes:
+    learned = [self.optimizers[k].variables for k in self.behavior.learned]
+    with Tapes(*learned) as tapes:
       seeds = self.seeds(2 * self._c.horizon, 1)
       losses, metrics = self.behavior.losses(post, seeds)
     return self._gradients(tapes, losses), metrics
@@ -301,7 +301,7 @@ class Dreamer:
   def _gradients(self, tapes, losses):
     """Of each loss by the variables of its optimizer, by name."""
     return {
-      name: self.optimizers[name].gradient(tapes[name], loss)
+      name: self.optimizers[name].gradient(tapes, loss)
       for name, loss in losses.items()
     }
 
@@ -312,23 +312,6 @@ class Dreamer:
     """
     seed = tf.stack([self._c.seed, 2 * self.updates + stream])
     return tf.random.stateless_uniform([count, 2], seed, None, None, tf.int32)
-
-
-@contextlib.contextmanager
-def watch(**variables):
-  """Gradient tapes, one for each loss, on its variables alone.
-
-  For a persistent tape TensorFlow would also prepare the gradients of the
-  gradients of every loop, in half of the time that tracing takes.
-  """
-  with contextlib.ExitStack() as stack:
-    tapes = {}
-    for name, own in variables.items():
-      tape = tf.GradientTape(watch_accessed_variables=False)
-      tapes[name] = stack.enter_context(tape)
-      for variable in own:
-        tape.watch(variable.value)
-    yield tapes
 
 
 # --- The library, and the command -------------------------------------------

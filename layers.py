@@ -3,8 +3,8 @@
 Each layer has the weights of its Keras layer; docs/performance.md says why.
 """
 
-import contextlib
 import threading
+import typing
 
 import keras
 import tensorflow as tf
@@ -25,14 +25,14 @@ def add_bias(x, bias):
 
   Args:
     x: [..., C], in the dtype of the Keras policy.
-    bias: Keras variable or tensor [C].
+    bias: [C].
   """
 
   @tf.custom_gradient
   def add(x, bias):
     return tf.nn.bias_add(x, bias), lambda dy: (dy, _bias_gradient(dy))
 
-  return add(x, tf.convert_to_tensor(bias))
+  return add(x, bias)
 
 
 def _bias_gradient(dy):
@@ -49,71 +49,149 @@ def _bias_gradient(dy):
   return tf.cast(sums, dy.dtype)
 
 
-class Gathering:
-  """Gradients of weights that are used many times, as in an unrolled loop.
+class Tapes:
+  """Gradient tapes on weights, one for each loss that has weights of its own.
 
-  Each use adds a product to the gradient of the same weights. Here the parts
-  are gathered, and all are one product:
+  Within it layers read each weight once, and what a weight of `affine` gathers
+  from many uses, as in an unrolled loop, is one product:
 
       sum_t x_t^T dy_t  =  [x_1; ...; x_T]^T [dy_1; ...; dy_T]
+
+  So y is a source of gradients there, and the weights are none. It is not so
+  within loops of TensorFlow, whose tensors are of another graph.
+
+  For a persistent tape TensorFlow would also prepare the gradients of the
+  gradients of every loop, in half of the time that tracing takes.
+
+  Args:
+    groups: lists of Keras variables, one for each loss.
   """
 
   _here = threading.local()
 
-  def __init__(self):
-    self._graph, self._uses = _graph(), {}
+  def __init__(self, *groups):
+    self._tapes = [
+      tf.GradientTape(watch_accessed_variables=False) for _ in groups
+    ]
+    self._groups = list(zip(self._tapes, groups, strict=True))
+    self._owners = {id(v): tape for tape, group in self._groups for v in group}
+    self._values, self._uses = {}, {}
+
+  def __enter__(self):
+    self._graph, self._outer = _graph(), getattr(self._here, 'one', None)
+    self._here.one = self
+    for tape, group in self._groups:
+      tape.__enter__()
+      for variable in group:
+        tape.watch(variable.value)
+    return self
+
+  def __exit__(self, *error):
+    self._here.one = self._outer
+    for tape in reversed(self._tapes):
+      tape.__exit__(*error)
+
+  def watch(self, tensors):
+    """Lets `gradient` have these as `inputs`."""
+    for tape in self._tapes:
+      tape.watch(tensors)
 
   @classmethod
-  @contextlib.contextmanager
   def active(cls):
-    """Within it `tape.gradient` leaves out what `added` has."""
-    cls._here.one = cls()
-    try:
-      yield cls._here.one
-    finally:
-      cls._here.one = None
-
-  @classmethod
-  def take(cls, weights, x, dy):
-    """Whether x and dy are taken: not from within a loop of TensorFlow.
-
-    Args:
-      weights: Keras variables: a kernel, its bias, and the row of the bias.
-    """
+    """The innermost that layers are called within, or None."""
     one = getattr(cls._here, 'one', None)
-    if one is None or _graph() is not one._graph:
-      return False
-    uses = one._uses.setdefault(id(weights[0]), (weights, [], []))
-    uses[1].append(x)
-    uses[2].append(dy)
-    return True
+    return one if one and one._graph is _graph() else None
 
-  def added(self, grads, variables):
-    """Gradients with the parts that were taken.
+  def read(self, variable):
+    """As the function `read`."""
+    return self._once(variable, None, tf.convert_to_tensor)
+
+  def _once(self, variable, part, function):
+    key = id(variable), part
+    if key not in self._values:
+      self._values[key] = function(variable)
+    return self._values[key]
+
+  def _fixed(self, variable, row=None):
+    """A weight without gradient, or a row of it."""
+
+    def fix(variable):
+      value = tf.stop_gradient(self.read(variable))
+      return value if row is None else tf.unstack(value)[row]
+
+    return self._once(variable, ('fixed', row), fix)
+
+  def affine(self, x, kernel, bias, row):
+    """As the function `affine`."""
+    y = tf.matmul(x, self._fixed(kernel))
+    y = tf.nn.bias_add(y, self._fixed(bias, row))
+    for variable in (kernel, bias):
+      if id(variable) in self._owners:
+        self._owners[id(variable)].watch(y)
+    key = id(kernel), id(bias), row
+    use = self._uses.setdefault(key, _Uses(kernel, bias, row, [], []))
+    use.x.append(x)
+    use.y.append(y)
+    return y
+
+  def gradient(self, loss, variables, scale=None, inputs=()):
+    """Gradients of a loss; once for each group.
 
     Args:
-      grads: of `tape.gradient`, None where all parts were taken.
-      variables: Keras variables that they are of.
-    """
-    grads = dict(zip(map(id, variables), grads, strict=True))
+      loss: scalar.
+      variables: Keras variables of one group.
+      scale: scalar that they are multiplied with; None for 1.
+      inputs: tensors that `watch` was told.
 
-    def add(variable, grad):
+    Returns:
+      A list of tensors, float32 for the variables; None for what the loss does
+      not depend on.
+    """
+    tape, wanted = self._owners[id(variables[0])], {id(v) for v in variables}
+    uses = [
+      use
+      for use in self._uses.values()
+      if wanted & {id(use.kernel), id(use.bias)}
+    ]
+    values = [v.value for v in variables]
+    sources = [values, list(inputs), *(use.y for use in uses)]
+    own, others, *parts = tape.gradient(loss, sources, scale)
+    grads = dict(zip(map(id, variables), own, strict=True))
+    for use, dys in zip(uses, parts, strict=True):
+      use.add_gradients(grads, dys)
+    return [*grads.values(), *others]
+
+
+class _Uses(typing.NamedTuple):
+  """Calls of `affine` with the same weights, y_t for x_t."""
+
+  kernel: keras.Variable
+  bias: keras.Variable
+  row: int | None
+  x: list
+  y: list
+
+  def add_gradients(self, grads, dys):
+    """Adds to {id of a variable: gradient} those by these uses.
+
+    Args:
+      grads: of the variables that are wanted, or None.
+      dys: gradients of the loss by y_t; None where it does not depend on it.
+    """
+    pairs = zip(self.x, dys, strict=True)
+    pairs = [(x, dy) for x, dy in pairs if dy is not None]
+    if not pairs:
+      return
+    x, dy = (tf.concat(part, 0) for part in zip(*pairs, strict=True))
+    offset = _bias_gradient(dy)
+    if self.row is not None:
+      mask = tf.one_hot(self.row, self.bias.shape[0], dtype=dy.dtype)
+      offset = mask[:, None] * offset
+    kernel = tf.matmul(x, dy, transpose_a=True)
+    for variable, grad in ((self.kernel, kernel), (self.bias, offset)):
       if id(variable) in grads:
         grad, before = tf.cast(grad, variable.dtype), grads[id(variable)]
         grads[id(variable)] = grad if before is None else before + grad
-
-    for (kernel, bias, row), *parts in self._uses.values():
-      if not grads.keys() & {id(kernel), id(bias)}:
-        continue  # a loss of others has its gradient through these
-      x, dy = (tf.concat(part, 0) for part in parts)
-      add(kernel, tf.matmul(x, dy, transpose_a=True))
-      offset = _bias_gradient(dy)
-      if row is not None:
-        offset = (
-          tf.one_hot(row, bias.shape[0], dtype=dy.dtype)[:, None] * offset
-        )
-      add(bias, offset)
-    return list(grads.values())
 
 
 def _graph():
@@ -121,27 +199,24 @@ def _graph():
   return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
+def read(variable):
+  """A Keras variable as a tensor, in the dtype of the layer that is called."""
+  tapes = Tapes.active()
+  return tapes.read(variable) if tapes else tf.convert_to_tensor(variable)
+
+
 def affine(x, kernel, bias, row=None):
-  """x @ kernel + bias, with gradients that may be gathered.
+  """x @ kernel + bias, with one gradient for all uses within `Tapes`.
 
   Args:
     x: [N, I].
     kernel, bias: Keras variables [I, O] and [O], or [R, O] with a `row`.
   """
-
-  @tf.custom_gradient
-  def apply(x, weights, offset):
-    def grad(dy):
-      dx = tf.matmul(dy, weights, transpose_b=True)
-      if Gathering.take((kernel, bias, row), x, dy):
-        return dx, None, None
-      return dx, tf.matmul(x, dy, transpose_a=True), _bias_gradient(dy)
-
-    return tf.nn.bias_add(tf.matmul(x, weights), offset), grad
-
-  offset = tf.convert_to_tensor(bias)
-  offset = offset if row is None else tf.unstack(offset)[row]
-  return apply(x, tf.convert_to_tensor(kernel), offset)
+  tapes = Tapes.active()
+  if tapes:
+    return tapes.affine(x, kernel, bias, row)
+  offset = read(bias) if row is None else tf.unstack(read(bias))[row]
+  return add_bias(tf.matmul(x, read(kernel)), offset)
 
 
 class Dense(kl.Dense):
@@ -150,8 +225,8 @@ class Dense(kl.Dense):
   def call(self, x):
     if x.shape.rank == 2:
       return self.activation(affine(x, self.kernel, self.bias))
-    x = keras.ops.matmul(x, self.kernel)
-    return self.activation(add_bias(x, self.bias))
+    x = keras.ops.matmul(x, read(self.kernel))
+    return self.activation(add_bias(x, read(self.bias)))
 
 
 class Conv(kl.Conv2D):
@@ -162,14 +237,15 @@ class Conv(kl.Conv2D):
   """
 
   def call(self, x):
+    kernel, bias = read(self.kernel), read(self.bias)
     size = self.kernel_size[0]
     if x.shape[1:3] == (size + 2, size + 2):
-      kernel = tf.reshape(self.kernel, [-1, self.filters])
+      kernel = tf.reshape(kernel, [-1, self.filters])
       x = tf.reshape(_four_patches(x), [-1, kernel.shape[0]])
-      x = self.activation(add_bias(tf.matmul(x, kernel), self.bias))
+      x = self.activation(add_bias(tf.matmul(x, kernel), bias))
       return tf.reshape(x, [-1, 2, 2, self.filters])
-    x = self.convolution_op(x, self.kernel)
-    return self.activation(add_bias(x, self.bias))
+    x = self.convolution_op(x, kernel)
+    return self.activation(add_bias(x, bias))
 
 
 @tf.custom_gradient
@@ -202,17 +278,16 @@ class Deconv(kl.Conv2DTranspose):
   """
 
   def call(self, x):
+    kernel, bias = read(self.kernel), read(self.bias)
     if self.kernel_size[0] % 2 == 0:
-      weights = self.kernel, self.bias
-      weights = [tf.convert_to_tensor(w) for w in weights]
       relu = self.activation is keras.activations.relu
-      x = _subpixel_deconv(x, *weights, relu)
+      x = _subpixel_deconv(x, kernel, bias, relu)
       return x if relu else self.activation(x)
     if x.shape[1:3] == (1, 1):
-      x = tf.einsum('nc,hwoc->nhwo', x[:, 0, 0], self.kernel)
+      x = tf.einsum('nc,hwoc->nhwo', x[:, 0, 0], kernel)
     else:
-      x = keras.ops.conv_transpose(x, self.kernel, self.strides, self.padding)
-    return self.activation(add_bias(x, self.bias))
+      x = keras.ops.conv_transpose(x, kernel, self.strides, self.padding)
+    return self.activation(add_bias(x, bias))
 
 
 def _subpixel_deconv(x, kernel, bias, relu):

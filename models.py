@@ -17,7 +17,7 @@ from tensorflow_probability import distributions as tfd
 
 import distribute
 import tools
-from layers import Conv, Deconv, Dense, GRUCell, add_bias, float32
+from layers import Conv, Deconv, Dense, GRUCell, add_bias, float32, read
 
 # The last layer of numbers, alike in every precision: in bfloat16, numbers near
 # 45, which a value may be, are 0.25 apart.
@@ -238,12 +238,13 @@ class ConvDecoder(keras.layers.Layer):
     together = inputs * outputs * (units + rows)
     if apart <= together or not conv.built:
       return conv(self._dense(x)[:, None, None])
-    weights = tf.concat([self._dense.kernel, self._dense.bias[None]], 0)
-    kernel = tf.reshape(conv.kernel, [outputs, units])
+    bias = read(self._dense.bias)[None]
+    weights = tf.concat([read(self._dense.kernel), bias], 0)
+    kernel = tf.reshape(read(conv.kernel), [outputs, units])
     weights = tf.matmul(weights, kernel, transpose_b=True)
     x = tf.matmul(tf.concat([x, tf.ones([rows, 1], x.dtype)], 1), weights)
     x = tf.reshape(x, [rows, *conv.kernel_size, conv.filters])
-    return conv.activation(add_bias(x, conv.bias))
+    return conv.activation(add_bias(x, read(conv.bias)))
 
 
 def _apply(layers, x):
@@ -251,13 +252,11 @@ def _apply(layers, x):
 
   TensorFlow fuses product, bias and activation of matrices only.
   """
-  shape = tf.shape(x)[:-1]
-  static = x.shape[:-1]
+  before = distribute.dims(x)[:-1]
   x = tf.reshape(x, [-1, x.shape[-1]])
   for layer in layers:
     x = layer(x)
-  x = tf.reshape(float32(x), tf.concat([shape, [x.shape[-1]]], 0))
-  return tf.ensure_shape(x, [*static, x.shape[-1]])
+  return tf.reshape(float32(x), [*before, x.shape[-1]])
 
 
 class DenseDecoder(keras.layers.Layer):
@@ -286,8 +285,7 @@ class DenseDecoder(keras.layers.Layer):
   def call(self, features):
     """Distribution with batch shape [...] for features [..., F]."""
     x = _apply(self._hidden + [self._out], features)
-    x = tf.reshape(x, tf.concat([tf.shape(features)[:-1], self._shape], 0))
-    x.set_shape([*features.shape[:-1], *self._shape])
+    x = tf.reshape(x, [*distribute.dims(features)[:-1], *self._shape])
     if self._dist == 'binary':
       base = tfd.Bernoulli(logits=x, dtype=tf.float32)
     else:
@@ -308,6 +306,9 @@ class ActionDecoder(keras.layers.Layer):
     mean_scale: bound of the mean before tanh (Appendix A: 5).
     choices: where several discrete choices make an action, how many of the A
       entries belong to each; None for one.
+
+  Attributes:
+    size: number of outputs, A or 2 * A.
   """
 
   def __init__(
@@ -332,11 +333,19 @@ class ActionDecoder(keras.layers.Layer):
     self._mean_scale = mean_scale
     self._choices = choices or (size,)
     self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
-    self._out = Output(size if dist == 'onehot' else 2 * size, name='out')
+    self.size = size if dist == 'onehot' else 2 * size
+    self._out = Output(self.size, name='out')
 
   def call(self, features):
     """Distribution over actions [..., A] for features [..., F]."""
-    x = _apply(self._hidden + [self._out], features)
+    return self.dist(self.outputs(features))
+
+  def outputs(self, features):
+    """What the network puts out, [..., size]."""
+    return _apply(self._hidden + [self._out], features)
+
+  def dist(self, x):
+    """Distribution over actions [..., A] for outputs [..., size]."""
     if self._dist == 'onehot' and len(self._choices) > 1:
       return tools.FactoredOneHotDist(x, self._choices)
     if self._dist == 'onehot':

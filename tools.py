@@ -19,7 +19,6 @@ import distribute
 from cli import AttrDict as AttrDict
 from episode_files import count_episodes as count_episodes
 from episode_files import save_episodes as save_episodes
-from layers import Gathering
 from logger import encode_gif as encode_gif
 from logger import video_summary as video_summary
 from replay import load_episodes as load_episodes
@@ -336,10 +335,29 @@ class FactoredOneHotDist:
 
 
 class _KerasAdam(keras.optimizers.Adam):
-  """Keras' Adam without its own sum over replicas, which is after clipping."""
+  """Keras' Adam, each variable's step in one operation of TensorFlow.
+
+  And without its own sum over replicas, which would be after clipping.
+  """
 
   def _all_reduce_sum_gradients(self, grads_and_vars):
     return grads_and_vars
+
+  def update_step(self, gradient, variable, learning_rate):
+    index = self._get_variable_index(variable)
+    step = tf.cast(self.iterations + 1, tf.float32)
+    tf.raw_ops.ResourceApplyAdam(
+      var=variable.handle,
+      m=self._momentums[index].value.handle,
+      v=self._velocities[index].value.handle,
+      beta1_power=tf.pow(self.beta_1, step),
+      beta2_power=tf.pow(self.beta_2, step),
+      lr=learning_rate,
+      beta1=self.beta_1,
+      beta2=self.beta_2,
+      epsilon=self.epsilon,
+      grad=gradient,
+    )
 
 
 class Adam:
@@ -392,7 +410,7 @@ class Adam:
     """For the updates to come."""
     self._active.learning_rate = value
 
-  def gradient(self, tape, loss):
+  def gradient(self, tapes, loss):
     """Gradients of the loss, times the loss scale where there is one.
 
     With several replicas, this one's share, the sum of which is the gradient
@@ -402,10 +420,7 @@ class Adam:
     scale = (
       self._active.scale_loss(tf.ones_like(loss)) / distribute.replica()[1]
     )
-    variables = [v.value for v in self.variables]
-    with Gathering.active() as gathering:
-      grads = tape.gradient(loss, variables, output_gradients=scale)
-    return gathering.added(grads, self.variables)
+    return tapes.gradient(loss, self.variables, scale)
 
   def apply(self, grads):
     """Moves the variables; returns the norm before clipping as a metric.

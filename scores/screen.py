@@ -31,6 +31,7 @@ import arguments
 import cli
 import commandline
 import dreamer
+import layers
 import replay
 import runfile
 import training
@@ -97,9 +98,9 @@ def make_update(agent):
   def update(batch):
     data = world.preprocess(batch)
     seeds = agent.seeds(data['action'].shape[1], 0)
-    with dreamer.watch(model=opt.variables) as tapes:
+    with layers.Tapes(opt.variables) as tapes:
       losses, metrics, _ = world.losses(data, seeds)
-    opt.apply(opt.gradient(tapes['model'], losses['model']))
+    opt.apply(opt.gradient(tapes, losses['model']))
     agent.updates.assign_add(1)
     return metrics
 

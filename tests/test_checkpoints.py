@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import checkpoints
 import cli
+import layers
 import tools
 
 # --- Checkpoints and signals ------------------------------------------------
@@ -36,9 +37,9 @@ def make_objects(scaling=True):
 def dense_step(objects, optimizer, step):
   """One update and one step of everything; returns all that it gave."""
   x = objects['generator'].normal([4, 2])
-  with tf.GradientTape() as tape:
+  with layers.Tapes(optimizer.variables) as tapes:
     loss = tf.reduce_mean(objects['layer'](x) ** 2)
-  optimizer.apply(optimizer.gradient(tape, loss))
+  optimizer.apply(optimizer.gradient(tapes, loss))
   weights = [v.numpy().tolist() for v in objects['layer'].variables]
   slots = [v.numpy().tolist() for v in objects['optimizer'].variables]
   return weights, slots, objects['every'](step), float(loss)

@@ -15,6 +15,7 @@ import cli
 import configs
 import dreamer
 import exploration
+import layers
 import models
 import spaces
 import tools
@@ -426,7 +427,7 @@ def test_update_beside_stock_layers(tmp_path, size):
   agent = make_agent(tmp_path, **changes)
   data = dreamer.preprocess(batch_of(agent), agent._c)
   losses, expected, _ = reference.Reference(agent).gradients(data)
-  with dreamer.watch(model=agent.optimizers['model'].variables) as tapes:
+  with layers.Tapes(agent.optimizers['model'].variables) as tapes:
     model, metrics, post = agent.world.losses(data, agent.seeds(5, 0))
   grads = agent._gradients(tapes, model)
   behavior = agent._behavior_gradients(post)

@@ -11,6 +11,7 @@ import tensorflow as tf
 import cli
 import distribute
 import dreamer
+import layers
 import library
 import spaces
 import tools
@@ -141,13 +142,13 @@ def test_the_term_of_vectors_moves_the_new_layers_and_what_is_below(tmp_path):
   agent = make_agent(tmp_path, BOTH)
   data = agent.world.preprocess(batch_of(agent))
   variables = agent.optimizers['model'].variables
-  with dreamer.watch(all=variables) as tapes:
+  with layers.Tapes(variables) as tapes:
     embed = agent.world.embed(data)
     post, _ = agent.world.dynamics.observe(embed, data['action'])
     feat = agent.world.dynamics.get_feat(post)
     like = agent.world.vector(feat).log_prob(data['vector'])
     loss = tf.reduce_sum(like)
-  grads = tapes['all'].gradient(loss, [v.value for v in variables])
+  grads = tapes.gradient(loss, variables)
   moved = {
     id(v)
     for v, grad in zip(variables, grads, strict=True)

@@ -316,15 +316,12 @@ def loop_gradients(rssm, gather, wanted='', kinds=2):
 
   @tf.function(autograph=False)
   def gradients():
-    with tf.GradientTape() as tape:
+    with layers.Tapes(weights) if gather else tf.GradientTape() as tape:
       states = rssm.observe(embed, action, seed=seeds)[:kinds]
       loss = sum(tf.reduce_sum(x[k] ** 2) for x in states for k in x)
-    values = [v.value for v in weights]
-    if not gather:
-      return tape.gradient(loss, values)
-    with layers.Gathering.active() as gathering:
-      grads = tape.gradient(loss, values)
-    return gathering.added(grads, weights)
+    if gather:
+      return tape.gradient(loss, weights)
+    return tape.gradient(loss, [v.value for v in weights])
 
   graph = gradients.get_concrete_function().graph
   return gradients(), [op.type for op in graph.get_operations()]
@@ -357,6 +354,54 @@ def test_layers_without_a_part_in_the_loss_have_no_gradient():
   assert loop_gradients(rssm, True, 'img3', kinds=1)[0] == [None, None]
   grads, _ = loop_gradients(rssm, True, 'obs2', kinds=1)
   assert_gradients_equal(grads, loop_gradients(rssm, False, 'obs2', 1)[0])
+
+
+def test_each_loss_has_the_gradients_of_its_own_weights():
+  """Both losses depend on both layers; the second on the first's output."""
+  one, two = models.Dense(3), models.Dense(3)
+  x = normal(4, 3)
+  for layer in (one, two):
+    layer(x)
+    randomize(layer, 0.5)
+
+  def losses():
+    y = one(x)
+    z = two(y)
+    return tf.reduce_sum(y * z), tf.reduce_sum(tf.square(z) + one(z))
+
+  groups = [layer.trainable_variables for layer in (one, two)]
+  with tf.GradientTape(persistent=True) as tape:
+    plain = losses()
+  with layers.Tapes(*groups) as tapes:
+    results = losses()
+  for loss, expected, group in zip(results, plain, groups, strict=True):
+    target = tape.gradient(expected, [v.value for v in group])
+    assert_gradients_equal(tapes.gradient(loss, group), target)
+
+
+def test_tapes_have_gradients_of_inputs_and_a_scale():
+  layer, x = models.Dense(3), normal(4, 3)
+  layer(x)
+  weights = layer.trainable_variables
+  with layers.Tapes(weights) as tapes:
+    tapes.watch([x])
+    with layers.Tapes():  # what is within another is not of this one
+      tf.reduce_sum(layer(x))
+    loss = tf.reduce_sum(tf.square(layer(x)))
+  with tf.GradientTape() as tape:
+    tape.watch(x)
+    plain = 3 * tf.reduce_sum(tf.square(layer(x)))
+  grads = tapes.gradient(loss, weights, tf.constant(3.0), [x])
+  expected = tape.gradient(plain, [*(v.value for v in weights), x])
+  assert_gradients_equal(grads, expected)
+
+
+def test_a_weight_is_read_and_cast_once_in_an_unrolled_loop():
+  keras.config.set_dtype_policy('mixed_bfloat16')
+  rssm = make_rssm()
+  rssm.unroll = True
+  kinds = loop_gradients(rssm, True)[1]
+  assert kinds.count('ReadVariableOp') == len(rssm.trainable_variables)
 
 
 def test_uses_within_a_loop_of_tensorflow_are_not_gathered():

@@ -12,6 +12,7 @@ import scipy.stats
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
+import layers
 import tools
 
 # --- Scans and returns ------------------------------------------------------
@@ -576,12 +577,12 @@ SLOPES = [np.array([0.3, -1.2, 4.0]), np.array([2.0])]
 
 
 def linear_step(optimizer, weights, slopes=SLOPES):
-  with tf.GradientTape() as tape:
+  with layers.Tapes(optimizer.variables) as tapes:
     loss = sum(
       tf.reduce_sum(v.value * slope.astype(np.float32))
       for v, slope in zip((weights.kernel, weights.bias), slopes, strict=True)
     )
-  metrics = optimizer.apply(optimizer.gradient(tape, loss))
+  metrics = optimizer.apply(optimizer.gradient(tapes, loss))
   return {k: float(v) for k, v in metrics.items()}
 
 
@@ -675,9 +676,9 @@ def test_loss_scale_is_in_the_gradients():
   # Else small gradients would vanish in float16 before they are divided.
   weights = Weights(KERNEL, BIAS)
   optimizer = tools.Adam('opt', [weights], 0.1, loss_scaling=True)
-  with tf.GradientTape() as tape:
+  with layers.Tapes(optimizer.variables) as tapes:
     loss = tf.reduce_sum(weights.kernel.value) + weights.bias.value[0]
-  grads = optimizer.gradient(tape, loss)
+  grads = optimizer.gradient(tapes, loss)
   scale = float(optimizer.apply(grads)['opt_loss_scale'])
   np.testing.assert_allclose(grads[0], [scale] * 3)
 
