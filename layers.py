@@ -232,8 +232,9 @@ class Dense(kl.Dense):
 class Conv(kl.Conv2D):
   """Keras' layer, stride 2, with the bias of `add_bias`.
 
-  Where it puts out 2x2 pixels it is one matrix product of patches, which is
-  faster than TensorFlow's kernels (docs/performance.md).
+  Where it puts out 2x2 pixels it is one matrix product of patches, and with few
+  channels its gradient is a convolution of stride 1, which are faster than
+  TensorFlow's kernels (docs/performance.md).
   """
 
   def call(self, x):
@@ -244,8 +245,33 @@ class Conv(kl.Conv2D):
       x = tf.reshape(_four_patches(x), [-1, kernel.shape[0]])
       x = self.activation(add_bias(tf.matmul(x, kernel), bias))
       return tf.reshape(x, [-1, 2, 2, self.filters])
-    x = self.convolution_op(x, kernel)
+    few = kernel.shape[2] < 32 and size % 2 == 0
+    x = _strided(x, kernel) if few else self.convolution_op(x, kernel)
     return self.activation(add_bias(x, bias))
+
+
+@tf.custom_gradient
+def _strided(x, kernel):
+  """Convolution of stride 2 without padding, its gradient by `_transposed`."""
+
+  def grad(dy):
+    dx = _transposed(dy, kernel)
+    unseen = [[0, x.shape[i] - dx.shape[i]] for i in (1, 2)]
+    dx = tf.pad(dx, [[0, 0], *unseen, [0, 0]])
+    return dx, _kernel_gradient(x, kernel, dy)
+
+  return tf.nn.conv2d(x, kernel, 2, 'VALID'), grad
+
+
+def _kernel_gradient(x, kernel, dy):
+  """Of a convolution of stride 2 without padding, from x to y."""
+  return tf.raw_ops.Conv2DBackpropFilter(
+    input=x,
+    filter_sizes=kernel.shape,
+    out_backprop=dy,
+    strides=[1, 2, 2, 1],
+    padding='VALID',
+  )
 
 
 @tf.custom_gradient
@@ -291,11 +317,7 @@ class Deconv(kl.Conv2DTranspose):
 
 
 def _subpixel_deconv(x, kernel, bias, relu):
-  """Transposed convolution of stride 2 as a convolution of stride 1.
-
-  Each pixel of the result's 2x2 blocks sees the same (K/2)x(K/2) pixels of x,
-  through taps of the kernel of its own: a convolution to 4 * O channels, the
-  four pixels of a block. TensorFlow makes one pass of it, bias and relu.
+  """Transposed convolution of stride 2, with a bias, by `_transposed`.
 
   Args:
     x: [N, h, w, C].
@@ -306,40 +328,45 @@ def _subpixel_deconv(x, kernel, bias, relu):
   Returns:
     [N, 2 * h + K - 2, 2 * w + K - 2, O].
   """
-  size, _, out, channels = kernel.shape
-  taps = size // 2
-  height, width = (n + taps - 1 for n in x.shape[1:3])
 
   @tf.custom_gradient
   def apply(x, kernel, bias):
-    blocks = tf.reshape(kernel, [taps, 2, taps, 2, out, channels])
-    blocks = tf.reverse(tf.transpose(blocks, [0, 2, 5, 1, 3, 4]), [0, 1])
-    blocks = tf.reshape(blocks, [taps, taps, channels, 4 * out])
-    border = [taps - 1, taps - 1]
-    y = tf.nn.conv2d(x, blocks, 1, [[0, 0], border, border, [0, 0]])
-    y = tf.nn.bias_add(y, tf.tile(bias, [4]))
-    y = tf.nn.relu(y) if relu else y
-    # As depth_to_space: upper and lower halves of blocks become rows.
-    y = tf.reshape(y, [-1, width, 2, 2 * out])
-    y = tf.transpose(y, [0, 2, 1, 3])
-    y = tf.reshape(y, [-1, 2 * height, 2 * width, out])
+    y = _transposed(x, kernel, bias, relu)
 
     def grad(dy):
       if relu:
         dy = tf.raw_ops.ReluGrad(gradients=dy, features=y)
       dx = tf.nn.conv2d(dy, kernel, 2, 'VALID')
-      dkernel = tf.raw_ops.Conv2DBackpropFilter(
-        input=dy,
-        filter_sizes=kernel.shape,
-        out_backprop=x,
-        strides=[1, 2, 2, 1],
-        padding='VALID',
-      )
-      return dx, dkernel, _bias_gradient(dy)
+      return dx, _kernel_gradient(dy, kernel, x), _bias_gradient(dy)
 
     return y, grad
 
   return apply(x, kernel, bias)
+
+
+def _transposed(x, kernel, bias=None, relu=False):
+  """Transposed convolution of stride 2 as a convolution of stride 1.
+
+  Each pixel of the result's 2x2 blocks sees the same (K/2)x(K/2) pixels of x,
+  through taps of the kernel of its own: a convolution to 4 * O channels, the
+  four pixels of a block. TensorFlow makes one pass of it, bias and relu.
+
+  Args, result: as of `_subpixel_deconv`; no bias is a bias of 0.
+  """
+  size, _, out, channels = kernel.shape
+  taps = size // 2
+  height, width = (n + taps - 1 for n in x.shape[1:3])
+  blocks = tf.reshape(kernel, [taps, 2, taps, 2, out, channels])
+  blocks = tf.reverse(tf.transpose(blocks, [0, 2, 5, 1, 3, 4]), [0, 1])
+  blocks = tf.reshape(blocks, [taps, taps, channels, 4 * out])
+  border = [taps - 1, taps - 1]
+  y = tf.nn.conv2d(x, blocks, 1, [[0, 0], border, border, [0, 0]])
+  y = y if bias is None else tf.nn.bias_add(y, tf.tile(bias, [4]))
+  y = tf.nn.relu(y) if relu else y
+  # As depth_to_space: upper and lower halves of blocks become rows.
+  y = tf.reshape(y, [-1, width, 2, 2 * out])
+  y = tf.transpose(y, [0, 2, 1, 3])
+  return tf.reshape(y, [-1, 2 * height, 2 * width, out])
 
 
 class GRUCell(kl.GRUCell):
