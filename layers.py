@@ -230,7 +230,7 @@ class Dense(kl.Dense):
 
 
 class Conv(kl.Conv2D):
-  """Keras' layer, stride 2, with the bias of `add_bias`.
+  """Keras' layer, stride 2 and an even kernel, with the bias of `add_bias`.
 
   Where it puts out 2x2 pixels it is one matrix product of patches, and with few
   channels its gradient is a convolution of stride 1, which are faster than
@@ -245,14 +245,22 @@ class Conv(kl.Conv2D):
       x = tf.reshape(_four_patches(x), [-1, kernel.shape[0]])
       x = self.activation(add_bias(tf.matmul(x, kernel), bias))
       return tf.reshape(x, [-1, 2, 2, self.filters])
-    few = kernel.shape[2] < 32 and size % 2 == 0
+    few = kernel.shape[2] < 32
     x = _strided(x, kernel) if few else self.convolution_op(x, kernel)
     return self.activation(add_bias(x, bias))
 
 
 @tf.custom_gradient
 def _strided(x, kernel):
-  """Convolution of stride 2 without padding, its gradient by `_transposed`."""
+  """Convolution of stride 2 without padding, its gradient by `_transposed`.
+
+  Args:
+    x: [N, h, w, C].
+    kernel: [K, K, C, O], K even.
+
+  Returns:
+    [N, (h - K) // 2 + 1, (w - K) // 2 + 1, O].
+  """
 
   def grad(dy):
     dx = _transposed(dy, kernel)

@@ -415,6 +415,10 @@ class Adam:
 
     With several replicas, this one's share, the sum of which is the gradient
     of the mean of their losses.
+
+    Args:
+      tapes: `layers.Tapes`, of which one group is the variables.
+      loss: float32 scalar, computed within them.
     """
     assert loss.dtype == tf.float32 and loss.shape == (), loss
     scale = (

@@ -220,22 +220,22 @@ def test_update_is_that_of_one_device(folder, single, strategy, cases):
     expected_weights, expected_metrics = single[0, case]
     half = CASES[case].get('precision') == '16'
     # Of two programs of XLA gradients near 0 differ, which Adam makes steps of.
-    least = 5e-3 if half else 1e-4 if case == 'jit' else 1e-5
+    bound = 5e-3 if half else 1e-4 if case == 'jit' else 1e-5
     assert weights.keys() == expected_weights.keys()
     for name, value in expected_weights.items():
       np.testing.assert_allclose(
         weights[name],
         value,
         rtol=0,
-        atol=least,  # after five steps of Adam
+        atol=bound,  # after five steps of Adam
         err_msg=f'{case}: {name}',
       )
     for ours, theirs in zip(metrics, expected_metrics, strict=True):
       assert ours.keys() == theirs.keys()
       for name, value in theirs.items():
         # A saturated action's log-probability hangs on its last bits.
-        bound = 0.1 if name.startswith('action_ent') else 1e-3
-        near = pytest.approx(value, rel=0.02 if half else 1e-3, abs=bound)
+        least = 0.1 if name.startswith('action_ent') else 1e-3
+        near = pytest.approx(value, rel=0.02 if half else 1e-3, abs=least)
         assert ours[name] == near, (case, name)
 
 
