@@ -232,9 +232,11 @@ class Dense(kl.Dense):
 class Conv(kl.Conv2D):
   """Keras' layer, stride 2 and an even kernel, with the bias of `add_bias`.
 
-  Where it puts out 2x2 pixels it is one matrix product of patches, and with few
-  channels its gradient is a convolution of stride 1, which are faster than
-  TensorFlow's kernels (docs/performance.md).
+  Where it puts out 2x2 pixels it is one matrix product of patches, with few
+  filters it makes two pixels at a time, and with few channels its gradient is a
+  convolution of stride 1, which are faster than TensorFlow's kernels
+  (docs/performance.md). An odd last column is left out with few filters: the
+  windows of another such layer do not reach it.
   """
 
   def call(self, x):
@@ -245,9 +247,23 @@ class Conv(kl.Conv2D):
       x = tf.reshape(_four_patches(x), [-1, kernel.shape[0]])
       x = self.activation(add_bias(tf.matmul(x, kernel), bias))
       return tf.reshape(x, [-1, 2, 2, self.filters])
+    if self.filters <= 8:
+      x = tf.nn.conv2d(x, _two_pixels(kernel), [1, 2, 4, 1], 'VALID')
+      x = self.activation(add_bias(x, tf.tile(bias, [2])))
+      return tf.reshape(x, [-1, x.shape[1], 2 * x.shape[2], self.filters])
     few = kernel.shape[2] < 32
     x = _strided(x, kernel) if few else self.convolution_op(x, kernel)
     return self.activation(add_bias(x, bias))
+
+
+def _two_pixels(kernel):
+  """[K, K, C, O] as [K, K + 2, C, 2 * O]: beside it that of the next pixel.
+
+  Of so few filters the numbers of one pixel do not fill a vector register.
+  """
+  side = [0, 0]
+  both = [tf.pad(kernel, [side, pad, side, side]) for pad in ([0, 2], [2, 0])]
+  return tf.concat(both, -1)
 
 
 @tf.custom_gradient
@@ -378,7 +394,7 @@ def _transposed(x, kernel, bias=None, relu=False):
 
 
 class GRUCell(kl.GRUCell):
-  """Keras' cell in plain TensorFlow: one split for the gates, no slices.
+  """Keras' cell in plain TensorFlow: one sigmoid for both gates, no slices.
 
   With Keras' `reset_after`: the reset gate works on U h, not on h.
   """
@@ -386,12 +402,12 @@ class GRUCell(kl.GRUCell):
   def call(self, x, state):
     x = affine(x, self.kernel, self.bias, 0)
     inner = affine(state, self.recurrent_kernel, self.bias, 1)
-    x_update, x_reset, x_new = tf.split(x, 3, -1)
-    h_update, h_reset, h_new = tf.split(inner, 3, -1)
-    update = _sigmoid(x_update + h_update)
-    reset = _sigmoid(x_reset + h_reset)
+    sizes = [2 * self.units, self.units]
+    x_gates, x_new = tf.split(x, sizes, -1)
+    h_gates, h_new = tf.split(inner, sizes, -1)
+    update, reset = tf.split(_sigmoid(x_gates + h_gates), 2, -1)
     new = tf.tanh(x_new + reset * h_new)
-    return update * state + (1 - update) * new
+    return new + update * (state - new)
 
 
 def _sigmoid(x):

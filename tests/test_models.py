@@ -641,6 +641,8 @@ def test_action_decoder_onehot():
   [
     (models.Dense(7, 'elu'), (5, 3)),
     (models.Conv(6, 4, 2, activation='relu'), (3, 14, 14, 5)),
+    (models.Conv(12, 4, 2, activation='relu'), (3, 14, 14, 5)),
+    (models.Conv(12, 4, 2, activation='relu'), (3, 14, 14, 40)),
     (models.Conv(6, 4, 2, activation='relu'), (3, 6, 6, 5)),
     (models.Deconv(6, 5, 2, activation='relu'), (3, 1, 1, 5)),
     (models.Deconv(6, 5, 2), (3, 5, 5, 4)),
