@@ -5,6 +5,7 @@ Nothing here imports TensorFlow.
 
 import contextlib
 import difflib
+import errno
 import gc
 import os
 import pathlib
@@ -52,15 +53,17 @@ def main(name, run, argv=None):
     argv: list of words; None for those of this process.
 
   Returns:
-    0 when finished or stopped on request, 1 for a run that cannot go on, 2 for
-    bad input, 130 after Ctrl-C.
+    0 when finished or stopped on request, 1 for a run that cannot go on or an
+    output that nobody takes, 2 for bad input, 130 after Ctrl-C.
   """
   gc.set_threshold(20_000, 20, 20)  # the many objects of graphs mostly stay
   for stream in (sys.stdout, sys.stderr):  # whatever the terminal can show
     with contextlib.suppress(AttributeError):
       stream.reconfigure(errors='backslashreplace')
   try:
-    return run(sys.argv[1:] if argv is None else argv) or 0
+    code = run(sys.argv[1:] if argv is None else argv) or 0
+    print(end='', flush=True)
+    return code
   except Stopped:
     print('Stopped at once; the same command resumes from what was saved.')
     return 0
@@ -72,6 +75,22 @@ def main(name, run, argv=None):
     return error.code
   except KeyboardInterrupt:
     return 130
+  except OSError as error:
+    if error.filename or error.errno not in (errno.ENOSPC, errno.EPIPE):
+      raise
+    _leave_stdout()
+    if not isinstance(error, BrokenPipeError):  # else the reader has enough
+      text = f'{name}: error: cannot write the output: {error.strerror}'
+      print(text, file=sys.stderr)
+    return 1
+
+
+def _leave_stdout():
+  """What is still to be written goes nowhere; Python would try at its end."""
+  with contextlib.suppress(OSError, ValueError, AttributeError):
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def end_by_sigterm():

@@ -251,7 +251,7 @@ FLAGS = {
          'updates before the action model begins to learn'),
     Flag('grad_clip', WEIGHT, 100.0,
          'largest gradient norm; 0: no limit', 'App. A'),
-    Flag('opt_eps', Number(0, 1, above=True), 1e-7,
+    Flag('opt_eps', Number(1e-30, 1), 1e-7,
          'epsilon of Adam (2019 code: 1e-4)', 'release'),
     Flag('dataset_balance', Truth(), False,
          'draw ends of episodes more', 'release'),

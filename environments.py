@@ -185,8 +185,9 @@ def summarize_episode(
     {k if prefix == 'train' else f'test_{k}': about[k] for k in about}
   )
   logger.scalars(steps, dict(metrics, episodes=episodes))
-  if prefix == 'test' and config.log_images and 'image' in episode:
-    logger.video(steps, 'test/policy', episode['image'][None, :VIDEO])
+  images = sorted(filter(spaces.is_image, episode))
+  if prefix == 'test' and config.log_images and images:
+    logger.video(steps, 'test/policy', episode[images[0]][None, :VIDEO])
 
 
 def describe_behavior(episode, config):

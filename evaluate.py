@@ -40,7 +40,7 @@ import tools
 import training
 from cli import UserError
 from episode_files import OTHERS
-from worker_calls import RenderError, TaskError
+from worker_calls import RenderError, TaskError, WorkerError
 from world_model import CONTEXT
 
 LENGTH = 50  # rows of a prediction, the context included
@@ -148,7 +148,7 @@ def _make_env(config, recorder, films):
   try:
     _ = env.about  # waits
     return env
-  except (TaskError, RenderError) as error:
+  except (TaskError, RenderError, WorkerError) as error:
     env.close()
     print(f'No video: {error}')
     return make(config)

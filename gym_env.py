@@ -143,7 +143,7 @@ class GymEnv:
     self._steps += 1
     done = bool(ended or truncated[0] or self._steps == self._limit)
     about = {'discount': np.float32(0 if ended else 1)}
-    if info and 'missed' in info:
+    if isinstance((info or {}).get('missed'), (int, np.integer)):
       about['missed'] = int(info['missed'])
     return self._number(reward), done, about
 
@@ -159,7 +159,8 @@ class GymEnv:
   def _reset(self, seed):
     result = self._seeded_reset(seed)
     new = isinstance(result, tuple) and len(result) == 2
-    self._obs = result[0] if new and isinstance(result[1], dict) else result
+    info = result[1] if new else ()
+    self._obs = result[0] if isinstance(info, dict | None) else result
     self._steps = 0
 
   def _seeded_reset(self, seed):
@@ -477,6 +478,7 @@ class Source:
     return obs
 
 
+MOST_CHOICES = 10_000  # of a discrete observation, as each is a number
 # What episodes hold besides, and what `numpy.savez` takes for itself.
 RESERVED = ('action', 'reward', 'discount', 'source', 'file', 'allow_pickle')
 
@@ -503,7 +505,8 @@ def _find_vectors(parts, images):
 def _array_name(path):
   """What the part of an observation is called as a flag and in a file."""
   name = '/'.join(map(str, path)).replace('\\', '/')
-  name = re.sub(r'\.{2,}', '.', name).strip('/') or 'state'
+  name = re.sub(r'[\0-\x1f\x7f]', ' ', name)  # a name in a file ends at \0
+  name = re.sub(r'\.{2,}', '.', name).strip('/ ') or 'state'
   if name in RESERVED or spaces.is_image(name) or ',' in name:
     name = f'obs/{name.replace(",", "/")}'
   return name
@@ -511,11 +514,11 @@ def _array_name(path):
 
 def _vector(space):
   """The Box of a space as float32, and the function to it; (None, None)."""
-  if _is(space, 'Discrete'):
+  if _is(space, 'Discrete') and space.n <= MOST_CHOICES:
     box = spaces.OneHotBox(space.n)
     start = int(getattr(space, 'start', 0))
     return box, lambda value: box.encode([int(value) - start])
-  if _is(space, 'MultiDiscrete'):
+  if _is(space, 'MultiDiscrete') and np.sum(space.nvec) <= MOST_CHOICES:
     box = spaces.OneHotBox(space.nvec)
     start = np.ravel(getattr(space, 'start', 0))
     return box, lambda value: box.encode(np.ravel(value) - start)

@@ -11,6 +11,8 @@ Letters in shapes: E environments, A action, H steps of imagination.
 import json
 import pathlib
 import re
+import shutil
+import tempfile
 
 import cloudpickle
 import numpy as np
@@ -359,7 +361,7 @@ def export(agent, folder):
     folder: which it makes.
 
   Raises:
-    UserError: two inputs would have one name.
+    UserError: two inputs would have one name, or it cannot be written.
   """
   policy = Policy(agent)
   state = policy.start(1, tf.zeros([2], tf.int32))
@@ -391,7 +393,6 @@ def export(agent, folder):
     reset=reset.get_concrete_function(**start),
     act=act.get_concrete_function(**specs),
   )
-  tf.saved_model.save(policy, str(folder), signatures)
   about = dict(
     task=agent.config.task,
     method=configs.method_name(agent.config),
@@ -399,8 +400,25 @@ def export(agent, folder):
     inputs={k: [_plain(k), list(v)] for k, v in agent.world.inputs.items()},
     actions=spaces.action_record(agent.action_space),
   )
-  path = pathlib.Path(folder) / 'agent.json'
-  path.write_text(json.dumps(about, indent=2) + '\n')
+  _save_whole(policy, signatures, about, pathlib.Path(folder))
+
+
+def _save_whole(policy, signatures, about, folder):
+  """Writes all files, or none where one cannot be written."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+      tf.saved_model.save(policy, temporary, signatures)
+      path = pathlib.Path(temporary) / 'agent.json'
+      path.write_text(json.dumps(about, indent=2) + '\n')
+      for made in pathlib.Path(temporary).iterdir():
+        before = folder / made.name
+        if before.is_dir():
+          shutil.rmtree(before)
+        made.rename(before)
+  except (OSError, tf.errors.OpError) as error:
+    reason = str(error).partition('\n')[0]
+    raise UserError(f'cannot write to {folder}: {reason}') from None
 
 
 def _prefixed(state):

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -26,6 +25,9 @@ FREE = (
   'strategy', 'worker_timeout', 'start_timeout', 'env_errors', 'role',
 )
 # fmt: on
+# Folders of a logdir, in which no other run is looked for.
+OF_A_RUN = ('checkpoints', 'episodes', 'plugins', runfile.ACT)
+LARGEST = 1e100  # of numbers in a metrics.jsonl, whose squares are finite too
 
 
 def warn(message):
@@ -84,10 +86,17 @@ def _last_step(run):
 
 
 def _run_folders(top):
+  """Each folder below `top` that has a run, once, however links lead to it."""
+  seen = set()
   for folder, folders, files in os.walk(top.resolve(), followlinks=True):
+    real = os.path.realpath(folder)
+    if real in seen:
+      folders.clear()
+      continue
+    seen.add(real)
     folders.sort()
     if 'config.json' in files or 'metrics.jsonl' in files:
-      folders.clear()
+      folders[:] = [name for name in folders if name not in OF_A_RUN]
       yield pathlib.Path(folder)
 
 
@@ -119,7 +128,7 @@ def _read_config(path):
     config = dict(record['config'])
     method = record.get('method', 'dreamer')
     suffix = f'-{config.get("preset", "release")}'.replace('-release', '')
-    task = config['task'] + ''  # TypeError unless it is a name
+    task, method = config['task'] + '', method + ''  # TypeError unless names
     names = [task, path.parent.parent.name, str(config['seed'])]
     if [*path.parts[-4:-1]] == names and names[1].startswith(f'{method}-'):
       method = names[1].removesuffix(suffix)
@@ -127,7 +136,7 @@ def _read_config(path):
     if config.get('env_args'):  # another task
       task += f' {json.dumps(config["env_args"])}'
     return task, method, str(config['seed']), config
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     warn(f'{path} is not readable as the configuration of a run')
     return None
 
@@ -154,7 +163,7 @@ def read_series(path, xaxis, names):
 
   With it is read what a process wrote that acts alone (`--role act`). Lines
   that are not JSON (such as a half-written last one) and numbers that are not
-  finite are left out with a warning.
+  finite, or beyond `LARGEST`, are left out with a warning.
   """
   series = {name: [] for name in names}
   broken, infinite, lines = 0, 0, []
@@ -177,14 +186,17 @@ def read_series(path, xaxis, names):
       broken += 1
       continue
     for name, pair in pairs.items():
-      if all(map(math.isfinite, pair)):
+      if all(abs(x) <= LARGEST for x in pair):  # nan is not
         series[name].append(pair)
       else:
         infinite += 1
   if broken:
     warn(f'{path}: {broken} broken lines are left out')
   if infinite:
-    warn(f'{path}: {infinite} numbers that are not finite are left out')
+    warn(
+      f'{path}: {infinite} numbers that are not finite, or beyond '
+      f'{LARGEST:g}, are left out'
+    )
   return {name: _columns(pairs) for name, pairs in series.items()}
 
 
@@ -194,7 +206,7 @@ def keys_of(folder):
   for file in metrics_files(folder / 'metrics.jsonl'):
     with contextlib.suppress(OSError):
       for line in file.read_bytes().splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
           keys |= set(json.loads(line))
   return keys
 

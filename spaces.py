@@ -63,6 +63,13 @@ class View:
 
   def __init__(self, task, offers, inputs='image', record=''):
     used = choose(task, offers, inputs)
+    if not any(np.prod(offers[name].space.shape) for name in used):
+      filled = [k for k in in_order(offers) if np.prod(offers[k].space.shape)]
+      others = f'; choose among {", ".join(filled)}' if filled else ''
+      raise TaskError(
+        f'--inputs {inputs}: there is no number in {_listed(used, offers)} of '
+        f'{task}{others}'
+      )
     kept = choose(task, offers, record, 'record') if record else []
     self.names = in_order({*used, *kept})
     self.space = gym.spaces.Dict({k: offers[k].space for k in self.names})
@@ -303,13 +310,22 @@ class OneHotBox(gym.spaces.Box):
     super().__init__(0.0, 1.0, (sum(self.choices),), np.float32)
 
   def encode(self, indices):
-    """One-hot vectors [..., A] for the numbers of choices [..., K]."""
+    """One-hot vectors [..., A] for the numbers of choices [..., K].
+
+    Raises:
+      ValueError: there is no such choice.
+    """
     indices = np.asarray(indices)
+    wrong = (indices < 0) | (indices >= self.choices)
+    if wrong.any():
+      raise ValueError(
+        f'{indices[wrong][0]} is none of the choices, which count from 0: '
+        f'there are {", ".join(map(str, self.choices))}.'
+      )
     parts = [
-      np.eye(n, dtype=self.dtype)[indices[..., i]]
-      for i, n in enumerate(self.choices)
+      indices[..., i, None] == np.arange(n) for i, n in enumerate(self.choices)
     ]
-    return np.concatenate(parts, -1)
+    return np.concatenate(parts, -1).astype(self.dtype)
 
   def decode(self, vector):
     """Numbers of choices, int64 [K], for a one-hot vector [A]."""

@@ -64,7 +64,7 @@ HORIZONS = (10, 20, 30, 45)
 REPEATS = (1, 2, 4)
 # What a method's name tells beside its arm: `dreamer-state`, `planet-free`.
 SETTING = dict(inputs='image', learner='scheduled', offline='')
-OWN = ('--logdir', '--task', '--seed')  # flags that are set here
+OWN = ('--logdir', '--task', '--seed', '--role')  # flags that are set here
 LINES = 300  # seconds between lines of a run where there is no terminal
 
 # --- What to run ------------------------------------------------------------

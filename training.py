@@ -13,6 +13,7 @@ Steps are environment steps; gradient steps are called updates. E environments.
 """
 
 import contextlib
+import os
 import pathlib
 import tempfile
 
@@ -161,6 +162,8 @@ def setup_logdir(config, team=None):
     raise UserError(
       f'cannot write to --logdir {logdir}: {error.strerror}'
     ) from None
+  for name in ('checkpoints', 'episodes'):
+    _check_readable(logdir / name)
   folders = dict(
     both=[logdir, logdir / 'episodes'],
     act=[logdir / runfile.ACT, logdir / 'episodes'],
@@ -184,6 +187,16 @@ def setup_logdir(config, team=None):
   for folder in folders if team.chief else ():
     cli.remove_temporary_files(folder)
   return locks
+
+
+def _check_readable(folder):
+  """UserError where a folder would seem empty, as it cannot be read."""
+  try:
+    os.scandir(folder).close()
+  except FileNotFoundError:
+    pass
+  except OSError as error:
+    raise UserError(f'cannot read {folder}: {error.strerror}') from None
 
 
 class Estimate:

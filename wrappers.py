@@ -695,7 +695,7 @@ class RewardObs(Wrapper):
 
 
 class CheckFinite(Wrapper):
-  """Refuses rewards and observations that are not finite.
+  """Refuses rewards and observations that are not finite in float32.
 
   Args:
     env: an environment with dictionaries as observations.
@@ -719,10 +719,16 @@ class CheckFinite(Wrapper):
   def _check(self, values):
     for key, value in values.items():
       value = np.asarray(value)
-      if value.dtype.kind == 'f' and not np.isfinite(value).all():
+      if value.dtype.kind == 'f' and not np.isfinite(_stored(value)).all():
         raise FloatingPointError(
           f'{self._name} gave {key} that is not finite: {value}'
         )
+
+
+def _stored(value):
+  """As float32, where what is too large becomes infinite."""
+  with np.errstate(over='ignore'):
+    return value.astype(np.float32)
 
 
 class EpisodeSeeds(Wrapper):

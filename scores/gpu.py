@@ -98,6 +98,7 @@ def run(argv):
     way, lock = args.one
     print(json.dumps(measure(*way.split(','), args.preset, lock)))
     return
+  cli.make_folders(args.json and args.json.parent)
   with tempfile.NamedTemporaryFile() as lock:
     command = [sys.executable, __file__, '--preset', args.preset, '--one']
     processes = {

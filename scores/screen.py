@@ -76,8 +76,8 @@ CONTEXT, AHEAD, STRIDE = 5, (1, 5, 15), 10
 
 def make_config(folder, flags, seed):
   """That of an arm with these flags."""
-  config = json.loads((folder / 'config.json').read_text())['config']
-  words = [f'--logdir={folder}', f'--task={config["task"]}', '--preset=cpu']
+  task = runfile.load_config(folder).task
+  words = [f'--logdir={folder}', f'--task={task}', '--preset=cpu']
   words += [f'--{k}={v}' for k, v in {**FIRST, **flags}.items()]
   return commandline.parse_flags([*words, f'--seed={seed}', '--precision=32'])
 
