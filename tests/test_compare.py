@@ -1,7 +1,11 @@
 """The comparison with the paper, on logdirs made by hand."""
 
 import json
+import os
+import pathlib
 import statistics
+import subprocess
+import sys
 
 import imageio.v3 as imageio
 import numpy as np
@@ -314,6 +318,65 @@ def test_runs_behind_links_are_found(tmp_path):
   assert code == 0
   (row,) = found['rows']
   assert row['seeds'] == 2
+
+
+def test_links_in_a_circle_end(tmp_path, capsys):
+  write_seeds(tmp_path / 'runs' / 'some', WALK, [1.0, 2.0])
+  for name, link in (('a', 'b'), ('c', 'd')):
+    (tmp_path / 'runs' / name).mkdir()
+    (tmp_path / 'runs' / name / link).symlink_to('..')
+  code, found = report(tmp_path / 'runs')
+  assert code == 0 and 'left out' not in capsys.readouterr().err
+  assert [row['seeds'] for row in found['rows']] == [2]
+
+
+def test_a_run_within_the_logdir_of_another_is_found(tmp_path):
+  outer = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
+  write_run(outer / 'more', WALK, 1, [(100_000, 2.0)])
+  write_metrics(outer / 'act', [(100_000, 1.0)])
+  code, found = report(tmp_path / 'runs')
+  assert code == 0 and [row['seeds'] for row in found['rows']] == [2]
+
+
+@pytest.mark.parametrize('line', ['5', 'null', '{"step": 1e308}'])
+def test_odd_lines_are_no_hindrance(tmp_path, line, capsys):
+  folder = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
+  with (folder / 'metrics.jsonl').open('a') as file:
+    file.write(line.replace('}', ', "test/return": -1e308}') + '\n')
+  words = [f'--indir={folder}', f'--outdir={tmp_path / "plots"}']
+  assert compare.main(words) == 0
+  assert 'left out' in capsys.readouterr().err
+  assert compare.main([*words, '--yaxis=foo']) == 2
+  assert 'there is no foo in any' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('change', [dict(method=['a']), '[' * 10**5])
+def test_odd_configurations_are_left_out(tmp_path, change, capsys):
+  write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
+  path = write_run(tmp_path / 'odd', WALK, 0, [(100_000, 1.0)]) / 'config.json'
+  if isinstance(change, dict):
+    change = json.dumps({**json.loads(path.read_text()), **change})
+  path.write_text(change)
+  code, found = report(tmp_path)
+  assert code == 0 and len(found['rows']) == 1
+  assert f'{path} is not readable' in capsys.readouterr().err
+
+
+def test_an_output_that_nobody_takes(tmp_path):
+  folder = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
+  ours, theirs = os.pipe()
+  os.close(ours)
+  for stdout, words in ((theirs, ''), (open('/dev/full', 'wb'), 'No space')):
+    result = subprocess.run(
+      [sys.executable, 'compare.py', f'--indir={folder}'],
+      stdout=stdout,
+      stderr=subprocess.PIPE,
+      text=True,
+      cwd=pathlib.Path(compare.__file__).parent,
+    )
+    assert result.returncode == 1 and 'Traceback' not in result.stderr
+    assert words in result.stderr and 'Exception' not in result.stderr
+    assert words or not result.stderr
 
 
 @pytest.mark.parametrize(

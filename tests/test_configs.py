@@ -126,6 +126,7 @@ def test_a_given_flag_wins_over_preset_and_task():
     (['--horizon', '1'], '--horizon takes a whole number from 2'),
     (['--seed', '-1'], '--seed takes a whole number from 0 to 4,294,967,295'),
     (['--seed', '5e9'], "not '5e9'"),
+    (['--opt_eps', '1e-40'], '--opt_eps takes a number from 1e-30'),
     (['--dense_act', 'foo'], '--dense_act takes one of elu'),
     (['--dense_act', 'rleu'], 'did you mean relu'),
     (['--weight_decay_pattern', '('], 'unterminated subpattern'),
@@ -315,6 +316,14 @@ def test_logdir_that_cannot_be_used(tmp_path, capsys):
     assert words in capsys.readouterr().err
   assert (tmp_path / 'other' / 'thesis.tex').exists()
   assert [p.name for p in (tmp_path / 'other').iterdir()] == ['thesis.tex']
+
+
+def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(tmp_path):
+  config = commandline.parse_flags(['--logdir', str(tmp_path)])
+  training.setup_logdir(config).close()
+  (tmp_path / 'checkpoints').write_text('')
+  with pytest.raises(cli.UserError, match='cannot read .*/checkpoints: Not a'):
+    training.setup_logdir(config)
 
 
 def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):

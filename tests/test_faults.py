@@ -17,6 +17,7 @@ import soak
 import tensorflow as tf
 
 import checkpoints
+import evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -333,6 +334,20 @@ def test_full_and_read_only_disks(small_disk):
   result = run(logdir, '--steps=700')
   assert result.returncode == 0, result.stderr
   assert read_episodes(logdir)[: len(episodes)] == episodes
+
+
+def test_export_to_a_full_disk(small_disk, tmp_path, capsys):
+  walker = ROOT / 'scores/trained/walker_walk'
+  target, words = small_disk / 'model', [f'--logdir={walker}']
+  remount(small_disk, 'size=100k')
+  assert evaluate.main([*words, f'--export={target}']) == 2
+  assert f'cannot write to {target}' in capsys.readouterr().err
+  assert not list(target.iterdir())
+  remount(small_disk, 'size=60m')
+  for _ in range(2):
+    assert evaluate.main([*words, f'--export={target}']) == 0
+    names = {path.name for path in target.iterdir()}
+    assert {'agent.json', 'saved_model.pb', 'variables'} <= names
 
 
 def test_checkpoint_on_a_full_disk(small_disk):

@@ -340,6 +340,10 @@ REACH = ('--tasks', 'toy_reach')
     ((*REACH, '--preset', 'debug'), 'flags of dreamer.py come last, after --'),
     ((*REACH, '--', '--seed=3'), '--seed after -- is set by sweep.py'),
     ((*REACH, '--', '--logdir', 'x'), '--logdir after -- is set by sweep.py'),
+    (
+      (*REACH, '--', '--learner=free', '--role=learn'),
+      '--role after -- is set',
+    ),
     ((*REACH, '--', '--help'), 'python dreamer.py --help'),
     (
       ('--tasks', 'figure4', '--', '--horizon', '9'),

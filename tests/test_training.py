@@ -435,13 +435,16 @@ def test_true_score_is_logged_though_the_model_sees_tanh(tmp_path):
   rng = np.random.default_rng(0)
   episode = dict(random_episode(rng), reward=np.full(12, 5, np.float32))
   config = dreamer.define_config('atari_pong')
-  config.update(log_images=False)
   log = logger.Logger(tmp_path, 100, 0)
+  image = episode.pop('image')
+  episode.update(image_3=image, image_2=image)  # all that the agent sees
   dreamer.summarize_episode(episode, config, tmp_path, log, 'test')
   log.close()
+  (path,) = tmp_path.glob('events.*')
+  assert b'test/policy' in path.read_bytes()
   assert read_metrics(tmp_path)[-1]['test/return'] == 60
-  seen = dreamer.preprocess(episode, config)['reward']
-  np.testing.assert_allclose(seen, np.tanh(5), rtol=1e-6)
+  seen = dreamer.preprocess(episode, config, {'image_2': image.shape[1:]})
+  np.testing.assert_allclose(seen['reward'], np.tanh(5), rtol=1e-6)
 
 
 def test_what_shows_a_collapsed_action_model():

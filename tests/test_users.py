@@ -877,6 +877,7 @@ def test_an_array_that_is_used_again_is_copied(strategy):
     (['/joint_states', 'a..b'], ['a.b', 'joint_states']),
     (['/'], ['state']),
     (['a/b', 'b', ('a', 'b')], ['a/b', 'a/b_', 'b']),
+    (['a\0b', 'a\nb', ' c '], ['a b', 'a b_', 'c']),
   ],
 )
 def test_any_key_is_the_name_of_an_array_in_a_file(tmp_path, keys, names):
@@ -909,6 +910,35 @@ def test_an_observation_without_entries_is_no_hindrance():
   kind = variant(observation_space=space, obs=lambda self: space.sample())
   env = suites.make_task('custom_none', function=kind)
   assert env.observation_space['image'].shape == (64, 64, 3)
+  env = suites.make_task('custom_none', function=kind, inputs='state')
+  assert env.observation_space['some'].shape == (2,)
+  with pytest.raises(wrappers.TaskError, match='no number.*among image, some'):
+    suites.make_task('custom_none', function=kind, inputs='none')
+  with pytest.raises(wrappers.TaskError, match='--inputs state: there is no n'):
+    kind = variant(observation_space=parts['none'])
+    suites.make_task('custom_none', function=kind, inputs='state')
+
+
+def test_too_many_choices_are_no_input():
+  parts = dict(
+    large=S.Discrete(2**31 - 1),
+    several=S.MultiDiscrete([9_000, 9_000]),
+    small=S.Discrete(3),
+  )
+  space = S.Dict(parts)
+  kind = variant(observation_space=space, obs=lambda self: space.sample())
+  env = suites.make_task('custom_large', function=kind, inputs='state')
+  assert sorted(env.observation_space.spaces) == ['reward', 'small']
+  with pytest.raises(wrappers.TaskError, match='large: .* has no such'):
+    suites.make_task('custom_large', function=kind, inputs='large')
+
+
+@pytest.mark.parametrize('choice', [-1, 3])
+def test_a_choice_that_there_is_not_is_an_error(choice):
+  kind = variant(observation_space=S.Discrete(3), obs=lambda self: choice)
+  env = make(kind, inputs='state')
+  with pytest.raises(ValueError, match=f'{choice} is none of the choices'):
+    env.reset()
 
 
 def test_a_module_of_the_current_folder_without_a_worker(tmp_path, monkeypatch):
@@ -955,8 +985,23 @@ def test_several_environments_in_one_are_refused():
     )
 
 
-def test_no_info_is_an_empty_one():
-  kind = variant(step=lambda self, action: (*Base.step(self, action)[:4], None))
+@pytest.mark.parametrize('missed', [None, 'ball', 1.5])
+def test_what_is_missed_may_be_something_else(missed):
+  info = {'missed': missed}
+  kind = variant(step=lambda self, action: (*Base.step(self, action)[:4], info))
   env = make(kind)
   env.reset()
+  assert 'missed' not in env.step(np.zeros(2, np.float32))[3]
+
+
+def test_no_info_is_an_empty_one():
+  kind = variant(
+    reset=lambda self, seed=None, options=None: (
+      Base.reset(self, seed=seed)[0],
+      None,
+    ),
+    step=lambda self, action: (*Base.step(self, action)[:4], None),
+  )
+  env = make(kind)
+  assert env.reset()['image'].shape == (64, 64, 3)
   assert env.step(np.zeros(2, np.float32))[1] == 1.0

@@ -1033,7 +1033,7 @@ class TestCollect:
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('bad', [np.nan, np.inf])
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -1e39])  # of float32
 @pytest.mark.parametrize('what', ['reward', 'observation'])
 def test_numbers_that_are_not_finite_are_refused(bad, what):
   env = Counting()
