@@ -78,19 +78,10 @@ def main(name, run, argv=None):
   except OSError as error:
     if error.filename or error.errno not in (errno.ENOSPC, errno.EPIPE):
       raise
-    _leave_stdout()
     if not isinstance(error, BrokenPipeError):  # else the reader has enough
       text = f'{name}: error: cannot write the output: {error.strerror}'
       print(text, file=sys.stderr)
     return 1
-
-
-def _leave_stdout():
-  """What is still to be written goes nowhere; Python would try at its end."""
-  with contextlib.suppress(OSError, ValueError, AttributeError):
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def end_by_sigterm():
