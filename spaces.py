@@ -58,13 +58,13 @@ class View:
     about: in words what the agent sees, and what not, a list of sentences.
 
   Raises:
-    TaskError: there is no such observation.
+    TaskError: there is no such observation, or no number in any of them.
   """
 
   def __init__(self, task, offers, inputs='image', record=''):
     used = choose(task, offers, inputs)
-    if not any(np.prod(offers[name].space.shape) for name in used):
-      filled = [k for k in in_order(offers) if np.prod(offers[k].space.shape)]
+    filled = [k for k in in_order(offers) if np.prod(offers[k].space.shape)]
+    if not {*used} & {*filled}:
       others = f'; choose among {", ".join(filled)}' if filled else ''
       raise TaskError(
         f'--inputs {inputs}: there is no number in {_listed(used, offers)} of '

@@ -336,7 +336,7 @@ def test_full_and_read_only_disks(small_disk):
   assert read_episodes(logdir)[: len(episodes)] == episodes
 
 
-def test_export_to_a_full_disk(small_disk, tmp_path, capsys):
+def test_export_to_a_full_disk(small_disk, capsys):
   walker = ROOT / 'scores/trained/walker_walk'
   target, words = small_disk / 'model', [f'--logdir={walker}']
   remount(small_disk, 'size=100k')
