@@ -105,9 +105,9 @@ FLAGS = {
     Flag('init_from', arguments.Folder(), '',
          'logdir of a run whose weights a new run begins with'),
     Flag('init_only', arguments.Names(empty=True), '',
-         'networks that --init_from is for: encoder, decoder, dynamics, '
-         'reward, pcont, vector, state, actor, value, controller; the default '
-         'is all'),
+         'networks that take their weights from --init_from: encoder, decoder, '
+         'dynamics, reward, pcont, vector, state, actor, value, controller; '
+         'the default is all'),
     Flag('offline', arguments.Folder(), '',
          'folder of episodes to learn from, without collecting any',
          fixed=FIXED),
@@ -254,7 +254,7 @@ FLAGS = {
     Flag('opt_eps', Number(1e-30, 1), 1e-7,
          'epsilon of Adam (2019 code: 1e-4)', 'release'),
     Flag('dataset_balance', Truth(), False,
-         'draw ends of episodes more', 'release'),
+         'draw the ends of episodes more often', 'release'),
     Flag('replay_capacity', Whole(), 0,
          'environment steps to draw from, the newest; 0: all'),
   ],
@@ -267,7 +267,7 @@ FLAGS = {
     Flag('plan_candidates', Whole(2, 10**6), 1000,
          'plans in each iteration', 'PlaNet'),
     Flag('plan_best', Whole(2, 10**6), 100,
-         'plans that the next are drawn after', 'PlaNet'),
+         'best plans, to which the Gaussian is refit', 'PlaNet'),
     Flag('plan_iterations', Whole(1, 1000), 10, 'refits of a plan', 'PlaNet'),
     Flag('controller_inputs', Choice('z,h', 'z'), 'z,h',
          'what a linear controller sees: stochastic and deterministic state',
