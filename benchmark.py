@@ -128,7 +128,8 @@ def train(config, repeats):
     middle, low, high = median(lambda f=work: _wait(f()), repeats)
     split[name], spread[name] = middle, [low, high]
   figures = dict(update_s=times[0], update_split_s=split)
-  if configs.method_name(config) == 'dreamer' and not config.imag_starts:
+  others = config.imag_starts, config.decode_images, config.pcont
+  if configs.method_name(config) == 'dreamer' and not any(others):
     figures['update_gflop'] = update_flops(agent, config) / 1e9
   return figures, dict(update_s=times[1:], update_split_s=spread)
 
@@ -395,8 +396,9 @@ def work(part, words, config, repeats):
   figures, spread = functions[part](config, repeats)
   # Of this process, or of the largest that it started.
   users = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-  peak = max(resource.getrusage(user).ru_maxrss for user in users) / 1024
-  return dict(figures=figures, spread=spread, peak=peak)
+  peak = max(resource.getrusage(user).ru_maxrss for user in users)
+  unit = 2**20 if sys.platform == 'darwin' else 2**10  # of a MiB
+  return dict(figures=figures, spread=spread, peak=peak / unit)
 
 
 def collect(config):
@@ -521,8 +523,7 @@ def run(argv):
       report['seconds_per_1000'] = shares(report, config)
   print(table(report))
   if args.json:
-    with cli.atomic_write(args.json) as file:
-      file.write((json.dumps(report, indent=2) + '\n').encode())
+    cli.write_json(args.json, report)
 
 
 def gather(args, logdir):

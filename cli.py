@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import errno
 import gc
+import json
 import os
 import pathlib
 import re
@@ -40,8 +41,11 @@ class UserError(Failure):
   code = 2
 
 
-class Stopped(Exception):  # noqa: N818 (a request, not an error)
-  """Ctrl-C or SIGTERM asked the run to save and leave."""
+class Stopped(BaseException):
+  """Ctrl-C or SIGTERM asked the run to save and leave.
+
+  As KeyboardInterrupt no Exception: what handles errors lets it pass.
+  """
 
 
 def main(name, run, argv=None):
@@ -188,6 +192,35 @@ def atomic_write(path):
     raise
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def to_json(record):
+  """Bytes of a file of JSON."""
+  return (json.dumps(record, indent=2) + '\n').encode()
+
+
+def write_json(path, record):
+  """Writes a file of JSON, whole or not at all.
+
+  What is there and no plain file is written through, such as /dev/stdout.
+  """
+  path = pathlib.Path(path)
+  if path.is_symlink() or (path.exists() and not path.is_file()):
+    path.write_bytes(to_json(record))
+    return
+  with atomic_write(path) as file:
+    file.write(to_json(record))
+
+
+@contextlib.contextmanager
+def writing():
+  """Turns what a folder refuses into a message; not a reader that is gone."""
+  try:
+    yield
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    raise UserError(f'cannot write: {error}') from None
 
 
 def remove_temporary_files(directory):

@@ -289,9 +289,8 @@ def sentences(rows, summary, paper, axes, window):
 
 
 def figures(rows, summary):
-  """All of it as JSON, with the rule."""
-  report = dict(rows=rows, summary=summary, rule=rule())
-  return json.dumps(report, indent=2) + '\n'
+  """All of it for a file of JSON, with the rule."""
+  return dict(rows=rows, summary=summary, rule=rule())
 
 
 def rule():
@@ -463,16 +462,14 @@ def run(argv):
   axes = args.xaxis, args.yaxis
   for line in sentences(rows, summary, paper, axes, args.window):
     print(line)
-  try:
+  with cli.writing():
     if args.outdir:
       for path in plot(
         groups, paper, args.outdir, args.xaxis, args.yaxis, args.bins
       ):
         print(f'Wrote {path}.')
     if args.json:
-      args.json.write_text(figures(rows, summary))
-  except OSError as error:
-    raise UserError(f'cannot write: {error}') from None
+      cli.write_json(args.json, figures(rows, summary))
 
 
 def _why(runs, xaxis, yaxis):

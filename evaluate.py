@@ -18,7 +18,6 @@ this evaluation, which no model was trained on.
 """
 
 import functools
-import json
 import sys
 
 import quiet  # noqa: F401  (before TensorFlow)
@@ -267,18 +266,17 @@ def run(argv):
   cli.make_folders(args.outdir, args.json and args.json.parent, args.export)
   config = runfile.load_config(args.logdir)
   config.update(seed=args.seed, eval_noise=0.0)
+  training.setup_gpus(config)
   # An exported agent may run where there is no bfloat16.
   training.setup_precision('32' if args.export else config.precision)
-  try:
+  with cli.writing():
     if args.export:
       library.export(library.load_dreamer(config, dreamer.Dreamer), args.export)
       _wrote(args.export)
       return
     figures = evaluate(config, args.episodes, args.outdir)
     if args.json:
-      args.json.write_text(json.dumps(figures, indent=2) + '\n')
-  except OSError as error:
-    raise UserError(f'cannot read or write: {error}') from None
+      cli.write_json(args.json, figures)
 
 
 def main(argv=None):

@@ -14,6 +14,7 @@ the folder may be shared by two hosts.
 
 import concurrent.futures
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -185,6 +186,8 @@ class FreeLearner(Learner):
     return not c.max_ratio or self.updates < limit
 
   def _make_update(self):
+    if self._halted:
+      return
     self._should_train.skip(self.step)  # none is due, should --learner change
     self._pending.assign_add(1)
     self._make_updates(1)
@@ -242,7 +245,7 @@ class Follower:
     folder = self._c.logdir / 'checkpoints'
     self._saved = checkpoints.Checkpoints(folder, **agent.knowledge())
     self._tried = self._number = -1  # of the newest seen, and of the one taken
-    self._came = time.time()
+    self._came = time.monotonic()
     self._should_log = tools.Every(self._c.log_every)
     self._last_log = None
     self.step = run.steps()
@@ -297,7 +300,7 @@ class Follower:
     number = int(path.rpartition('-')[2]) if path else self._number
     another, self._number = number != self._number, number
     if another:
-      self._came = time.time()
+      self._came = time.monotonic()
     return another
 
   def _follow(self):
@@ -311,7 +314,7 @@ class Follower:
     time.sleep(self.LOOK)
 
   def _write_summaries(self):
-    now, metrics = time.time(), {}
+    now, metrics = time.monotonic(), {}
     if self._last_log:
       then, step = self._last_log
       metrics['fps'] = (self.step - step) / (now - then)
@@ -355,7 +358,7 @@ class FreeProgress(Progress):
 
   def after_portion(self):
     self._learner.catch_up()
-    self._saved = 0.0  # so a checkpoint is due after the update under way
+    self._saved = -math.inf  # so a checkpoint is due after the update under way
 
 
 class LearnerProgress(FreeProgress):
@@ -370,15 +373,15 @@ class LearnerProgress(FreeProgress):
   _kept = None  # updates that it holds
 
   def save(self):
-    start = time.time()
+    start = time.monotonic()
     super().save()
-    self._cost, self._kept = time.time() - start, self._learner.updates
+    self._cost, self._kept = time.monotonic() - start, self._learner.updates
 
   def save_if_due(self):
     c = self._c
     pause = max(self.LEAST, self._cost / self.SHARE)
     pause = min(pause, 60 * c.save_every)
-    due = time.time() > self._saved + pause
+    due = time.monotonic() > self._saved + pause
     if due and self._learner.updates != self._kept:
       self.save()
 

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import json
 import threading
 import time
 
@@ -278,9 +277,8 @@ class Learner:
     path = self._c.logdir / f'nonfinite-{self.updates}{part}.json'
     windows = np.asarray(source).tolist()
     metrics = {k: str(v) for k, v in metrics.items()}
-    with cli.atomic_write(path) as file:
-      record = dict(update=self.updates, metrics=metrics, windows=windows)
-      file.write((json.dumps(record, indent=2) + '\n').encode())
+    record = dict(update=self.updates, metrics=metrics, windows=windows)
+    cli.write_json(path, record)
     return path
 
   # Logging
@@ -298,7 +296,7 @@ class Learner:
       self._write_summaries(images=False)
 
   def _write_summaries(self, images=True):
-    now, step = time.time(), self.step
+    now, step = time.monotonic(), self.step
     with self._lock:
       metrics = {k: np.mean(v) for k, v in self._metrics.items()}
       self._metrics.clear()

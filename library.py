@@ -120,11 +120,11 @@ class Agent:
     step, updates: what it has learned from.
   """
 
-  def __init__(self, agent):
+  def __init__(self, agent, config=None):
     self._policy = Policy(agent)
     self._act = tf.function(self._policy.act, autograph=False)
     self._imagine = tf.function(self._policy.imagine, autograph=False)
-    self.config = agent.config
+    self.config = config or agent.config
     self.inputs = dict(agent.world.inputs)
     self.action_space = agent.action_space
     self.step, self.updates = int(agent.step), int(agent.updates.numpy())
@@ -281,8 +281,9 @@ def load(logdir, make_agent):
     UserError: there is none, or it is of other code.
   """
   config = runfile.load_config(logdir)
+  training.setup_gpus(config)
   training.setup_precision(config.precision)
-  return Agent(load_dreamer(config, make_agent))
+  return Agent(load_dreamer(config, make_agent), config)
 
 
 def load_dreamer(config, make_agent, env=None):
@@ -301,8 +302,8 @@ def load_dreamer(config, make_agent, env=None):
     finally:
       if not env:
         asked.close()
-  config.collect_action = 'sample'  # for `Agent.act` with sample=True
-  return checkpoints.load_agent(config, make_agent, actions, inputs)
+  acts = AttrDict(config, collect_action='sample')  # for act(..., sample=True)
+  return checkpoints.load_agent(acts, make_agent, actions, inputs)
 
 
 def train(make_env, logdir, make_agent, **flags):
@@ -348,6 +349,9 @@ def _text(value):
 # --- The SavedModel ---------------------------------------------------------
 
 
+ABOUT = 'agent.json'  # sorts before what TensorFlow writes beside it
+
+
 def export(agent, folder):
   """Writes a SavedModel that acts with TensorFlow alone.
 
@@ -361,8 +365,15 @@ def export(agent, folder):
     folder: which it makes.
 
   Raises:
-    UserError: two inputs would have one name, or it cannot be written.
+    UserError: two inputs would have one name, or the folder holds something
+      else or cannot be written.
   """
+  folder = pathlib.Path(folder)
+  if not _replaceable(folder):
+    raise UserError(
+      f'--export {folder} holds something else; choose a new folder, an empty '
+      'one, or one that was exported to before'
+    )
   policy = Policy(agent)
   state = policy.start(1, tf.zeros([2], tf.int32))
 
@@ -400,7 +411,14 @@ def export(agent, folder):
     inputs={k: [_plain(k), list(v)] for k, v in agent.world.inputs.items()},
     actions=spaces.action_record(agent.action_space),
   )
-  _save_whole(policy, signatures, about, pathlib.Path(folder))
+  _save_whole(policy, signatures, about, folder)
+
+
+def _replaceable(folder):
+  """Whether nothing is there but what an export wrote."""
+  if not folder.is_dir():
+    return True
+  return (folder / ABOUT).is_file() or not any(folder.iterdir())
 
 
 def _save_whole(policy, signatures, about, folder):
@@ -409,9 +427,9 @@ def _save_whole(policy, signatures, about, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
       tf.saved_model.save(policy, temporary, signatures)
-      path = pathlib.Path(temporary) / 'agent.json'
+      path = pathlib.Path(temporary) / ABOUT
       path.write_text(json.dumps(about, indent=2) + '\n')
-      for made in pathlib.Path(temporary).iterdir():
+      for made in sorted(pathlib.Path(temporary).iterdir()):
         before = folder / made.name
         if before.is_dir():
           shutil.rmtree(before)

@@ -302,15 +302,17 @@ class Gallery:
     """The best and the worst episode, and predictions."""
     returns = json.loads((folder / 'returns.json').read_text())['returns']
     by = f'{run.method}, seed {run.seed}'
-    frames, fps = read((folder / 'behavior.gif').read_bytes(), '.gif')
-    episodes = np.split(frames, min(EPISODES, len(returns)), 2)
-    shown = returns[: len(episodes)]
-    for kind, index in (
-      ('best', np.argmax(shown)),
-      ('worst', np.argmin(shown)),
-    ):
-      text = f'{WORDS[kind]}, return {shown[index]:.4g} ({by})'
-      yield self._video(key, kind, run.task, text, episodes[index], fps)
+    behavior = folder / 'behavior.gif'
+    if behavior.exists():  # else the task shows no images
+      frames, fps = read(behavior.read_bytes(), '.gif')
+      episodes = np.split(frames, min(EPISODES, len(returns)), 2)
+      shown = returns[: len(episodes)]
+      for kind, index in (
+        ('best', np.argmax(shown)),
+        ('worst', np.argmin(shown)),
+      ):
+        text = f'{WORDS[kind]}, return {shown[index]:.4g} ({by})'
+        yield self._video(key, kind, run.task, text, episodes[index], fps)
     text = f'{WORDS["dream"]} ({by})'
     video = folder / 'prediction.gif'
     if video.exists():

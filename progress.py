@@ -33,7 +33,7 @@ class Progress:
       run=self._state,
       **learner.trackable(),
     )
-    self._saved = time.time()
+    self._saved = time.monotonic()
 
   def _collect(self):
     return dict(
@@ -60,11 +60,11 @@ class Progress:
   def save(self):
     if self._team.chief:
       self._checkpoints.save(self._learner.updates)
-    self._saved = time.time()
+    self._saved = time.monotonic()
 
   def save_if_due(self):
     """Between updates."""
-    if time.time() > self._saved + 60 * self._c.save_every:
+    if time.monotonic() > self._saved + 60 * self._c.save_every:
       self.save()
 
   def save_at_end(self):

@@ -223,7 +223,7 @@ class Sweep:
     room = places(self._ray, *self._share)
     room -= sum(run.actor is not None for run in self._runs)
     due = [run for run in self._runs if run.state == 'waiting']
-    due = [run for run in due if not run.actor and run.after < time.time()]
+    due = [run for run in due if not run.actor and run.after < time.monotonic()]
     for run in due[: max(0, room)]:
       run.actor = self._make()
       run.answer = run.actor.start.remote(
@@ -280,7 +280,7 @@ class Sweep:
       self._release(run, 'failed', why)
     else:
       run.tries += 1
-      run.after = time.time() + min(60, 2**run.tries)
+      run.after = time.monotonic() + min(60, 2**run.tries)
       self._release(run, 'waiting', f'retry {run.tries}: {why}')
 
   def _release(self, run, state, note=''):
@@ -292,13 +292,13 @@ class Sweep:
 
   def _obey(self):
     """Passes on a first signal as SIGTERM, later ones as SIGKILL."""
-    if self._deadline and time.time() > self._deadline:
+    if self._deadline and time.monotonic() > self._deadline:
       self._wanted = max(self._wanted, 2)
     if self._asked >= self._wanted:
       return
     number = signal.SIGTERM if self._wanted == 1 else signal.SIGKILL
     self._asked = self._wanted
-    self._deadline = self._deadline or time.time() + GRACE
+    self._deadline = self._deadline or time.monotonic() + GRACE
     for run in self._runs:
       if run.state == 'running':
         run.actor.signal.remote(number)

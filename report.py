@@ -120,9 +120,7 @@ class Site:
       self._save()
 
   def _save(self):
-    with cli.atomic_write(self._path) as file:
-      text = json.dumps(dict(program='report.py', **self.record), indent=1)
-      file.write(f'{text}\n'.encode())
+    cli.write_json(self._path, dict(program='report.py', **self.record))
 
 
 # --- Pages ------------------------------------------------------------------
@@ -162,11 +160,12 @@ class Report:
     self._state = None
     self._site = None
 
-  def update(self, refresh=0):
+  def update(self, refresh=0, videos=False):
     """Writes what has changed.
 
     Args:
       refresh: seconds after which a page loads itself again; 0: never.
+      videos: whether to render what is missing.
 
     Returns:
       Whether anything had changed.
@@ -181,7 +180,8 @@ class Report:
     if state == self._state:
       return False
     gallery = media.Gallery(self._site)
-    files = self._pages(run_folders.group_runs(runs), gallery, refresh)
+    groups = run_folders.group_runs(runs)
+    files = self._pages(groups, gallery, refresh, videos)
     self._site.write(files)
     self._site.keep([*files, *gallery.files()], gallery.media)
     self._state = state
@@ -193,10 +193,10 @@ class Report:
     others = [panels.file_state(run.folder / name) for name in names]
     return self._reader.state(run), *others
 
-  def _pages(self, groups, gallery, refresh):
+  def _pages(self, groups, gallery, refresh, videos):
     """{name: bytes} of all pages, the index last."""
     rows = compare.compare(groups, self._paper, self._args.window)
-    pictures = self._pictures(groups, rows, gallery)
+    pictures = self._pictures(groups, rows, gallery, videos)
     origins = {
       k: [run_origins.origin(r) for r in runs] for k, runs in groups.items()
     }
@@ -204,7 +204,7 @@ class Report:
     names = {task: f'tasks/{media.slug(task)}.html' for task in tasks}
     shared = dict(title=self._args.title, refresh=refresh, names=names)
     summary = compare.summarize(rows)
-    files = {'compare.json': compare.figures(rows, summary).encode()}
+    files = {'compare.json': cli.to_json(compare.figures(rows, summary))}
     for name in ('style.css', 'page.js'):
       files[name] = (media.ROOT / 'templates' / name).read_bytes()
     for task in tasks:
@@ -245,7 +245,7 @@ class Report:
     text = self._templates.get_template(name).render(values)
     return text.encode('utf-8', 'backslashreplace')
 
-  def _pictures(self, groups, rows, gallery):
+  def _pictures(self, groups, rows, gallery, videos):
     """All pictures: those given, and of the best run of each group."""
     pictures = []
     if self._args.pictures:
@@ -255,7 +255,7 @@ class Report:
       sorted(runs, key=lambda run, row=row: -row['scores'].get(run.seed, -1e99))
       for runs, row in zip(groups.values(), rows, strict=True)
     ]
-    if self._args.videos:
+    if videos:
       return pictures + gallery.render(best)
     return pictures + gallery.rendered(best)
 
@@ -397,13 +397,13 @@ def parse_flags(argv):
   return parser.parse(argv)
 
 
-def watch(report, seconds):
+def watch(report, seconds, videos):
   """Updates until Ctrl-C; warnings have been printed by then."""
   try:
     while True:
       time.sleep(seconds)
       with contextlib.redirect_stderr(io.StringIO()):
-        changed = report.update(seconds)
+        changed = report.update(seconds, videos)
       if changed:
         print(f'{datetime.datetime.now():%H:%M:%S} Updated.', flush=True)
   finally:  # pages that load themselves again would wait for nothing
@@ -414,14 +414,12 @@ def run(argv):
   args = parse_flags(argv)
   if args.pictures and not args.pictures.is_dir():
     raise UserError(f'--pictures {args.pictures} is not a folder')
-  try:
+  with cli.writing():
     report = Report(args)
-    report.update(args.watch)
+    report.update(args.watch, args.videos)
     print(f'Wrote {args.outdir / "index.html"}.', flush=True)
     if args.watch:
-      watch(report, args.watch)
-  except OSError as error:
-    raise UserError(f'cannot write: {error}') from None
+      watch(report, args.watch, args.videos)
 
 
 def main(argv=None):

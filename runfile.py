@@ -230,8 +230,7 @@ def write_config(config, inputs=None, actions=None, folder=None):
   if inputs:
     record['observations'] = {k: list(v) for k, v in inputs.items()}
     record['actions'] = spaces.action_record(actions)
-  with cli.atomic_write(path) as file:
-    file.write((json.dumps(record, indent=2) + '\n').encode())
+  cli.write_json(path, record)
 
 
 def _plain(value):

@@ -83,7 +83,7 @@ setuptools.setup(
     'pillow>=11',
     'jinja2>=3.1,<4',
     'matplotlib>=3.9,<4',
-    'scipy>=1.14',
+    'scipy>=1.15',
     'tqdm>=4.66,<5',
     'cloudpickle>=3,<4',
     'cma>=4.5,<4.6',

@@ -336,7 +336,7 @@ class Board:
     return [*row, state, run.note.removeprefix(f'{state}: ')]
 
   def _lines(self):
-    now = time.time()
+    now = time.monotonic()
     for run in self._runs:
       state, when = self._said.get(run, ((), now))
       changed = state != (run.state, run.note)

@@ -123,13 +123,19 @@ def _has_bfloat16():
   return 'avx512_bf16' in flags or 'amx_bf16' in flags
 
 
+def setup_gpus(config):
+  """Lets the memory of GPUs grow, unless TensorFlow has computed before."""
+  if config.gpu_growth:
+    with contextlib.suppress(RuntimeError):
+      for gpu in tf.config.list_physical_devices('GPU'):
+        tf.config.experimental.set_memory_growth(gpu, True)
+
+
 def setup_devices(config):
   """What TensorFlow must know before it computes anything; returns the team."""
   if config.deterministic:
     tf.config.experimental.enable_op_determinism()
-  if config.gpu_growth:
-    for gpu in tf.config.list_physical_devices('GPU'):
-      tf.config.experimental.set_memory_growth(gpu, True)
+  setup_gpus(config)
   team = distribute.make_team(config.strategy, config.batch_size)
   team.check_flags(config)
   evolves = config.behavior == 'evolution' and config.evolve == 'environment'
@@ -169,24 +175,24 @@ def setup_logdir(config, team=None):
     act=[logdir / runfile.ACT, logdir / 'episodes'],
     learn=[logdir],
   )[config.role]
-  locks = contextlib.ExitStack()
-  if not team.chief:
-    locks.callback(checkpoints.Lock(logdir, f'lock{team.suffix}').release)
-  elif config.role == 'act':
-    runfile.check_actor(config)
-    folders[0].mkdir(exist_ok=True)
-    locks.enter_context(checkpoints.locked(logdir, config.role))
-  else:
-    changes = runfile.check_logdir(config)
-    locks.enter_context(checkpoints.locked(logdir, config.role))
-    if not (logdir / 'config.json.broken').exists():
-      runfile.write_config(config)  # else when it is known what run this is
-    if changes:
-      print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
-  (logdir / 'episodes').mkdir(exist_ok=True)
-  for folder in folders if team.chief else ():
-    cli.remove_temporary_files(folder)
-  return locks
+  with contextlib.ExitStack() as locks:
+    if not team.chief:
+      locks.callback(checkpoints.Lock(logdir, f'lock{team.suffix}').release)
+    elif config.role == 'act':
+      runfile.check_actor(config)
+      folders[0].mkdir(exist_ok=True)
+      locks.enter_context(checkpoints.locked(logdir, config.role))
+    else:
+      changes = runfile.check_logdir(config)
+      locks.enter_context(checkpoints.locked(logdir, config.role))
+      if not (logdir / 'config.json.broken').exists():
+        runfile.write_config(config)  # else when it is known what run this is
+      if changes:
+        print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
+    (logdir / 'episodes').mkdir(exist_ok=True)
+    for folder in folders if team.chief else ():
+      cli.remove_temporary_files(folder)
+    return locks.pop_all()
 
 
 def _check_readable(folder):
@@ -237,10 +243,10 @@ def run(config, make_agent, function=None, stop=None):
   """
   if function or not config.offline:
     suites.check_function(config.task, function)
-  with _failures():
+  with _failures(), contextlib.ExitStack() as held:
     team = setup_devices(config)
     with team.chief_first():
-      locks = setup_logdir(config, team)
+      held.enter_context(setup_logdir(config, team))
     team.compare_folders(config.logdir)
     if team.workers > 1 and config.learner == 'free':
       raise UserError('--learner free makes its updates in one process')
@@ -248,17 +254,11 @@ def run(config, make_agent, function=None, stop=None):
       cli.remove_temporary_files(config.logdir / 'episodes')
     stop = stop or cli.StopSignal()
     stop.install()
-    datadir = config.logdir / 'episodes'
-    step = replay.count_steps(datadir, config, team.folders)
     this = run_kinds.kind_of_run(config)(config, team, stop, None, function)
-    logger = Logger(this.home, config.steps, step, team.index)
-    this.logger = logger
-    try:
-      with environments.running(this) as (envs, test_env):
-        _train(this, make_agent, envs, test_env)
-    finally:
-      logger.close()
-      locks.close()
+    this.logger = Logger(this.home, config.steps, this.steps(), team.index)
+    held.callback(this.logger.close)
+    with environments.running(this) as (envs, test_env):
+      _train(this, make_agent, envs, test_env)
 
 
 @contextlib.contextmanager
@@ -269,9 +269,10 @@ def _failures():
   except OSError as error:
     pipe = isinstance(error, BrokenPipeError)
     where = error.filename or ('standard output' if pipe else 'logdir')
+    reason = error.strerror or str(error) or type(error).__name__
     raise cli.Failure(
-      f'{where}: {error.strerror}. What was saved before is intact; the same '
-      'command resumes.'
+      f'{where}: {reason}. What was saved before is intact; the same command '
+      'resumes.'
     ) from error
   except (tf.errors.ResourceExhaustedError, MemoryError) as error:
     reason = (str(error) or 'no more can be had').partition('\n')[0][:200]

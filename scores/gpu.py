@@ -108,14 +108,19 @@ def run(argv):
       for way in args.ways
     }
     results = {}
-    for way, process in processes.items():
-      output = process.communicate()[0].splitlines()
-      if process.returncode:
-        raise SystemExit(f'{way} failed.')
-      results[way] = json.loads(output[-1])
-      print(way, json.dumps(results[way]))
+    try:
+      for way, process in processes.items():
+        output = process.communicate()[0].splitlines()
+        if process.returncode:
+          raise cli.Failure(f'{way} failed')
+        results[way] = json.loads(output[-1])
+        print(way, json.dumps(results[way]))
+    finally:  # the others, where one failed
+      for process in processes.values():
+        process.kill()
+        process.wait()
   if args.json:
-    args.json.write_text(json.dumps(results, indent=2) + '\n')
+    cli.write_json(args.json, results)
 
 
 def main(argv=None):

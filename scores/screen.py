@@ -196,8 +196,7 @@ def run(argv):
         numbers = [f'{v:.3f}' for v in done[name].values()]
         print(name, *numbers, flush=True)
         if args.json:
-          with cli.atomic_write(args.json) as file:
-            file.write((json.dumps(done, indent=1) + '\n').encode())
+          cli.write_json(args.json, done)
 
 
 def main(argv=None):

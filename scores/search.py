@@ -78,30 +78,30 @@ def train(logdir, words):
 
 
 def keep(logdir, folder, words):
-  """Copies the curve of a run to a folder, with what made it."""
+  """Copies the curve of a finished run to a folder, with what made it."""
   record = json.loads((logdir / 'config.json').read_text())
   config = record['config']
-  folder.mkdir(parents=True, exist_ok=True)
   metrics = (logdir / 'metrics.jsonl').read_bytes()
   rows = [json.loads(line) for line in metrics.splitlines()]
+  steps = max(row['step'] for row in rows)
+  if steps < config['steps']:  # it was stopped: the next call goes on
+    return
+  folder.mkdir(parents=True, exist_ok=True)
   words = [word for word in words if not word.startswith('--logdir')]
   run = dict(
     task=config['task'],
     seed=config['seed'],
     command=f'python {" ".join(words)} --logdir ./logdir/run',
     code=record['code'],
-    steps=max(row['step'] for row in rows),
+    steps=steps,
     updates=int(max(row.get('updates', 0) for row in rows)),
     units='environment steps; return of one episode',
     machine=f'one thread of {record["machine"]}',
     versions=record['versions'],
   )
-  for file, content in (
-    ('metrics.jsonl', metrics),
-    ('run.json', (json.dumps(run, indent=2) + '\n').encode()),
-  ):
-    with cli.atomic_write(folder / file) as target:
-      target.write(content)
+  with cli.atomic_write(folder / 'metrics.jsonl') as file:
+    file.write(metrics)
+  cli.write_json(folder / 'run.json', run)
 
 
 def time_costs(task, inputs, repeats=15):

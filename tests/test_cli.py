@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import gc
+import json
 import os
 import pathlib
 import signal
@@ -11,11 +12,14 @@ import types
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
+import numpy as np
 import pytest
 
 import cli
+import episode_files
 import learner
 import tools
+import worker_calls
 
 ROOT = pathlib.Path(cli.__file__).parent
 
@@ -70,6 +74,22 @@ def test_second_signal_raises_anywhere(stop):
       pass
 
 
+def test_what_handles_errors_lets_a_stop_pass(tmp_path, monkeypatch):
+  """Else a whole episode would be set aside, and the run go on."""
+
+  def stop(*args):
+    raise cli.Stopped
+
+  with pytest.raises(cli.Stopped):
+    worker_calls.attempt(stop)
+  rows = dict(reward=np.zeros(3), discount=np.ones(3), action=np.zeros([3, 1]))
+  (path,) = episode_files.save_episodes(tmp_path, [rows])
+  episode = episode_files.EpisodeFile(path)
+  monkeypatch.setattr(episode, '_locate', stop)
+  with pytest.raises(cli.Stopped):
+    episode.check()
+
+
 # --- Small things -----------------------------------------------------------
 
 
@@ -79,6 +99,20 @@ def test_stop_that_nothing_caught_promises_no_more_than_it_kept(capsys):
 
   assert cli.main('x', run, []) == 0
   assert 'resumes from what was saved' in capsys.readouterr().out
+
+
+def test_json_is_whole_or_goes_through_what_is_no_file(tmp_path):
+  path, link = tmp_path / 'a.json', tmp_path / 'b.json'
+  cli.write_json(path, dict(a=1))
+  link.symlink_to(path)
+  cli.write_json(link, dict(b=[2]))
+  assert link.is_symlink() and path.read_bytes() == cli.to_json(dict(b=[2]))
+  cli.write_json('/dev/null', {})
+  assert not pathlib.Path('/dev/null').is_file()
+  with pytest.raises(TypeError):
+    cli.write_json(path, dict(b={3}))
+  assert {p.name for p in tmp_path.iterdir()} == {'a.json', 'b.json'}
+  assert json.loads(path.read_text()) == dict(b=[2])
 
 
 def test_attr_dict():

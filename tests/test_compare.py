@@ -370,9 +370,14 @@ def test_an_output_that_nobody_takes(tmp_path):
   error = (
     'compare.py: error: cannot write the output: No space left on device\n'
   )
-  for stdout, expected in ((theirs, ''), (full, error)):
+  site = ['report.py', f'--outdir={tmp_path}/site']
+  for words, stdout, expected in (
+    (site, os.dup(theirs), ''),
+    (['compare.py'], theirs, ''),
+    (['compare.py'], full, error),
+  ):
     result = subprocess.run(
-      [sys.executable, 'compare.py', f'--indir={folder}'],
+      [sys.executable, *words, f'--indir={folder}'],
       stdout=stdout,
       stderr=subprocess.PIPE,
       text=True,

@@ -326,6 +326,22 @@ def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(tmp_path):
     training.setup_logdir(config)
 
 
+def test_a_run_that_cannot_begin_holds_no_lock(tmp_path):
+  """In the same process, such as a notebook, which keeps the error."""
+  config = commandline.parse_flags(
+    ['--logdir', str(tmp_path), '--task', 'toy_reach']
+  )
+  training.setup_logdir(config).close()
+  (tmp_path / 'metrics.jsonl').mkdir()
+  with pytest.raises(
+    cli.Failure, match='metrics.jsonl: Is a directory'
+  ) as kept:
+    training.run(config, dreamer.Dreamer)
+  (tmp_path / 'metrics.jsonl').rmdir()
+  training.setup_logdir(config).close()
+  assert kept.value
+
+
 def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
   (tmp_path / 'episodes').mkdir()
   names = ('lock', '.config.json.12.tmp', 'episodes/.notes.tmp')

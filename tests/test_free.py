@@ -240,6 +240,15 @@ def test_updates_may_follow_from_steps_again(learner, tmp_path):
   again.halt()
 
 
+def test_no_update_is_due_after_the_end(learner):
+  """Or the next run, if it is --learner scheduled, would make it up."""
+  learner, _ = learner
+  pending = int(learner._pending)
+  learner.halt()
+  learner._make_update()
+  assert int(learner._pending) == pending and learner.updates == 0
+
+
 @pytest.mark.slow
 @eagerly()
 def test_each_update_is_acted_with(learner, tmp_path):

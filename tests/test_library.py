@@ -157,10 +157,13 @@ def test_sampling_draws_and_the_same_seed_repeats(runs):
   assert (act(4, True) != drawn).any()
 
 
-def test_sampling_draws_though_the_run_collected_with_the_mode(runs):
-  config = runfile.load_config(runs('catch'))
-  config.collect_action = 'mode'
-  agent = library.Agent(library.load_dreamer(config, dreamer.Dreamer))
+def test_sampling_draws_though_the_run_collected_with_the_mode(runs, tmp_path):
+  logdir = shutil.copytree(runs('catch'), tmp_path / 'run')
+  record = json.loads((logdir / 'config.json').read_text())
+  record['config']['collect_action'] = 'mode'
+  (logdir / 'config.json').write_text(json.dumps(record))
+  agent = dreamer.load(logdir)
+  assert agent.config.collect_action == 'mode'  # a flag of the run
   (obs,) = observations(agent, 1, envs=100)
 
   def act(sample):
@@ -533,6 +536,18 @@ def test_a_saved_model_acts_alike_with_tensorflow_alone(runs, name, tmp_path):
   about = json.loads((folder / 'agent.json').read_text())
   assert about['task'] == agent.config.task
   assert about['inputs'] == {k: [k, list(v)] for k, v in agent.inputs.items()}
+
+
+def test_an_export_replaces_nothing_but_an_export(runs, tmp_path, capsys):
+  for name in ('assets', 'variables'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'mine').write_text('mine')
+  words = [f'--logdir={runs("catch")}', f'--export={tmp_path}']
+  assert evaluate.main(words) == 2
+  assert 'holds something else; choose' in capsys.readouterr().err
+  assert {p.name for p in tmp_path.iterdir()} == {'assets', 'variables'}
+  for name in ('assets', 'variables'):
+    assert (tmp_path / name / 'mine').read_text() == 'mine'
 
 
 # --- The page ---------------------------------------------------------------

@@ -111,11 +111,14 @@ def write_pictures(folder):
   return folder
 
 
-def make_site(indir, outdir, *words):
+def make_site(indir, outdir, *words, env=None):
   """Runs report.py in a process of its own."""
   command = [sys.executable, ROOT / 'report.py', '--indir', indir]
   done = subprocess.run(
-    [*command, '--outdir', outdir, *words], capture_output=True, text=True
+    [*command, '--outdir', outdir, *words],
+    capture_output=True,
+    text=True,
+    env=env,
   )
   assert done.returncode == 0, done.stderr
   return done
@@ -650,6 +653,19 @@ def test_videos_are_rendered_once_for_each_checkpoint(tmp_path):
   assert 'episodes' not in again.stderr
   make_site(tmp_path / 'runs', site)  # and they stay without the flag
   assert {p: p.stat().st_mtime_ns for p in site.rglob('media/*')} == before
+  words = ['--indir', str(tmp_path / 'runs'), '--outdir', str(tmp_path / 'new')]
+  args = report.parse_flags([*words, '--videos'])
+  assert report.Report(args).update()  # as at the end of --watch
+  assert not any((tmp_path / 'new').rglob('media/*'))
+  no_display = dict(os.environ, MUJOCO_GL='glfw')
+  no_display.pop('DISPLAY', None)
+  done = make_site(
+    tmp_path / 'runs', tmp_path / 'new', '--videos', env=no_display
+  )
+  assert 'no videos' not in done.stdout
+  page = Page(tmp_path / 'new' / f'tasks/{WALK}.html')
+  assert not page.all('video')  # what is predicted is shown all the same
+  assert len(list((tmp_path / 'new').rglob('media/*'))) == 2
 
 
 # --- The page of this repository --------------------------------------------

@@ -87,6 +87,16 @@ def test_search_keeps_finished_runs(tmp_path, monkeypatch):
   assert 'Finished at step 300' in text and log.read_text() == text
 
 
+def test_search_keeps_no_run_that_was_stopped(tmp_path):
+  record = dict(config=dict(task='toy_reach', seed=0, steps=300))
+  record.update(code='1', machine='a', versions={})
+  (tmp_path / 'config.json').write_text(json.dumps(record))
+  for steps in (200, 300):
+    (tmp_path / 'metrics.jsonl').write_text(json.dumps(dict(step=steps)) + '\n')
+    search.keep(tmp_path, tmp_path / 'kept', ['dreamer.py'])
+    assert (tmp_path / 'kept').exists() == (steps == 300)
+
+
 def test_times_of_a_gpu_on_a_cpu(tmp_path, monkeypatch):
   path = tmp_path / 'gpu.json'
   words = ['gpu.py', '--preset=debug', '--ways', '32,False', f'--json={path}']
