@@ -199,6 +199,15 @@ class File(Path):
     return path
 
 
+def text(value):
+  """A flag's value as it is written on a command line."""
+  if isinstance(value, dict):
+    return json.dumps(value)
+  if isinstance(value, (list, tuple)):
+    return ','.join(map(str, value))
+  return str(value)
+
+
 class Arguments:
   """Names and values, as a JSON object."""
 

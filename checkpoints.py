@@ -365,13 +365,12 @@ LEARNS = ', with --role learn'  # what the lock of a logdir says then
 
 
 @contextlib.contextmanager
-def locked(logdir, role, name='lock'):
+def locked(logdir, role):
   """Holds the locks of what a role writes; see docs/usage.md, "Two processes".
 
   Args:
     logdir: the folder.
     role: `--role`.
-    name: of the file in it.
 
   Raises:
     UserError: another process holds one of them.
@@ -380,10 +379,10 @@ def locked(logdir, role, name='lock'):
   with contextlib.ExitStack() as stack:
     if role != 'act':
       note = LEARNS if role == 'learn' else ''
-      stack.callback(Lock(logdir, name, note).release)
+      stack.callback(Lock(logdir, 'lock', note).release)
     if role == 'act' or (role == 'both' and act.is_dir()):
       stack.callback(Lock(act).release)
-    other = role == 'act' and _holder(logdir / name)
+    other = role == 'act' and _holder(logdir / 'lock')
     if other and not other.endswith(LEARNS):
       raise UserError(
         f'--logdir {logdir} is in use by {other}, which acts, too: stop that '

@@ -110,10 +110,10 @@ def warn(message):
   sys.stdout.flush()
 
 
-def nearest(word, choices, count=3, cutoff=0.5):
+def nearest(word, choices, cutoff=0.5):
   """The choices most like `word`, as a phrase for an error message."""
   lower = {choice.lower(): choice for choice in choices}
-  found = difflib.get_close_matches(word.lower(), lower, count, cutoff)
+  found = difflib.get_close_matches(word.lower(), lower, cutoff=cutoff)
   names = ' or '.join(lower[name] for name in found)
   return f'; did you mean {names}?' if found else ''
 

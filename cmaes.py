@@ -116,7 +116,7 @@ class Search:
   def state(self):
     """What the next `ask` needs, float64 [length]; between generations."""
     es, model = self._es, self._es.sm
-    # The first, below 0, tells the seed; 1 is of older checkpoints.
+    # The first is below 0: `Generations.blank` has 0 there.
     counters = [-1.0 - self._seed, es.countiter, es.sigma, 0.0, 0.0]
     parts = dict(mean=es.mean, path=es.pc, sigma_path=es.adapt_sigma.ps)
     if self._full:
@@ -139,7 +139,7 @@ class Search:
     self.begin(parts['mean'])
     es, model = self._es, self._es.sm
     mark, es.countiter, es.sigma, *updates = map(float, parts['counters'])
-    self._seed = int(-1 - mark) if mark < 0 else self._seed
+    self._seed = int(-1 - mark)
     es.countiter = int(es.countiter)
     es.mean_old, es.timer = es.mean, cma.utilities.utils.ElapsedWCTime()
     es.pc, es.adapt_sigma.ps = parts['path'], parts['sigma_path']

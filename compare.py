@@ -43,13 +43,13 @@ LEAST_STEPS = 90_000
 # --- Comparing --------------------------------------------------------------
 
 
-def load_paper(path=PAPER):
+def load_paper():
   """The paper's figures (scores/paper.json)."""
   try:
-    return json.loads(path.read_text())
+    return json.loads(PAPER.read_text())
   except OSError:
     raise UserError(
-      f'{path} is missing: run compare.py in a clone of its repository'
+      f'{PAPER} is missing: run compare.py in a clone of its repository'
     ) from None
 
 
@@ -318,7 +318,7 @@ def plot(groups, paper, outdir, xaxis, yaxis, bins):
         color = f'C{methods.index(method) % 10}'
         last = max(last, _draw_runs(panel, runs, _plain(method), color, bins))
     if paper and task in paper['final']:
-      _draw_paper(panel, paper, task, last)
+      _draw_paper(panel, paper, task)
     panel.set_title(_plain(task), fontsize='medium')
     panel.set_xlim(0, 1.02 * last or None)
     panel.ticklabel_format(axis='x', style='sci', scilimits=(0, 4))
@@ -393,8 +393,8 @@ def _draw_runs(panel, runs, label, color, bins):
   return max([run.steps[-1] for run in runs], default=0)
 
 
-def _draw_paper(panel, paper, task, last):
-  """The released curve up to `last`, and final scores as dashed lines."""
+def _draw_paper(panel, paper, task):
+  """The released curve, and final scores as dashed lines."""
   curve = paper['curves'][task]
   steps, mean, std = (np.array(curve[k]) for k in ('steps', 'mean', 'std'))
   panel.plot(steps, mean, color='black', marker='.', label='paper, Dreamer')

@@ -23,13 +23,12 @@ import contextlib
 import functools
 import json
 import os
-import signal
 import zlib
 
 import numpy as np
 import tensorflow as tf
 
-from cli import Failure, UserError
+from cli import Failure, UserError, interruptible
 
 # --- Within a replica -------------------------------------------------------
 
@@ -372,11 +371,9 @@ def _join(cluster):
       '{"type": "worker", "index": 0}}, with another index in each process'
     )
   index, workers = cluster
-  # It waits in C++, where Python's handler would not be called.
-  handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
   print(f'Process {index} of {workers}: waiting for the others.', flush=True)
-  strategy = tf.distribute.MultiWorkerMirroredStrategy()
-  signal.signal(signal.SIGINT, handler)
+  with interruptible():  # as in C++ Python's handler would not be called
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
   return Team(strategy, index, workers)
 
 

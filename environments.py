@@ -147,7 +147,7 @@ def running(run):
       test = make(0, 'test', [functools.partial(summarize, prefix='test')])
       test = Deadlines(test, run, 'test_missed')
       if not envs:
-        test = _if_it_runs(run, test)
+        test = if_it_runs(test, lambda x: run.say(f'No evaluations: {x}'))
     yield envs, test
   finally:
     for env in [*envs, test] if test else envs:
@@ -155,14 +155,19 @@ def running(run):
     log.close()
 
 
-def _if_it_runs(run, env):
-  """The environment, or None where its task cannot run here."""
+def if_it_runs(env, say):
+  """The environment, or None where its task cannot run here.
+
+  Args:
+    env: a `workers.Async`.
+    say: function of the reason.
+  """
   try:
     _ = env.about  # waits
     return env
   except (TaskError, RenderError, WorkerError) as error:
-    run.say(f'No evaluations: {error}')
     env.close()
+    say(error)
     return None
 
 

@@ -39,7 +39,6 @@ import tools
 import training
 from cli import UserError
 from episode_files import OTHERS
-from worker_calls import RenderError, TaskError, WorkerError
 from world_model import CONTEXT
 
 LENGTH = 50  # rows of a prediction, the context included
@@ -144,13 +143,8 @@ def _make_env(config, recorder, films):
   shared = config.parallel in ('none', 'thread')
   parallel = 'process' if shared else config.parallel
   env = make(cli.AttrDict(config, record='image', parallel=parallel))
-  try:
-    _ = env.about  # waits
-    return env
-  except (TaskError, RenderError, WorkerError) as error:
-    env.close()
-    print(f'No video: {error}')
-    return make(config)
+  env = environments.if_it_runs(env, lambda error: print(f'No video: {error}'))
+  return env or make(config)
 
 
 def _report(error):
@@ -168,8 +162,7 @@ def write_videos(agent, recorder, outdir):
   world = agent.world
   batch = recorder.batch(world.inputs)
   if world.representation.decoders:
-    video = np.clip(255 * world.open_loop(batch).numpy(), 0, 255)
-    video = video.astype(np.uint8)  # [B, T, 3 * 64, N * 64, 3]
+    video = logger.to_uint8(world.open_loop(batch).numpy())
     write_video(outdir / 'prediction', side_by_side(list(video)))
     write_strips(outdir / 'prediction.png', video)
     if not world.vector:

@@ -113,7 +113,6 @@ class GymEnv:
     vectors, others = _find_vectors(parts, self._sources)
     self._sources.update(vectors)
     self.action_space = self._action_space(self._env.action_space)
-    self._names = list(self._sources)
     self._reset(np.random.SeedSequence().entropy % 2**31)
     words = wanted.split(',')
     offers = {k: self._offer(k, words) for k in self._sources}

@@ -18,6 +18,7 @@ import cloudpickle
 import numpy as np
 import tensorflow as tf
 
+import arguments
 import checkpoints
 import commandline
 import configs
@@ -26,6 +27,7 @@ import runfile
 import spaces
 import training
 from cli import AttrDict, Stopped, StopSignal, UserError, kept_signals
+from logger import to_uint8
 
 
 class Policy(tf.Module):
@@ -79,8 +81,8 @@ class Policy(tf.Module):
       state: as in `act`.
 
     Returns:
-      {name: [E, H, ...]}: reward, discount where it is predicted, images in
-      [0, 1], and `vector`, as the model sees it.
+      {name: [E, H, ...]}: reward, discount where it is predicted, images about
+      in [0, 1] (not clipped), and `vector`, as the model sees it.
     """
     world = self.agent.world
     seeds = tf.random.experimental.stateless_split(state['seed'], 2)
@@ -192,7 +194,7 @@ class Agent:
     told = {k: v.numpy() for k, v in told.items()}
     told.update(self._split(told.pop('vector', None)))
     for name in filter(spaces.is_image, told):
-      told[name] = np.clip(255 * told[name] + 0.5, 0, 255).astype(np.uint8)
+      told[name] = to_uint8(told[name])
     return {k: v[0] for k, v in told.items()} if single else told
 
   def make_env(self, seed=None, function=None):
@@ -317,7 +319,7 @@ def train(make_env, logdir, make_agent, **flags):
       f'{type(make_env).__name__}; a task with a name is given as task='
     )
   config = commandline.parse_flags(
-    [f'--{k}={_text(v)}' for k, v in flags.items()]
+    [f'--{k}={arguments.text(v)}' for k, v in flags.items()]
   )
   try:
     cloudpickle.dumps(make_env)
@@ -335,15 +337,6 @@ def train(make_env, logdir, make_agent, **flags):
   if stop.requested:  # all is saved; the caller is to end, too
     raise KeyboardInterrupt
   return load(logdir, make_agent)
-
-
-def _text(value):
-  """A value as it is written on a command line."""
-  if isinstance(value, dict):
-    return json.dumps(value)
-  if isinstance(value, (list, tuple)):
-    return ','.join(map(str, value))
-  return str(value)
 
 
 # --- The SavedModel ---------------------------------------------------------

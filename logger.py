@@ -73,13 +73,18 @@ def curve_pictures(world, batch):
     yield name, plot_curves(name, truth, model, world.context(truth.shape[1]))
 
 
+def to_uint8(images):
+  """Images as bytes, of floats about in [0, 1]."""
+  return np.clip(255 * images + 0.5, 0, 255).astype(np.uint8)
+
+
 def video_summary(name, video, step=None, fps=20):
   """Writes videos [B, T, H, W, C], uint8 or in [0, 1], as one GIF summary.
 
   The B videos stand side by side. TensorBoard shows GIFs under IMAGES.
   """
   if np.issubdtype(video.dtype, np.floating):
-    video = np.clip(255 * video, 0, 255).astype(np.uint8)
+    video = to_uint8(video)
   count, length, height, width, channels = video.shape
   frames = video.transpose((1, 2, 0, 3, 4))
   frames = frames.reshape((length, height, count * width, channels))

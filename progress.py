@@ -199,11 +199,8 @@ class ExactProgress(Progress):
   def _rewind(self, saved):
     if not saved['exact']:
       return
-    later = episode_files.list_episodes(self._run.datadir)
-    if 'newest' in saved:
-      later = [name for name in later if name > saved['newest']]
-    else:  # a checkpoint of before 2026-11-28
-      later = later[saved['episodes'] :]
+    names = episode_files.list_episodes(self._run.datadir)
+    later = [name for name in names if name > saved['newest']]
     for name in later:
       (self._run.datadir / name).unlink()
     if self._run.logger.size() > saved['metrics_size']:

@@ -12,6 +12,7 @@ import shlex
 
 import numpy as np
 
+import arguments
 import commandline
 import configs
 import runfile
@@ -95,13 +96,9 @@ def _command(run, flags):
       return f'dreamer.train(make_env, {logdir!r}, {", ".join(words)})'
     words = ['python', 'dreamer.py', '--logdir', logdir, '--task', task]
     for name, value in given.items():
-      words += [f'--{name}', _shown(value)]
+      words += [f'--{name}', arguments.text(value)]
     return shlex.join(map(str, words))
   return ''
-
-
-def _shown(value):
-  return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def differences(runs, origins):
@@ -116,8 +113,8 @@ def differences(runs, origins):
   rows, ignored = [], {*FREE, 'logdir', 'task'}
   defaults = _defaults(runs[0], known[0]['task'])
   for name in dict.fromkeys(itertools.chain(*known)):
-    default = _shown(defaults.get(name, 'unknown to this version'))
-    values = dict.fromkeys(_shown(f[name]) for f in known if name in f)
+    default = arguments.text(defaults.get(name, 'unknown to this version'))
+    values = dict.fromkeys(arguments.text(f[name]) for f in known if name in f)
     if name not in ignored and list(values) != [default]:
       rows.append((f'--{name}', default, ', '.join(values)))
   return rows

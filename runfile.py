@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 
+import arguments
 import cli
 import spaces
 from cli import AttrDict, UserError
@@ -147,10 +148,11 @@ def _saved_flags(path):
   for name in saved.keys() - {'logdir', 'task'}:
     kind = all_flags()[name].kind
     try:
-      saved[name] = kind.parse(str(_shown(saved[name])))
+      saved[name] = kind.parse(arguments.text(saved[name]))
     except (ValueError, KeyError, OverflowError):
       raise UserError(
-        f'{path} has --{name} {_shown(saved[name])}, which is not {kind}'
+        f'{path} has --{name} {arguments.text(saved[name])}, which is '
+        f'not {kind}'
       ) from None
   return {**{k: flag.default for k, flag in all_flags().items()}, **saved}
 
@@ -300,12 +302,8 @@ def _check_resume(config, saved, path=None):
   return changes
 
 
-def _shown(value):
-  return json.dumps(value) if isinstance(value, dict) else value
-
-
 def _quoted(value):
-  return "''" if value == '' else _shown(value)
+  return "''" if value == '' else arguments.text(value)
 
 
 def begins(config):

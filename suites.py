@@ -1,8 +1,8 @@
 """What tasks there are: one registry of suites, and environments by name.
 
 A task is called <suite>_<name>, such as dmc_walker_walk. What follows from its
-suite (defaults, whether it renders, the scale of its returns) is read from here
-and said nowhere else. No TensorFlow.
+suite (its defaults, whether it renders) is read from here and said nowhere
+else. No TensorFlow.
 """
 
 import dataclasses
@@ -99,7 +99,6 @@ class Suite(typing.NamedTuple):
     defaults: flags that differ from those of the control suite; by the task's
       name, '' for all.
     renders: whether it may use OpenGL.
-    scale: largest return of an episode; 0 where tasks differ.
     require: function of a task's name that raises TaskError where the suite
       is not installed.
   """
@@ -109,7 +108,6 @@ class Suite(typing.NamedTuple):
   names: typing.Callable | None = None
   defaults: dict = {}  # noqa: RUF012 (never changed)
   renders: bool = False
-  scale: float = 0.0
   require: typing.Callable = lambda name: None
 
 
@@ -177,7 +175,6 @@ SUITES = dict(
     'dmc_<domain>_<task>',
     names=lambda: list(wrappers.DMC_TASKS),
     renders=True,
-    scale=1000.0,
   ),
   atari=Suite(
     _atari,

@@ -392,12 +392,7 @@ def run(argv):
   runs = make_runs(check_flags(pairs, args.extra), args)
   if all(run.state == 'done' for run in runs):
     return report(runs, False)
-  try:
-    args.logdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f'cannot write to --logdir {args.logdir}: {error.strerror}'
-    ) from None
+  cli.make_folders(args.logdir)
   ray_runs.connect(ray, args.address)
   try:
     cpus, gpus = ray_runs.share(ray, args)

@@ -3,7 +3,7 @@
 Letters in shapes: B batch, T time, H horizon, A action, E environments.
 Units: an *environment step* is one step of the simulator, an *agent step* is
 one action (`action_repeat` environment steps), an *update* is one gradient
-step of all three optimizers.
+step of all optimizers.
 """
 
 import re

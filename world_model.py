@@ -244,8 +244,8 @@ class WorldModel:
       data: batch of `load_dataset`, [B, T, ...].
 
     Returns:
-      Video in [0, 1], float32 [B, T, 3 * 64, N * 64, 3]: truth, model, error
-      of N images side by side.
+      Video, about in [0, 1] (not clipped), float32 [B, T, 3 * 64, N * 64, 3]:
+      truth, model, error of N images side by side.
     """
     data, columns = self.preprocess(data), []
     feat = self._predict(data)

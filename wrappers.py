@@ -28,7 +28,6 @@ import numpy as np
 
 import spaces
 from cli import nearest
-from cli import quiet_stderr as quiet_stderr
 from replay import Collect as Collect
 from spaces import OneHotBox as OneHotBox
 from spaces import gym

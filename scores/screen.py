@@ -35,6 +35,7 @@ import layers
 import replay
 import runfile
 import training
+from world_model import CONTEXT
 
 # Of `--preset cpu` before the search.
 FIRST = dict(
@@ -71,7 +72,7 @@ COSTS = {
   (16, 32, 128): 1.1,
   (16, 32, 64): 1.03,
 }
-CONTEXT, AHEAD, STRIDE = 5, (1, 5, 15), 10
+AHEAD, STRIDE = (1, 5, 15), 10
 
 
 def make_config(folder, flags, seed):

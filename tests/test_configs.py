@@ -181,11 +181,7 @@ def values(flag):
     return strategies.sampled_from(kind.words)
   if isinstance(kind, arguments.Truth):
     return strategies.booleans()
-  return strategies.just(_shown(flag.default))
-
-
-def _shown(value):
-  return json.dumps(value) if isinstance(value, dict) else str(value)
+  return strategies.just(arguments.text(flag.default))
 
 
 @hypothesis.given(strategies.sampled_from(sorted(FLAGS)), TEXTS)
@@ -285,7 +281,8 @@ def test_whatever_all_flags_take_can_be_learned_with(eager, given):
 def test_what_a_flag_shows_can_be_given_back(name):
   for task in ('dmc_walker_walk', 'toy_reach', 'atari_pong'):
     expected = dreamer.define_config(task)[name]
-    words = ['--logdir=run', f'--task={task}', f'--{name}={_shown(expected)}']
+    value = arguments.text(expected)
+    words = ['--logdir=run', f'--task={task}', f'--{name}={value}']
     assert commandline.parse_flags(words)[name] == expected
 
 
@@ -444,7 +441,7 @@ def test_what_changes_the_function_of_the_weights_is_fixed(
   config[name] = value
   with pytest.raises(cli.UserError, match=f'--{name} .*, not ') as error:
     training.setup_logdir(config)
-  assert _shown(value) in str(error.value)
+  assert arguments.text(value) in str(error.value)
   config[name] = old
   training.setup_logdir(config).close()
 
