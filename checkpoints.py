@@ -202,14 +202,7 @@ class Checkpoints:
     return line.replace(folder, str(self._directory))
 
   def _numbers(self):
-    """Of the checkpoints in the folder, sorted; the index is written last."""
-    numbers = []
-    for path in self._directory.glob('ckpt-*.index'):
-      match = re.fullmatch(r'ckpt-(\d+)\.index', path.name)
-      with contextlib.suppress(FileNotFoundError):  # a run beside us goes on
-        if match and path.stat().st_size:
-          numbers.append(int(match[1]))
-    return sorted(numbers)
+    return runfile.checkpoint_numbers(self._directory)
 
   def _files(self, number):
     own = rf'ckpt-{number}\.(index|data-\d+-of-\d+)'

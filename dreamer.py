@@ -194,8 +194,7 @@ class Dreamer:
       state = self.world.dynamics.initial(batch), last
     if training:
       self.behavior.before_action(reset)
-    dtypes = {k: np.uint8 if spaces.is_image(k) else np.float32 for k in obs}
-    seen = {k: np.asarray(obs[k], dtypes[k]) for k in self.world.inputs}
+    seen = {k: np.asarray(obs[k], spaces.dtype(k)) for k in self.world.inputs}
     action, state = self.policy(
       seen, reset, state, self.noise(training), training
     )

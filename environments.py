@@ -181,7 +181,7 @@ def summarize_episode(
   episodes = episode_files.count_episodes(datadir)[0] * folders
   steps = (count or (lambda: replay.count_steps(datadir, config, folders)))()
   length = (len(episode['reward']) - 1) * config.action_repeat
-  score = float(episode['reward'].astype(np.float64).sum())
+  score = episode_files.episode_return(episode)
   name = dict(train='Episode', test='Evaluation')[prefix]
   logger.say(f'{name}: return {score:.1f} in {length} steps, at step {steps}.')
   metrics = {f'{prefix}/return': score, f'{prefix}/length': length}

@@ -76,6 +76,11 @@ def episode_length(path):
     return 0
 
 
+def episode_return(episode):
+  """Sum of an episode's rewards."""
+  return float(episode['reward'].astype(np.float64).sum())
+
+
 def count_episodes(directory):
   """Number of episodes in a folder, and of agent steps in them."""
   lengths = [episode_length(name) for name in list_episodes(directory)]

@@ -38,7 +38,7 @@ import spaces
 import tools
 import training
 from cli import UserError
-from episode_files import OTHERS
+from episode_files import OTHERS, episode_return
 from world_model import CONTEXT
 
 LENGTH = 50  # rows of a prediction, the context included
@@ -66,7 +66,7 @@ class Recorder:
 
   def __call__(self, episode):
     rows = len(episode['reward'])
-    self.returns.append(float(episode['reward'].astype(np.float64).sum()))
+    self.returns.append(episode_return(episode))
     self.lengths.append((rows - 1) * self._repeat)
     print(
       f'Episode {len(self.returns)} of {self._total}: return '

@@ -72,9 +72,7 @@ class Actor:
 
   def _zeros(self, count):
     return {
-      name: np.zeros(
-        [count, *shape], np.uint8 if spaces.is_image(name) else np.float32
-      )
+      name: np.zeros([count, *shape], spaces.dtype(name))
       for name, shape in self._agent.world.inputs.items()
     }
 

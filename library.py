@@ -385,8 +385,9 @@ def export(agent, folder):
   for name, shape in agent.world.inputs.items():
     if _plain(name) in {*specs, *_prefixed(state)}:
       raise UserError(f'--export: two inputs would be called {_plain(name)}')
-    dtype = tf.uint8 if spaces.is_image(name) else tf.float32
-    specs[_plain(name)] = tf.TensorSpec([None, *shape], dtype, _plain(name))
+    specs[_plain(name)] = tf.TensorSpec(
+      [None, *shape], spaces.dtype(name), _plain(name)
+    )
   for name, value in _prefixed(state).items():
     shape = value.shape if name == 'memory_seed' else [None, *value.shape[1:]]
     specs[name] = tf.TensorSpec(shape, value.dtype, name)

@@ -27,6 +27,7 @@ import PIL.ImageSequence
 import tqdm
 
 import cli
+import runfile
 
 ROOT = pathlib.Path(__file__).parent
 LIMIT = 200_000  # bytes of a picture
@@ -356,9 +357,8 @@ WORDS = dict(
 
 def checkpoint(run):
   """Updates before a run's newest checkpoint; 0 without one."""
-  paths = (run.folder / 'checkpoints').glob('ckpt-*.index')
-  found = [re.fullmatch(r'ckpt-(\d+)\.index', path.name) for path in paths]
-  return max([int(match[1]) for match in found if match], default=0)
+  numbers = runfile.checkpoint_numbers(run.folder / 'checkpoints')
+  return max(numbers, default=0)
 
 
 def run_key(run):

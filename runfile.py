@@ -306,6 +306,17 @@ def _quoted(value):
   return "''" if value == '' else arguments.text(value)
 
 
+def checkpoint_numbers(folder):
+  """Updates before each whole checkpoint in a folder, sorted."""
+  numbers = []
+  for path in folder.glob('ckpt-*.index'):
+    match = re.fullmatch(r'ckpt-(\d+)\.index', path.name)
+    with contextlib.suppress(FileNotFoundError):  # a run beside us goes on
+      if match and path.stat().st_size:
+        numbers.append(int(match[1]))
+  return sorted(numbers)
+
+
 def begins(config):
   """Whether there is no checkpoint to go on from."""
   return not any(config.logdir.glob('checkpoints/ckpt-*.index'))

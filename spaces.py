@@ -26,6 +26,11 @@ def is_image(name):
   return re.fullmatch(r'image(_\d+)?', name) is not None
 
 
+def dtype(name):
+  """What an observation of this name is stored as."""
+  return np.uint8 if is_image(name) else np.float32
+
+
 def image_name(index):
   """Name of an environment's image number `index`, from 0."""
   return f'image_{index + 1}' if index else 'image'

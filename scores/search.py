@@ -23,6 +23,7 @@ import cli
 import commandline
 import compare
 import configs
+import spaces
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUNS = ROOT / 'scores/runs'
@@ -119,7 +120,7 @@ def time_costs(task, inputs, repeats=15):
     agent = benchmark.training_agent(config)
     size = config.batch_size, config.batch_length
     batch = {
-      k: np.zeros([*size, *shape], np.uint8 if len(shape) == 3 else np.float32)
+      k: np.zeros([*size, *shape], spaces.dtype(k))
       for k, shape in agent.world.inputs.items()
     }
     batch.update(
