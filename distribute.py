@@ -23,12 +23,13 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import zlib
 
 import numpy as np
 import tensorflow as tf
 
-from cli import Failure, UserError, interruptible
+from cli import Failure, UserError
 
 # --- Within a replica -------------------------------------------------------
 
@@ -372,8 +373,12 @@ def _join(cluster):
     )
   index, workers = cluster
   print(f'Process {index} of {workers}: waiting for the others.', flush=True)
-  with interruptible():  # as in C++ Python's handler would not be called
+  # It waits in C++, where Python's handler would not be called.
+  handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  try:
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
+  finally:
+    signal.signal(signal.SIGINT, handler)
   return Team(strategy, index, workers)
 
 

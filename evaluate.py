@@ -108,6 +108,7 @@ def evaluate(config, episodes, outdir=None):
       flush=True,
     )
     policy = functools.partial(agent, training=False)
+    env.number(0)  # so that a new worker goes on where a lost one was
     tools.simulate(policy, [env], episodes=episodes)
   finally:
     env.close()

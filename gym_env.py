@@ -106,7 +106,7 @@ class GymEnv:
     else:
       draws = spaces.names_image(wanted)
       self._env, self._limit = make(name, args or {}, draws)
-    self._plain_render = False
+    self._plain_render = self._bytes = False
     self._seeding = _seeding(self._env)
     parts = _flatten(self._env.observation_space)
     self._sources = self._find_images(parts, wanted)
@@ -158,6 +158,8 @@ class GymEnv:
   def _reset(self, seed):
     result = self._seeded_reset(seed)
     new = isinstance(result, tuple) and len(result) == 2
+    if new and _is(self._env.observation_space, 'Tuple'):
+      new = not self._env.observation_space.contains(result)
     info = result[1] if new else ()
     self._obs = result[0] if isinstance(info, dict | None) else result
     self._steps = 0
@@ -167,9 +169,9 @@ class GymEnv:
       try:
         return self._env.reset(seed=seed)
       except TypeError as error:  # a wrapper that takes all there is
-        if "'seed'" not in str(error):
+        if "'seed'" not in str(error) and 'keyword' not in str(error):
           raise
-        self._seeding = 'seed' if hasattr(self._env, 'seed') else None
+        self._seeding = _other_seeding(self._env)
     if seed is not None and self._seeding == 'seed':
       self._env.seed(seed)
     return self._env.reset()
@@ -236,7 +238,12 @@ class GymEnv:
   def _drawing(self):
     try:
       yield
-    except (TypeError, AttributeError, NotImplementedError) as error:
+    except (
+      TypeError,
+      ValueError,
+      AttributeError,
+      NotImplementedError,
+    ) as error:
       raise self._no_images(error) from error
 
   def _render(self):
@@ -254,13 +261,12 @@ class GymEnv:
     return np.asarray(image[-1] if isinstance(image, list) else image)
 
   def _rendered_layout(self, image):
-    high = 1 if image.dtype.kind in 'fb' and np.max(image) <= 1 else 255
-    try:
-      layout = spaces.image_layout(image.shape, image.dtype, 0, high)
-    except ValueError as error:
-      raise self._no_images(error) from error
+    """Floats are up to 1 until a frame has more; ValueError if it is none."""
+    self._bytes = self._bytes or np.max(image) > 1
+    high = 1 if image.dtype.kind in 'fb' and not self._bytes else 255
+    layout = spaces.image_layout(image.shape, image.dtype, 0, high)
     if not layout:
-      raise self._no_images(
+      raise ValueError(
         f'shape {image.shape}, type {image.dtype}; {spaces.EXPECTED}'
       )
     return layout
@@ -315,7 +321,7 @@ class GymEnv:
     array = np.asarray(reward)
     if array.size != 1 or array.dtype.kind not in 'biuf':
       shown = f'of shape {array.shape}' if array.size != 1 else repr(reward)
-      raise TaskError(
+      raise ValueError(
         f'{self._task} gave a reward {shown}; a reward is one number.'
       )
     return float(array.reshape(()))
@@ -416,20 +422,29 @@ def _construct(library, spec, args, draws):
 
 
 def _render_arrays(make, args):
+  if 'render_mode' in args:
+    return make(**args)
   try:
-    return make(**{'render_mode': 'rgb_array', **args})
-  except TypeError as error:
-    if 'render_mode' in args or 'argument' not in str(error):
-      raise
-  return make(**args)  # made for versions without this argument
+    return make(render_mode='rgb_array', **args)
+  except Exception as error:  # of what does not know the argument, or the mode
+    with contextlib.suppress(Exception):
+      return make(**args)
+    raise error
 
 
 def _seeding(env):
   """How an environment is seeded: by 'reset', by 'seed', or by None."""
-  parameters = inspect.signature(env.reset).parameters.values()
+  try:
+    parameters = inspect.signature(env.reset).parameters.values()
+  except (TypeError, ValueError):  # not of Python: it is tried
+    return 'reset'
   if any(p.name == 'seed' or p.kind == p.VAR_KEYWORD for p in parameters):
     return 'reset'
-  return 'seed' if hasattr(env, 'seed') else None
+  return _other_seeding(env)
+
+
+def _other_seeding(env):
+  return 'seed' if callable(getattr(env, 'seed', None)) else None
 
 
 # --- Spaces of Gym or of Gymnasium -------------------------------------------

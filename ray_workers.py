@@ -35,6 +35,7 @@ from worker_calls import (
   attempt,
   call_limit,
   describe,
+  leave_signals,
   resolve,
   start_limit,
 )
@@ -233,8 +234,7 @@ class _Served:
   """
 
   def __init__(self, order, folder, timeout, start_timeout):
-    for number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(number, lambda *_: None)  # see `worker_process._work`
+    leave_signals()
     signal.signal(signal.SIGALRM, self._give_up)
     self._limits = call_limit(timeout), start_limit(start_timeout)
     self._order = io.BytesIO(order), folder

@@ -147,14 +147,15 @@ def _lab(name, opts):
 
 
 def _gym(name, opts):
-  env = GymEnv(
-    name,
-    seed=opts.seed,
-    args=opts.args,
-    inputs=opts.inputs,
-    record=opts.record,
-    function=opts.function,
-  )
+  with wrappers.graphics_errors():
+    env = GymEnv(
+      name,
+      seed=opts.seed,
+      args=opts.args,
+      inputs=opts.inputs,
+      record=opts.record,
+      function=opts.function,
+    )
   return wrappers.ActionRepeat(env, opts.action_repeat)
 
 

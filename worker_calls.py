@@ -5,6 +5,8 @@ What all kinds of workers share (workers.py). No TensorFlow here.
 
 import logging
 import logging.handlers
+import os
+import signal
 import traceback
 import typing
 
@@ -46,11 +48,28 @@ def fail(error):
   raise error
 
 
+def leave_signals():
+  """Leaves Ctrl-C and SIGTERM to the trainer, in this process alone.
+
+  Not by SIG_IGN, which programs that an environment starts would inherit; and
+  processes that it forks end as they would elsewhere.
+  """
+  worker = os.getpid()
+
+  def handle(number, frame):
+    if os.getpid() != worker:
+      signal.signal(number, signal.SIG_DFL)
+      os.kill(os.getpid(), number)
+
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, handle)
+
+
 def attempt(function, *args):
   """Returns (True, result), or (False, error as text) if `function` fails."""
   try:
     return True, function(*args)
-  except Exception as error:
+  except (Exception, SystemExit) as error:  # sys.exit() ends no run
     kind = next((x.__name__ for x in _KNOWN if isinstance(error, x)), '')
     message = str(error) or type(error).__name__
     if not kind:

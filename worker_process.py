@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 import weakref
 from multiprocessing import connection as mp_connection
@@ -28,6 +29,7 @@ from worker_calls import (
   attempt,
   call_limit,
   describe,
+  leave_signals,
   resolve,
   start_limit,
 )
@@ -108,7 +110,10 @@ class ProcessWorker:
     """
     if not hasattr(os, 'pidfd_open') or self._process.returncode is not None:
       return self._connection.poll(seconds)
-    death = os.pidfd_open(self._process.pid)
+    try:
+      death = os.pidfd_open(self._process.pid)
+    except OSError:  # an older kernel, or a container that forbids it
+      return self._connection.poll(seconds)
     try:
       ready = mp_connection.wait([self._connection, death], seconds)
     finally:
@@ -162,9 +167,10 @@ _work(*sys.argv[1:])
 """
 
 
-def _worker_command(handle, fallback):
+def _worker_command(handle, trainer, fallback):
   code = _WORKER_CODE.format(module=__name__)
-  return [sys.executable, '-u', '-c', code, str(handle), fallback]
+  words = map(str, (handle, trainer, fallback))
+  return [sys.executable, '-u', '-c', code, *words]
 
 
 def _start_worker(connection, order):
@@ -173,7 +179,7 @@ def _start_worker(connection, order):
   if not env.get('MUJOCO_GL'):
     env['MUJOCO_GL'], fallback = 'egl', 'osmesa'
   return subprocess.Popen(
-    _worker_command(connection.fileno(), fallback),
+    _worker_command(connection.fileno(), os.getpid(), fallback),
     stdin=order,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -202,35 +208,55 @@ def _end_worker(process, connection, ready, reader):
   reader.join(2)
 
 
-def _work(handle, fallback):
+def _work(handle, trainer, fallback):
   """Main function of a worker process.
 
   Args:
     handle: file descriptor of the connection to the trainer, as text.
+    trainer: number of its process, as text.
     fallback: value of MUJOCO_GL to start over with if rendering fails, or ''.
   """
-  for number in (signal.SIGINT, signal.SIGTERM):
-    # Not SIG_IGN, which programs that the environment starts would inherit.
-    signal.signal(number, lambda *_: None)
+  leave_signals()
   faulthandler.enable()  # prints a traceback when it crashes or is aborted
+  threading.Thread(target=_follow, args=[int(trainer)], daemon=True).start()
   environment = dict(os.environ)
   connection = mp_connection.Connection(int(handle))
   success, env = attempt(construct, sys.stdin.buffer, os.getcwd())
   if not success and env[0] == 'RenderError' and fallback:
     environment['MUJOCO_GL'] = fallback
     os.lseek(0, 0, os.SEEK_SET)
-    command = _worker_command(handle, '')
+    command = _worker_command(handle, trainer, '')
     os.execve(command[0], command, environment)
-  # The trainer is gone, killed perhaps, when the connection breaks.
+  gone = True  # the trainer, killed perhaps, when the connection breaks
   with contextlib.suppress(EOFError, OSError):
     if success:
-      _send(connection, (True, describe(env)))
-      _serve(connection, env)
-      env.close()
+      try:
+        _send(connection, (True, describe(env)))
+        _serve(connection, env)
+      finally:
+        closed, failure = attempt(env.close)
+        if not closed:
+          print(failure[-1], file=sys.stderr)
     else:
       _send(connection, (False, env))
+    gone = False
+  if gone:  # it ends nothing that the environment has left
+    _end_group()
   # Without the interpreter's clean-up, in which OpenGL libraries complain.
   os._exit(0)
+
+
+def _follow(trainer):
+  """Ends a worker that hangs where its trainer was killed."""
+  while os.getppid() == trainer:
+    time.sleep(1)
+  time.sleep(5)  # for `close`
+  _end_group()
+
+
+def _end_group():
+  """Ends this worker, with what its environment has started and left."""
+  os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def construct(order, folder):

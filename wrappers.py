@@ -27,7 +27,7 @@ import traceback
 import numpy as np
 
 import spaces
-from cli import nearest
+from cli import UserError, nearest
 from replay import Collect as Collect
 from spaces import OneHotBox as OneHotBox
 from spaces import gym
@@ -279,11 +279,19 @@ def _import_suite(renders):
   changes = {}
   if not renders and 'dm_control' not in sys.modules:
     changes.update(MUJOCO_GL='disabled')  # or dm_control loads OpenGL
-  try:
-    with _environment(**changes):
-      from dm_control import suite
+  with graphics_errors(), _environment(**changes):
+    from dm_control import suite
 
-    return suite
+  return suite
+
+
+@contextlib.contextmanager
+def graphics_errors():
+  """Makes errors that OpenGL raises a RenderError."""
+  try:
+    yield
+  except UserError:
+    raise
   except Exception as error:
     places = [x.filename for x in traceback.extract_tb(error.__traceback__)]
     graphics = ('_render', 'OpenGL', 'gl_context')
@@ -313,7 +321,8 @@ def _render_error(error):
     f'Cannot render with OpenGL (MUJOCO_GL is {chosen}): {reason}. '
     'Install the Debian packages libegl1, libopengl0, libgl1-mesa-dri and set '
     'MUJOCO_GL=egl, or install libosmesa6 and set MUJOCO_GL=osmesa. '
-    'If MUJOCO_GL is not set, both are tried.'
+    'If MUJOCO_GL is not set, both are tried. What draws nothing works with '
+    'MUJOCO_GL=disabled.'
   )
 
 

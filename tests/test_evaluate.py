@@ -1,8 +1,10 @@
 """Evaluation: real small runs, then the script as users call it."""
 
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -307,3 +309,20 @@ def test_videos_of_a_run_from_vectors(tmp_path, monkeypatch, task, why):
   assert any(n.startswith('prediction') for n in names)
   assert ('No video: ' in result.stdout) is bool(why)
   assert why in result.stdout
+
+
+def test_a_lost_worker_repeats_no_episode(tmp_path, monkeypatch):
+  logdir = train(tmp_path / 'run', '--task=toy_reach', '--parallel=process')
+  record, starts, killed = evaluate.Recorder.__call__, set(), []
+
+  def kill_once(self, episode):
+    record(self, episode)
+    starts.add(episode['image'][0].tobytes())
+    if len(self.returns) == 3 and not killed:
+      tasks = pathlib.Path('/proc/self/task').glob('*/children')
+      for child in ' '.join(path.read_text() for path in tasks).split():
+        killed.append(os.kill(int(child), signal.SIGKILL))
+
+  monkeypatch.setattr(evaluate.Recorder, '__call__', kill_once)
+  figures_of(logdir, tmp_path, '--episodes=6')
+  assert killed and len(starts) == 6

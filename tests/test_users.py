@@ -508,8 +508,8 @@ def test_other_rewards_name_task_and_shape(reward, words):
   kind = variant(reward=lambda self: reward)
   env = make(kind)
   env.reset()
-  with pytest.raises(wrappers.TaskError, match=f'{kind.__name__}.*{words}'):
-    env.step(np.zeros(2, np.float32))
+  with pytest.raises(ValueError, match=f'{kind.__name__}.*{words}'):
+    env.step(np.zeros(2, np.float32))  # of one episode, which is dropped
 
 
 # --- Errors of environments -------------------------------------------------
@@ -1005,3 +1005,141 @@ def test_no_info_is_an_empty_one():
   env = make(kind)
   assert env.reset()['image'].shape == (64, 64, 3)
   assert env.step(np.zeros(2, np.float32))[1] == 1.0
+
+
+class Numbered(Base):
+  """Has a number of its own where Gym had a method."""
+
+  def __init__(self, render_mode=None):
+    super().__init__(render_mode)
+    self.seed = 3
+
+  def reset(self):
+    self.time = 0
+    return self.obs(), {}
+
+
+def test_a_seed_that_is_no_method():
+  env = make(Numbered, seed=1)
+  assert env.reset()['image'].shape == (64, 64, 3)
+  assert any('cannot be seeded' in line for line in env.about)
+
+
+def test_a_reset_that_is_not_of_python():
+  """Neither tells its arguments, nor takes any."""
+  env = gym_env.GymEnv('x', seed=1, function=Base)
+  env._env.reset = functools.partial(next, iter([(PIXELS.sample(), {})] * 9))
+  assert gym_env._seeding(env._env) == 'reset'
+  env._seeding = 'reset'
+  assert env.reset()['image'].any() and env._seeding is None
+
+
+class Strict(Base):
+  """Draws nothing for programs, and checks what it is asked."""
+
+  metadata = {'render_modes': ['human']}
+
+  def __init__(self, render_mode=None):
+    assert render_mode is None or render_mode in self.metadata['render_modes']
+    super().__init__(render_mode)
+
+
+def test_a_mode_of_rendering_that_is_refused_is_not_needed_for_images():
+  assert make(Strict).reset()['image'].shape == (64, 64, 3)
+
+
+class Pair(OldEndless):
+  """An array and a dictionary, which is no info."""
+
+  observation_space = gym.spaces.Tuple(
+    [
+      gym.spaces.Box(-1, 1, (3,), np.float32),
+      gym.spaces.Dict(speed=gym.spaces.Box(-1, 1, (1,), np.float32)),
+    ]
+  )
+
+  def reset(self):
+    return np.ones(3, np.float32), dict(speed=np.zeros(1, np.float32))
+
+  def step(self, action):
+    return self.reset(), 1.0, False, {}
+
+
+def test_a_pair_of_observations_is_not_taken_for_an_info():
+  env = make(Pair, gym, inputs='0,1/speed')
+  obs = env.reset()
+  assert (obs['0'] == 1).all() and obs['1/speed'].shape == (1,)
+
+
+class Fading(PlainRender):
+  """Draws floats up to 255, some of them nearly black."""
+
+  def render(self):
+    value = (100.0, 1.0, 50.0)[self.time % 3]
+    return np.full((64, 64, 3), value, np.float32)
+
+
+def test_dark_frames_of_floats_are_dark():
+  env = make(Fading)
+  seen = [env.reset()['image'][0, 0, 0]]
+  for _ in range(2):
+    seen.append(env.step(np.zeros(2, np.float32))[0]['image'][0, 0, 0])
+  assert seen == [100, 1, 50]
+
+
+class NoFrame(PlainRender):
+  """Draws no image in the second episode."""
+
+  episodes = 0
+  length = 3
+
+  def reset(self, seed=None, options=None):
+    NoFrame.episodes += 1
+    return super().reset(seed=seed)
+
+  def render(self):
+    return super().render() if self.episodes != 3 else np.zeros(3)
+
+
+def test_a_frame_that_is_none_drops_its_episode():
+  """The first reset is of the constructor."""
+  make_it = functools.partial(
+    suites.make_task, 'custom_x', 1, 100, 0, function=NoFrame
+  )
+  errors = []
+  env = wrappers.Collect(
+    wrappers.Async(make_it), lost=errors.append, tolerant=True
+  )
+  env.number(0)
+  try:
+    for _ in range(3):
+      env.reset()
+      done = False
+      while not done:
+        _, _, done, _ = env.step(np.zeros(2, np.float32))
+  finally:
+    env.close()
+  assert errors and 'shape (3,)' in str(errors[0])  # in each worker
+
+
+class NoGraphics(Base):
+  def __init__(self, render_mode=None):
+    super().__init__(render_mode)
+    from OpenGL import platform
+
+    platform.fails_here()
+
+
+def test_trouble_with_graphics_is_told_as_such(monkeypatch):
+  from OpenGL import platform
+
+  code = compile(
+    'def fails_here(): raise RuntimeError("no EGL")', platform.__file__, 'exec'
+  )
+  space = {}
+  exec(code, space)
+  monkeypatch.setattr(
+    platform, 'fails_here', space['fails_here'], raising=False
+  )
+  with pytest.raises(wrappers.RenderError, match='no EGL.*MUJOCO_GL=disabled'):
+    make(NoGraphics)

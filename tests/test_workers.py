@@ -3,6 +3,7 @@
 Everything here is real: processes, simulator, rendering and Ray.
 """
 
+import errno
 import functools
 import os
 import pickle
@@ -688,3 +689,79 @@ def test_a_worker_that_dies_is_noticed_though_its_children_live(tmp_path):
   env.close()
   child = int((tmp_path / 'child').read_text())
   assert wait_until(lambda: not alive(child) and not alive(program))
+
+
+class Leaving(Simulator):
+  """Ends nothing of what it started."""
+
+  def close(self):
+    pass
+
+
+@pytest.mark.parametrize('hangs', [False, True])
+def test_killed_trainer_leaves_no_program_of_an_environment(tmp_path, hangs):
+  code = (
+    'import os, signal, time, test_workers, workers\n'
+    'env = workers.Async(test_workers.Leaving)\n'
+    'print(env.reset(), flush=True)\n'
+    f'env.step(None, blocking=False) if {hangs} else None\n'
+    'time.sleep(1)\n'
+    'os.kill(os.getpid(), signal.SIGKILL)\n'
+  )
+  path = os.pathsep.join([ROOT, os.path.join(ROOT, 'tests')])
+  done = run_script(code, tmp_path, env={**os.environ, 'PYTHONPATH': path})
+  assert done.returncode == -signal.SIGKILL
+  program = int(done.stdout)
+  assert wait_until(lambda: not alive(program), 20)
+
+
+class Forked(Simulator):
+  """Has a process of its own code, and ends it as programs are ended."""
+
+  def __init__(self, path):
+    self.path = path
+    self.child = os.fork()
+    if not self.child:
+      time.sleep(600)
+    self.observation_space = self.action_space = None
+
+  def close(self):
+    os.kill(self.child, signal.SIGTERM)
+    status = os.waitpid(self.child, 0)[1]
+    self.path.write_text(str(os.waitstatus_to_exitcode(status)))
+
+
+@remote
+def test_an_environment_can_end_its_forks(tmp_path, strategy):
+  env = wrappers.Async(functools.partial(Forked, tmp_path / 'end'), strategy)
+  _ = env.about
+  env.close()
+  assert (tmp_path / 'end').read_text() == str(-signal.SIGTERM)
+
+
+def test_where_processes_have_no_descriptors(monkeypatch):
+  """Old kernels, and containers that forbid it."""
+
+  def refuse(pid):
+    raise OSError(errno.ENOSYS, 'Function not implemented')
+
+  monkeypatch.setattr(os, 'pidfd_open', refuse)
+  env = wrappers.Async(functools.partial(suites.make_task, 'toy_reach', 1))
+  assert env.reset()['image'].any()
+  env.close()
+
+
+@pytest.mark.parametrize('strategy', ['none', 'thread'])
+def test_an_environment_that_leaves_ends_no_run(strategy):
+  env = wrappers.Async(Exiting, strategy)
+  with pytest.raises(wrappers.WorkerError, match='SystemExit in the environ'):
+    env.reset()
+  env.close()
+
+
+class Exiting(Leaving):
+  def __init__(self):
+    self.observation_space = self.action_space = None
+
+  def reset(self):
+    sys.exit()
