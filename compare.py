@@ -126,11 +126,12 @@ def compare(groups, paper, window):
   for (task, method), runs in groups.items():
     logged = [run for run in runs if len(run.steps)]
     lasts = [run.steps[-1] for run in logged]
-    steps = int(min(lasts, default=0))
+    steps = float(min(lasts, default=0))
+    steps = int(steps) if steps.is_integer() else steps
     if 0 < steps < max(lasts, default=0) / 2:
       run_folders.warn(
         f'{task}, {method}: compared at {steps} steps, where the shortest '
-        f'run is; the longest has {int(max(lasts))}'
+        f'run is; the longest has {max(lasts):.12g}'
       )
     scores = {run.seed: score(run, steps, window) for run in logged}
     scores = {k: v for k, v in scores.items() if np.isfinite(v)}
@@ -360,7 +361,7 @@ def binned(runs, bins=-1):
     Where the N bins end, [N], and the means, [R, N], NaN where a run has none.
   """
   last = max([run.steps[-1] for run in runs], default=0)
-  width = bins if bins > 0 else max(last / 30, 1)
+  width = bins if bins > 0 else last / 30 if last > 0 else 1
   if last / width > 1e6:
     raise UserError(f'--bins {bins:g} is too small: choose {last / 1000:g}')
   count = max(0, math.ceil(last / width - 1e-9))
@@ -375,22 +376,24 @@ def binned(runs, bins=-1):
 
 
 def _draw_runs(panel, runs, label, color, bins):
-  """Each run, and mean and spread over seeds; returns the last step."""
+  """Each run, and mean and spread over seeds; returns where they end."""
   runs = [run for run in runs if len(run.steps)]
   edges, curves = binned(runs, bins)
   for curve in curves:
     shown = np.isfinite(curve)
+    style = dict(color=color, marker='.' if shown.sum() == 1 else None)
     thin = dict(linewidth=0.6, alpha=0.6) if len(runs) > 1 else {}
-    panel.plot(edges[shown], curve[shown], color=color, **thin)
+    panel.plot(edges[shown], curve[shown], **style, **thin)
   shown = np.isfinite(curves).any(0)
   mean = np.nanmean(curves[:, shown], 0)
-  panel.plot(edges[shown], mean, color=color, linewidth=1.8, label=label)
+  style = dict(color=color, marker='.' if shown.sum() == 1 else None)
+  panel.plot(edges[shown], mean, linewidth=1.8, label=label, **style)
   if len(runs) > 1:
     std = np.nanstd(curves[:, shown], 0)
     panel.fill_between(
       edges[shown], mean - std, mean + std, color=color, alpha=0.2, linewidth=0
     )
-  return max([run.steps[-1] for run in runs], default=0)
+  return max(edges[shown], default=0)
 
 
 def _draw_paper(panel, paper, task):

@@ -83,7 +83,7 @@ def some_rows(tensors, wanted, seed):
   wanted = -(-wanted // replica()[1])
   if not 0 < wanted < count:
     return tensors
-  chance = tf.random.stateless_uniform([count], seed)
+  chance = uniform([count], seed)  # other rows in each replica
   index = tf.math.top_k(chance, wanted, sorted=False).indices
   return {k: tf.gather(v, index) for k, v in tensors.items()}
 

@@ -107,7 +107,7 @@ class EpisodeFile:
     shapes: {key: shape of a row} that the arrays must have.
   """
 
-  LARGEST = 2**30  # bytes; a whole game of Atari has 0.33e9
+  LARGEST = 2**30  # bytes, compressed; a whole game of Atari has 0.33e9
 
   def __init__(self, path, shapes=None):
     self.path = pathlib.Path(path)
@@ -157,7 +157,8 @@ class EpisodeFile:
     members, arrays, stored = {}, {}, True
     with zipfile.ZipFile(self.path) as archive:
       infos = archive.infolist()
-      if sum(i.file_size for i in infos) > self.LARGEST:
+      packed = (i for i in infos if i.compress_type != zipfile.ZIP_STORED)
+      if sum(i.file_size for i in packed) > self.LARGEST:
         raise ValueError('it unpacks to more than a GiB')
       if len({i.filename for i in infos}) < len(infos):
         raise ValueError('it holds a name twice')

@@ -51,6 +51,11 @@ class Actor:
     with self._lock:
       return self._agent(obs, reset, state, training)
 
+  def at(self, step):
+    """Tells the environment step, which exploration follows from."""
+    with self._lock:
+      self._agent.step.assign(step)
+
   def take(self):
     """Takes the weights that the source has now."""
     with self._lock:
@@ -174,6 +179,9 @@ class FreeLearner(Learner):
     else:
       with self._lock:
         self.after_update()
+      if self._actor:
+        self._actor.at(self.step)
+      self._log_if_due()
       time.sleep(self.PAUSE)
     if not self._actor:
       self.step = self._run.steps()
@@ -191,6 +199,9 @@ class FreeLearner(Learner):
     self._make_updates(1)
     if self._actor:
       self._actor.take()
+    self._log_if_due()
+
+  def _log_if_due(self):
     if self._should_log(self.step):
       self._write_summaries()
 
@@ -325,6 +336,7 @@ class Follower:
     """Acts; see `Dreamer.__call__`."""
     self._run.stop.check()
     self.catch_up()
+    self._actor.at(self.step)
     action, state = self._actor(obs, reset, state)
     self.step += len(reset) * self._c.action_repeat
     self._run.logger.progress(self.step, self.updates)

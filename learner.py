@@ -245,6 +245,7 @@ class Learner:
       source=True,
       part=(self._team.index, self._team.workers),
       inputs=self._agent.world.inputs,
+      folders=self._team.folders,
     )
     placed = self._place(batches)
     return placed if self._c.deterministic else replay.prefetch(placed)

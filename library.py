@@ -178,6 +178,7 @@ class Agent:
       raise ValueError(
         f'Actions are [H, {wanted}] or [E, H, {wanted}], not {actions.shape}.'
       )
+    self._check_actions(actions.reshape(-1, wanted))
     single = actions.ndim == 2
     actions = actions[None] if single else actions
     if obs is not None:
@@ -196,6 +197,14 @@ class Agent:
     for name in filter(spaces.is_image, told):
       told[name] = to_uint8(told[name])
     return {k: v[0] for k, v in told.items()} if single else told
+
+  def _check_actions(self, rows):
+    """ValueError unless all of [N, A] are as `act` gives them."""
+    if getattr(self.action_space, 'discrete', False):
+      if not all(map(self.action_space.contains, rows)):
+        raise ValueError('Actions are one-hot vectors, one for each choice.')
+    elif not (np.abs(rows) <= 1 + 1e-5).all():
+      raise ValueError('Actions are numbers within [-1, 1].')
 
   def make_env(self, seed=None, function=None):
     """The environment of the run in a worker of its own, a `workers.Async`.
@@ -248,6 +257,11 @@ class Agent:
 
   def _before(self, count, reset):
     """The state before this step, anew where an episode begins."""
+    reset = np.asarray(reset)
+    if reset.shape not in ((), (count,)) or not np.isin(reset, (0, 1)).all():
+      raise ValueError(
+        f'reset is a bool, or one for each of the {count} environments.'
+      )
     start = self._policy.start(count, tf.constant(self._seed))
     if self._state is None or np.all(reset):
       return start
@@ -282,6 +296,7 @@ def load(logdir, make_agent):
   Raises:
     UserError: there is none, or it is of other code.
   """
+  logdir = pathlib.Path(logdir).expanduser()  # as in every flag
   config = runfile.load_config(logdir)
   training.setup_gpus(config)
   training.setup_precision(config.precision)
@@ -336,7 +351,7 @@ def train(make_env, logdir, make_agent, **flags):
     raise KeyboardInterrupt from None
   if stop.requested:  # all is saved; the caller is to end, too
     raise KeyboardInterrupt
-  return load(logdir, make_agent)
+  return load(config.logdir, make_agent)
 
 
 # --- The SavedModel ---------------------------------------------------------

@@ -111,9 +111,9 @@ def _read_gif(data):
     frames.append(np.asarray(image.convert('RGB')))
     times.append(image.info.get('duration') or 50)  # milliseconds
   unit = min(times)
-  counts = [round(time / unit) for time in times]
-  frames = np.repeat(np.stack(frames), counts, 0)[:FRAMES]
-  return frames, min(max(1000 / unit, 1), 60)
+  counts = [min(round(time / unit), FRAMES) for time in times]
+  index = np.repeat(np.arange(len(frames)), counts)[:FRAMES]
+  return np.stack(frames)[index], min(max(1000 / unit, 1), 60)
 
 
 def _color(image):
@@ -205,10 +205,12 @@ class Gallery:
 
   Args:
     site: a `report.Site`, whose record has a dictionary `media`.
+    failed: {key of a run: checkpoint that gave no pictures}, which it fills.
   """
 
-  def __init__(self, site):
+  def __init__(self, site, failed=None):
     self._site = site
+    self._failed = {} if failed is None else failed
     self._known = site.record['media']  # as it is filled, so is the record
     self.media = {}  # those in use, for the record
 
@@ -241,7 +243,9 @@ class Gallery:
 
   def _import(self, path, data, task, kind, key):
     if path.suffix in STILLS:
-      image = _color(imageio.imread(data, index=0, extension=path.suffix))
+      image = PIL.Image.open(io.BytesIO(data))
+      deep = image.mode.startswith('I')  # 16 bits
+      image = _color(image if deep else image.convert('RGB'))
       return self._still(key, kind, task, WORDS[kind], image)
     frames, fps = read(data, path.suffix)
     return self._video(key, kind, task, WORDS[kind], frames, fps)
@@ -263,6 +267,8 @@ class Gallery:
     chosen = [next(filter(checkpoint, runs), None) for runs in groups]
     chosen = [run for run in chosen if run]
     due = [run for run in chosen if not self._current(run)]
+    failed = self._failed
+    due = [x for x in due if failed.get(run_key(x)) != checkpoint(x)]
     with tqdm.tqdm(
       total=len(due) * EPISODES, unit=' episodes', disable=not due
     ) as bar:
@@ -270,6 +276,8 @@ class Gallery:
         pictures = self._evaluate(run, bar)
         if pictures:
           self._known[run_key(run)] = list(map(dataclasses.asdict, pictures))
+        else:
+          failed[run_key(run)] = checkpoint(run)
     return self.rendered(groups)
 
   def _current(self, run):

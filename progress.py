@@ -34,6 +34,7 @@ class Progress:
       **learner.trackable(),
     )
     self._saved = time.monotonic()
+    self._mark = None  # what changes, at the last portion
 
   def _collect(self):
     return dict(
@@ -53,9 +54,12 @@ class Progress:
     return dict(steps=-(-steps // share))
 
   def after_portion(self):
-    """When a portion was collected."""
+    """When a portion was collected; saves, unless nothing has changed."""
     self._learner.catch_up()
-    self.save()
+    mark = self._run.steps(), self._learner.updates, self._evaluations
+    if mark != self._mark:
+      self.save()
+    self._mark = mark
 
   def save(self):
     if self._team.chief:
@@ -113,7 +117,7 @@ class Progress:
     self._learner.step = self._run.steps()
     known = 0 if self._c.offline else self._state.restored.get('steps', 0)
     gone = max(0, known - self._learner.step)
-    if gone:
+    if gone or self._c.offline:  # whose steps follow from flags
       self._go_back()
     receive(self._team, self._learner.trackable(), self._c.seed)
     if not restored:
@@ -124,7 +128,7 @@ class Progress:
     line = (
       f'Resumed at step {self._learner.step}, {self._learner.updates} updates.'
     )
-    if self._learner.step + gone < before:
+    if self._learner.step + gone < before and not self._c.offline:
       dropped = before - self._learner.step - gone
       line += f' ({dropped} steps of unfinished episodes were dropped.)'
     if gone:

@@ -211,6 +211,7 @@ def load_dataset(
   source=False,
   part=(0, 1),
   inputs=IMAGE,
+  folders=1,
 ):
   """Yields batches of windows for ever: numpy arrays [B, T, ...].
 
@@ -227,9 +228,10 @@ def load_dataset(
     source: say where the windows are from, as `source`, strings [B].
     part: (index, number) of processes, each of which draws its share of B.
     inputs: {name: shape} of the observations that the agent sees.
+    folders: of episodes, of all processes, which share the capacity.
   """
   share = config.batch_size // part[1]
-  capacity = -(-config.replay_capacity // config.action_repeat)
+  capacity = -(-config.replay_capacity // (config.action_repeat * folders))
   windows = load_episodes(
     directory,
     rescan=share,

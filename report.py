@@ -159,6 +159,7 @@ class Report:
     self._templates = make_templates()
     self._state = None
     self._site = None
+    self._failed = {}  # checkpoints that gave no pictures, by run
 
   def update(self, refresh=0, videos=False):
     """Writes what has changed.
@@ -179,7 +180,7 @@ class Report:
     state = refresh, [(run.folder, *self._state_of(run)) for run in runs]
     if state == self._state:
       return False
-    gallery = media.Gallery(self._site)
+    gallery = media.Gallery(self._site, self._failed)
     groups = run_folders.group_runs(runs)
     files = self._pages(groups, gallery, refresh, videos)
     self._site.write(files)

@@ -391,6 +391,8 @@ def _prepare(run, envs, test_env):
     spec = environments.env_spec(config, env)
   else:
     spec = _replay_spec(run) if config.offline else _told_spec(run)
+  if config.offline:
+    _check_origin(run)
   configs.resolve_actions(config, spec.actions)
   if config.init_from and runfile.begins(config):
     runfile.load_config(config.init_from)  # or an error, before the work
@@ -417,6 +419,19 @@ def _replay_spec(run):
   inputs = environments.input_shapes(run.config, shapes)
   about = [f'The agent sees {", ".join(inputs)}, of the episodes.']
   return environments.Spec(inputs, actions, about)
+
+
+def _check_origin(run):
+  """UserError where episodes of a run have another number of frames a step."""
+  try:
+    origin = runfile.load_config(run.datadir.parent)
+  except UserError:
+    return  # a folder of episodes alone
+  if origin.action_repeat != run.config.action_repeat:
+    raise UserError(
+      f'the episodes of --offline {run.config.offline} were made with '
+      f'--action_repeat {origin.action_repeat}; give that'
+    )
 
 
 def _stored_actions(run):

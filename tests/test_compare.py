@@ -500,3 +500,45 @@ def test_another_axis_is_named_and_may_be_negative(tmp_path, capsys):
   out, err = capsys.readouterr()
   assert 'the mean of its last 5 of loss;' in out
   assert 'Warning' not in out + err
+
+
+def drawn(folder, bins=0.0):
+  """Points of the lines that are drawn of runs, and where they end."""
+  from matplotlib.figure import Figure
+
+  panel = Figure().subplots()
+  runs = run_folders.find_runs([folder])
+  end = compare._draw_runs(panel, runs, 'label', 'C0', bins)
+  return panel.lines, end
+
+
+def test_one_evaluation_is_a_dot(tmp_path):
+  write_run(tmp_path / 'a', WALK, 0, [(5000, 9.0)])
+  lines, _ = drawn(tmp_path)
+  assert [line.get_marker() for line in lines] == ['.', '.']
+  write_run(tmp_path / 'b', WALK, 0, [(5000, 9.0), (9000, 8.0)])
+  lines, _ = drawn(tmp_path / 'b')
+  assert [line.get_marker() for line in lines] == ['None', 'None']
+
+
+def test_bins_that_end_beyond_the_run_are_shown(tmp_path):
+  write_run(tmp_path / 'a', WALK, 0, [(5000, 9.0), (25_000, 8.0)])
+  _, end = drawn(tmp_path, bins=1e4)
+  assert end == 30_000
+
+
+def test_other_axes_than_steps_may_be_below_one(tmp_path, capsys):
+  folder = write_run(tmp_path / 'runs', WALK, 0, [(100, 1.0)])
+  rows = [
+    {'step': 100 * n, 'test/return': float(n), 'ratio': n / 10}
+    for n in range(1, 10)
+  ]
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  (folder / 'metrics.jsonl').write_text(text)
+  code, found = report(tmp_path, '--xaxis=ratio', '--window=0.2')
+  (row,) = found['rows']
+  assert code == 0 and (row['steps'], row['seeds']) == (0.9, 1)
+  assert row['scores'] == {'0': pytest.approx(8.5)}
+  (run,) = run_folders.find_runs([tmp_path / 'runs'], 'ratio')
+  edges, curves = compare.binned([run], 0)
+  assert np.isfinite(curves).sum() == 9 and edges[-1] == pytest.approx(0.9)

@@ -196,6 +196,25 @@ def test_updates_stop_at_the_largest_ratio(learner):
   assert saves == [*range(5, 11), *[10] * 14]
 
 
+@pytest.mark.slow
+@eagerly()
+def test_while_updates_wait_exploration_and_the_log_go_on(learner, tmp_path):
+  source, copy = learner[0]._agent, make_agent(tmp_path)
+  source.config.update(max_ratio=0.1, pretrain=1, log_every=50)
+  both, logged = free.FreeLearner(source, learner[1], copy), []
+  both._write_summaries = lambda: logged.append(both.step)
+  both.step = 10
+  both.learn_on()
+  both.step = 200
+  source.updates.assign(20)  # all that --max_ratio allows
+  both.learn_on()
+  assert both.updates == 20 and int(copy.step) == 200
+  both.step = 260
+  source.updates.assign(26)
+  both.learn_on()
+  assert int(copy.step) == 260 and logged == [10, 200, 260]
+
+
 def test_checkpoints_come_as_often_as_they_are_cheap(learner, monkeypatch):
   learner, run = learner
   progress = free.LearnerProgress(run, learner)

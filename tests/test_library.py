@@ -192,6 +192,38 @@ def test_wrong_observations(runs, change, message):
     agent.act(change(obs))
 
 
+@pytest.mark.parametrize('reset', [None, 2, np.nan, [True, False]])
+def test_a_reset_that_is_no_bool(runs, reset):
+  agent = load(runs('reach'))
+  agent.reset(seed=0)
+  (obs,) = observations(agent, 1)
+  agent.act(obs, reset=True)
+  with pytest.raises(ValueError, match='reset is a bool, or one for each'):
+    agent.act(obs, reset=reset)
+
+
+@pytest.mark.parametrize(
+  'name, actions, message',
+  [
+    ('reach', np.full([3, 2], 1.1), r'within \[-1, 1\]'),
+    ('reach', np.full([3, 2], np.nan), r'within \[-1, 1\]'),
+    ('catch', np.ones([3, 3]), 'one-hot'),
+    ('catch', np.eye(3) * 0.5, 'one-hot'),
+  ],
+)
+def test_wrong_actions_to_imagine(runs, name, actions, message):
+  agent = load(runs(name))
+  agent.reset(seed=0)
+  with pytest.raises(ValueError, match=message):
+    agent.imagine(observations(agent, 1)[0], actions)
+
+
+def test_home_folder(runs, monkeypatch):
+  logdir = runs('reach')
+  monkeypatch.setenv('HOME', str(logdir.parent))
+  assert dreamer.load(f'~/{logdir.name}').config.logdir == logdir
+
+
 def test_another_number_of_environments_needs_a_reset(runs):
   agent = load(runs('reach'))
   agent.reset(seed=0)

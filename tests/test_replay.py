@@ -365,6 +365,8 @@ def test_what_unpacks_to_too_much_is_not_unpacked(tmp_path, monkeypatch):
   monkeypatch.setattr(episode_files.EpisodeFile, 'LARGEST', 1000)
   with pytest.raises(ValueError, match='unpacks to more'):
     episode.read(0, 3)
+  (path,) = tools.save_episodes(tmp_path, [make_episode(1, 6)])
+  assert len(episode_files.EpisodeFile(path).read(0, 3)['reward']) == 3
 
 
 def test_check_finds_broken_structure_before_anything_is_read(tmp_path, capsys):
@@ -558,13 +560,15 @@ def test_episodes_without_what_the_agent_sees_are_of_another_task(tmp_path):
   assert path.exists()
 
 
-def batches(folder, count, part=(0, 1), **flags):
+def batches(folder, count, part=(0, 1), folders=1, **flags):
   """(episode, first row) of the windows of batches, by the flags of a run."""
   defaults = dict(batch_size=20, batch_length=3, dataset_balance=False)
   defaults.update(seed=0, replay_capacity=0, action_repeat=4)
   config = cli.AttrDict({**defaults, **flags})
   inputs = dict(image=(4, 4, 3))
-  drawn = replay.load_dataset(folder, config, part=part, inputs=inputs)
+  drawn = replay.load_dataset(
+    folder, config, part=part, inputs=inputs, folders=folders
+  )
   found = [batch for batch, _ in zip(drawn, range(count), strict=False)]
   images = np.concatenate([batch['image'] for batch in found])
   return [(int(x[0, 0, 0, 0]), int(x[0, 0, 0, 1])) for x in images]
@@ -576,6 +580,7 @@ def test_batches_are_drawn_as_the_flags_say(tmp_path):
   assert {number for number, _ in plain} == {1, 2, 3, 4, 5}
   # In environment steps: 36 in each episode.
   few = batches(tmp_path, 10, replay_capacity=72)
+  assert batches(tmp_path, 10, folders=2, replay_capacity=144) == few
   assert {number for number, _ in few} == {4, 5}
   ends = [row for _, row in batches(tmp_path, 10, dataset_balance=True)]
   assert np.mean([row == 7 for _, row in plain]) < 0.25

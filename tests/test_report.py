@@ -1,6 +1,7 @@
 """The pages of one's own runs, on logdirs made by hand."""
 
 import html.parser
+import io
 import json
 import os
 import pathlib
@@ -12,9 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import imageio.v3 as imageio
 import numpy as np
+import PIL.Image
 import pytest
 from test_compare import WALK, write_metrics, write_run
 
@@ -603,6 +606,55 @@ def test_stills_of_all_kinds(image, color):
   ((still,), _) = media.read(data, '.png')
   assert still.shape == (9, 9, 3)
   assert (still == color).all()
+
+
+def test_a_long_pause_in_a_gif_takes_no_memory():
+  black, gray = (np.full((64, 64), n, np.uint8) for n in (0, 99))
+  images = [PIL.Image.fromarray(x) for x in (black, gray)]
+  data = io.BytesIO()
+  images[0].save(
+    data, 'gif', save_all=True, append_images=images[1:], duration=[10, 600_000]
+  )
+  tracemalloc.start()
+  frames, _ = media.read(data.getvalue(), '.gif')
+  assert tracemalloc.get_traced_memory()[1] < 100e6
+  tracemalloc.stop()
+  assert len(frames) == media.FRAMES
+  assert (frames[0] < 9).all() and (frames[1:] > 90).all()
+
+
+@pytest.mark.parametrize(
+  'mode, white, suffix', [('1', 1, '.png'), ('CMYK', (0, 0, 0, 0), '.jpg')]
+)
+def test_given_stills_of_all_modes(tmp_path, mode, white, suffix):
+  runs, pictures = tmp_path / 'runs', tmp_path / 'pictures'
+  write_run(runs, WALK, 0, [(100_000, 1.0)])
+  pictures.mkdir()
+  PIL.Image.new(mode, (32, 32), white).save(pictures / f'{WALK}{suffix}')
+  make_site(runs, tmp_path / 'site', '--pictures', pictures)
+  (still,) = (tmp_path / 'site/media').iterdir()
+  assert imageio.imread(still)[..., :3].min() > 250
+
+
+def test_a_checkpoint_without_pictures_is_evaluated_once(tmp_path, monkeypatch):
+  run = write_run(tmp_path / 'runs', 'toy_reach', 0, [(100, 1.0)])
+  (run / 'checkpoints').mkdir()
+  (run / 'checkpoints/ckpt-5.index').write_bytes(b'nonsense')
+  tried = []
+  monkeypatch.setattr(
+    media, '_run_evaluation', lambda run, *_: tried.append(run.folder)
+  )
+  words = [
+    '--indir',
+    str(tmp_path / 'runs'),
+    '--outdir',
+    str(tmp_path / 'site'),
+  ]
+  pages_of = report.Report(report.parse_flags(words))
+  for step in (200, 300):
+    pages_of.update(videos=True)
+    add_lines(run, step)
+  assert pages_of.update(videos=True) and tried == [run]
 
 
 def test_without_ffmpeg_videos_are_animated_webp():

@@ -273,6 +273,13 @@ def test_portions_and_pauses_between_checkpoints(make_learner, tmp_path):
   made.save_if_due()
   made.save_if_due()  # that was just now
   assert saved.newest() == 0 and len(saved._numbers()) == 1
+  saves = []
+  made.save = lambda: saves.append(agent.updates)
+  for _ in range(3):  # nothing has changed
+    made.after_portion()
+  agent._agent.updates.assign(7)
+  made.after_portion()
+  assert saves == [0, 7]
 
 
 def test_runs_of_several_environments_are_not_exact(make_learner, tmp_path):

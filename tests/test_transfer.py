@@ -230,6 +230,10 @@ def test_several_choices_are_those_of_the_run_of_the_episodes(tmp_path):
     (['--offline={}', '--strategy=multiworker'], '--strategy mirrored'),
     (['--offline={reach}', '--inputs=pose'], 'it has image, state'),
     (['--offline={reach}', '--task=toy_catch'], 'are of another task'),
+    (
+      ['--offline={reach}', '--action_repeat=2'],
+      '--action_repeat 1; give',
+    ),
   ],
 )
 def test_bad_input(reach, tmp_path, words, message, capsys):
