@@ -181,18 +181,19 @@ def describe(directory):
   """What the episodes of a folder hold, by the first that is whole.
 
   Returns:
-    {key: shape of a row}, and whether their actions are one-hot; {} and False
-    where there is none.
+    {key: shape of a row}, and of how many choices their actions are one-hot
+    vectors, 0 if they are numbers; {} and 0 where there is none.
   """
   for name in list_episodes(directory):
     episode = EpisodeFile(pathlib.Path(directory) / name)
     with contextlib.suppress(ValueError):
       rows = episode.read(0, episode.length)
       actions = rows['action'][1:]  # the first is none
-      onehot = np.isin(actions, (0, 1)).all() and (actions.sum(-1) == 1).all()
+      ones = np.unique(actions.sum(-1))
+      onehot = np.isin(actions, (0, 1)).all() and len(ones) == 1
       shapes = {k: v.shape[1:] for k, v in rows.items()}
-      return shapes, bool(onehot and actions.size)
-  return {}, False
+      return shapes, int(ones[0]) if onehot else 0
+  return {}, 0
 
 
 def count_steps(datadir, config, folders=1):

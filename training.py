@@ -412,10 +412,16 @@ def _prepare(run, envs, test_env):
 
 def _replay_spec(run):
   """`Spec` of an agent for the episodes of a folder."""
-  shapes, onehot = replay.describe(run.datadir)
+  shapes, choices = replay.describe(run.datadir)
   size = shapes['action'][0]
-  record = dict(choices=[size]) if onehot else dict(size=size)
-  actions = _stored_actions(run) or spaces.action_space(record)
+  record = dict(choices=[size]) if choices else dict(size=size)
+  stored = _stored_actions(run)
+  if choices > 1 and not stored:
+    raise UserError(
+      f'the actions in {run.datadir} are {choices} choices side by side, but '
+      'not which: put the config.json of their run beside the folder'
+    )
+  actions = stored or spaces.action_space(record)
   inputs = environments.input_shapes(run.config, shapes)
   about = [f'The agent sees {", ".join(inputs)}, of the episodes.']
   return environments.Spec(inputs, actions, about)

@@ -199,7 +199,7 @@ def test_one_hot_actions_are_found_in_episodes(tmp_path):
   assert space.discrete and space.choices == (3,)
 
 
-def test_several_choices_are_those_of_the_run_of_the_episodes(tmp_path):
+def test_several_choices_are_those_of_the_run_of_the_episodes(tmp_path, capsys):
   """Which the vectors side by side do not tell."""
   box = spaces.OneHotBox([2, 3])
   rows = dict(
@@ -210,6 +210,9 @@ def test_several_choices_are_those_of_the_run_of_the_episodes(tmp_path):
   )
   source = tmp_path / 'source'
   episode_files.save_episodes(source / 'episodes', [rows] * 3)
+  bare = [f'--offline={source}', '--task=custom_robot', '--inputs=state']
+  assert run(tmp_path / 'bare', *bare, '--updates=1') == 2
+  assert '2 choices side by side, but not which' in capsys.readouterr().err
   flags = ['--task=custom_robot', '--inputs=state', '--preset=debug']
   config = commandline.parse_flags([f'--logdir={source}', *flags])
   runfile.write_config(config, dict(state=(3,)), box)
