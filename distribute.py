@@ -372,9 +372,9 @@ def _join(cluster):
       '{"type": "worker", "index": 0}}, with another index in each process'
     )
   index, workers = cluster
-  print(f'Process {index} of {workers}: waiting for the others.', flush=True)
   # It waits in C++, where Python's handler would not be called.
   handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  print(f'Process {index} of {workers}: waiting for the others.', flush=True)
   try:
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
   finally:
