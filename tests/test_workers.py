@@ -720,9 +720,12 @@ class Forked(Simulator):
 
   def __init__(self, path):
     self.path = path
+    ours, theirs = os.pipe()
     self.child = os.fork()
     if not self.child:
+      os.write(theirs, b'.')
       time.sleep(600)
+    os.read(ours, 1)  # Python forgets signals of before it runs in the child
     self.observation_space = self.action_space = None
 
   def close(self):
