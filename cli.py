@@ -200,27 +200,27 @@ def to_json(record):
 
 
 def write_json(path, record):
-  """Writes a file of JSON, whole or not at all.
+  """Writes a file of JSON, whole or not at all; links to files stay.
 
-  What is there and no plain file is written through, such as /dev/stdout.
+  To what is no file, such as a pipe at /dev/stdout, it is written as it is.
   """
-  path = pathlib.Path(path)
-  if path.is_symlink() or (path.exists() and not path.is_file()):
-    path.write_bytes(to_json(record))
+  path, data = pathlib.Path(path), to_json(record)
+  if path.exists() and not path.is_file():
+    path.write_bytes(data)
     return
-  with atomic_write(path) as file:
-    file.write(to_json(record))
+  with atomic_write(path.resolve()) as file:
+    file.write(data)
 
 
 @contextlib.contextmanager
-def writing():
-  """Turns what a folder refuses into a message; not a reader that is gone."""
+def file_errors():
+  """Turns errors of files into a UserError, but not of a closed output."""
   try:
     yield
   except BrokenPipeError:
     raise
   except OSError as error:
-    raise UserError(f'cannot write: {error}') from None
+    raise UserError(f'cannot read or write: {error}') from None
 
 
 def remove_temporary_files(directory):

@@ -465,7 +465,7 @@ def run(argv):
   axes = args.xaxis, args.yaxis
   for line in sentences(rows, summary, paper, axes, args.window):
     print(line)
-  with cli.writing():
+  with cli.file_errors():
     if args.outdir:
       for path in plot(
         groups, paper, args.outdir, args.xaxis, args.yaxis, args.bins

@@ -304,9 +304,8 @@ class ShortEpisodes:
   def __call__(self, episode):
     """To be called after an episode was stored."""
     config = self._run.config
-    if self._said or len(episode['reward']) >= config.batch_length:
-      return
-    if self._run.steps() < config.prefill:
+    long = len(episode['reward']) >= config.batch_length
+    if self._said or long or self._run.steps() < config.prefill:
       return
     names = episode_files.list_episodes(self._run.datadir)
     rows = [episode_files.episode_length(name) for name in names]

@@ -263,7 +263,7 @@ def run(argv):
   training.setup_gpus(config)
   # An exported agent may run where there is no bfloat16.
   training.setup_precision('32' if args.export else config.precision)
-  with cli.writing():
+  with cli.file_errors():
     if args.export:
       library.export(library.load_dreamer(config, dreamer.Dreamer), args.export)
       _wrote(args.export)

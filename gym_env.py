@@ -262,8 +262,9 @@ class GymEnv:
 
   def _rendered_layout(self, image):
     """Floats are up to 1 until a frame has more; ValueError if it is none."""
-    self._bytes = self._bytes or np.max(image) > 1
-    high = 1 if image.dtype.kind in 'fb' and not self._bytes else 255
+    floats = image.dtype.kind in 'fb'
+    self._bytes = self._bytes or (floats and np.max(image) > 1)
+    high = 1 if floats and not self._bytes else 255
     layout = spaces.image_layout(image.shape, image.dtype, 0, high)
     if not layout:
       raise ValueError(

@@ -415,7 +415,7 @@ def run(argv):
   args = parse_flags(argv)
   if args.pictures and not args.pictures.is_dir():
     raise UserError(f'--pictures {args.pictures} is not a folder')
-  with cli.writing():
+  with cli.file_errors():
     report = Report(args)
     report.update(args.watch, args.videos)
     print(f'Wrote {args.outdir / "index.html"}.', flush=True)

@@ -428,7 +428,7 @@ def _replay_spec(run):
 
 
 def _check_origin(run):
-  """UserError where episodes of a run have another number of frames a step."""
+  """UserError where the episodes have another --action_repeat than this run."""
   try:
     origin = runfile.load_config(run.datadir.parent)
   except UserError:

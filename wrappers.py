@@ -287,7 +287,7 @@ def _import_suite(renders):
 
 @contextlib.contextmanager
 def graphics_errors():
-  """Makes errors that OpenGL raises a RenderError."""
+  """Turns errors of OpenGL into a RenderError; others pass."""
   try:
     yield
   except UserError:

@@ -542,3 +542,12 @@ def test_other_axes_than_steps_may_be_below_one(tmp_path, capsys):
   (run,) = run_folders.find_runs([tmp_path / 'runs'], 'ratio')
   edges, curves = compare.binned([run], 0)
   assert np.isfinite(curves).sum() == 9 and edges[-1] == pytest.approx(0.9)
+
+
+def test_a_picture_that_cannot_be_written(tmp_path, capsys):
+  write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
+  (tmp_path / 'plots/curves.png').mkdir(parents=True)
+  words = [f'--indir={tmp_path}/runs', f'--outdir={tmp_path}/plots']
+  assert compare.main(words) == 2
+  err = capsys.readouterr().err
+  assert 'cannot read or write' in err and 'curves.png' in err

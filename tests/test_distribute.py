@@ -409,6 +409,16 @@ def test_wait_for_others_ends_at_once_when_asked(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_replicas_imagine_from_other_rows(monkeypatch):
+  """With one seed, each its share of its own part."""
+  chosen = []
+  for index in (0, 1):
+    monkeypatch.setattr(distribute, 'replica', lambda i=index: (i, 2))
+    rows = distribute.some_rows(dict(x=tf.range(20)), 8, tf.constant([0, 1]))
+    chosen.append(set(rows['x'].numpy()))
+  assert [len(rows) for rows in chosen] == [4, 4] and chosen[0] != chosen[1]
+
+
 @pytest.mark.parametrize(
   'flags, message',
   [

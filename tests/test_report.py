@@ -644,12 +644,7 @@ def test_a_checkpoint_without_pictures_is_evaluated_once(tmp_path, monkeypatch):
   monkeypatch.setattr(
     media, '_run_evaluation', lambda run, *_: tried.append(run.folder)
   )
-  words = [
-    '--indir',
-    str(tmp_path / 'runs'),
-    '--outdir',
-    str(tmp_path / 'site'),
-  ]
+  words = ['--indir', f'{tmp_path}/runs', '--outdir', f'{tmp_path}/site']
   pages_of = report.Report(report.parse_flags(words))
   for step in (200, 300):
     pages_of.update(videos=True)

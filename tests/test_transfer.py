@@ -233,10 +233,7 @@ def test_several_choices_are_those_of_the_run_of_the_episodes(tmp_path, capsys):
     (['--offline={}', '--strategy=multiworker'], '--strategy mirrored'),
     (['--offline={reach}', '--inputs=pose'], 'it has image, state'),
     (['--offline={reach}', '--task=toy_catch'], 'are of another task'),
-    (
-      ['--offline={reach}', '--action_repeat=2'],
-      '--action_repeat 1; give',
-    ),
+    (['--offline={reach}', '--action_repeat=2'], 'repeat 1; give that'),
   ],
 )
 def test_bad_input(reach, tmp_path, words, message, capsys):
@@ -263,7 +260,8 @@ def test_other_updates_a_step_take_no_episodes_away(reach, tmp_path, capsys):
   assert run(tmp_path / 'run', *words, '--updates=2') == 0
   assert run(tmp_path / 'run', *words, '--updates=3', '--train_steps=999') == 0
   text = capsys.readouterr().out
-  assert 'Resumed at' in text and 'are gone' not in text
+  assert 'Resumed at' in text
+  assert 'are gone' not in text and 'dropped' not in text
 
 
 def test_collects_or_not_for_good(reach, tmp_path, capsys):
