@@ -17,8 +17,10 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import cli
+import distribute
 import training
 
 pytestmark = pytest.mark.slow
