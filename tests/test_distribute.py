@@ -62,11 +62,6 @@ CASES = {
 
 def update(folder, strategy, cases):
   """Updates on the same batches, whatever they are spread over."""
-  os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
-  import tensorflow as tf
-
-  import distribute
-
   cpu = tf.config.list_physical_devices('CPU')[0]
   if strategy == 'mirrored':
     halves = [tf.config.LogicalDeviceConfiguration()] * REPLICAS
@@ -242,8 +237,6 @@ def test_update_is_that_of_one_device(folder, single, strategy, cases):
 
 
 def test_batch_goes_to_replicas_by_rows():
-  import distribute
-
   team = distribute.Team()
   placed = team.place(dict(x=np.arange(6.0)))
   np.testing.assert_array_equal(placed['x'], np.arange(6.0))
@@ -263,8 +256,6 @@ def test_batch_goes_to_replicas_by_rows():
   ],
 )
 def test_unusable_cluster(monkeypatch, config, message):
-  import distribute
-
   monkeypatch.delenv('TF_CONFIG', raising=False)
   if isinstance(config, dict):
     task = dict(type=next(iter(config)), index=1)
@@ -276,8 +267,6 @@ def test_unusable_cluster(monkeypatch, config, message):
 
 
 def test_cluster_numbers_the_chief_first(monkeypatch):
-  import distribute
-
   cluster = dict(worker=['b:1', 'c:1'], chief=['a:1'])
   found = []
   for kind, index in (('chief', 0), ('worker', 0), ('worker', 1)):
