@@ -281,11 +281,12 @@ def test_imagining_needs_an_observation_and_actions_of_its_size(mine):
     agent.imagine(None, np.eye(2))
   with pytest.raises(ValueError, match=r'Actions are \[H, 2\]'):
     agent.imagine(np.zeros(4), np.zeros((3, 1)))
+  noops = np.tile(np.eye(2)[0], (3, 5, 1))
   with pytest.raises(ValueError, match='of 1 environments, actions are of 3'):
-    agent.imagine(np.zeros(4), np.zeros((3, 5, 2)))
+    agent.imagine(np.zeros(4), noops)
   told = agent.imagine(np.zeros(4), np.eye(2))
   assert set(told) == {'reward', 'discount', 'state'}
-  batch = agent.imagine(np.zeros((3, 4)), np.zeros((3, 5, 2)))
+  batch = agent.imagine(np.zeros((3, 4)), noops)
   assert batch['discount'].shape == (3, 5)
   assert (batch['discount'] >= 0).all() and (batch['discount'] <= 1).all()
 
