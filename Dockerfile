@@ -35,11 +35,7 @@ FROM base AS test
 # hadolint ignore=DL3008
 RUN apt-get update \
   && apt-get install -y --no-install-recommends \
-    libegl1 libgl1-mesa-dri libopengl0 libosmesa6 python3-venv chromium \
-  && rm -rf /var/lib/apt/lists/*
-# hadolint ignore=DL3008
-RUN apt-get update \
-  && apt-get install -y --no-install-recommends git \
+    libegl1 libgl1-mesa-dri libopengl0 libosmesa6 python3-venv chromium git \
   && rm -rf /var/lib/apt/lists/*
 RUN pip install -e '.[test]'
 CMD ["python", "-m", "pytest", "-n", "2", "--no-loadscope-reorder", "--dist", "loadfile"]

@@ -224,8 +224,7 @@ def update_flops(agent, config):
   where every layer is computed on its own.
   """
   images = config.batch_size * config.batch_length
-  starts = config.batch_size * (config.batch_length - int(config.pcont))
-  steps = starts * config.horizon
+  steps = images * config.horizon
 
   networks = agent.networks()
 

@@ -331,7 +331,7 @@ class Lock:
     self._file.seek(0)
     holder = self._file.read().strip()
     try:
-      fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      self._take()
     except BlockingIOError:
       age = datetime.timedelta(seconds=int(time.time() - path.stat().st_mtime))
       self._file.close()
@@ -347,6 +347,13 @@ class Lock:
     host = socket.gethostname()
     self._file.write(f'process {os.getpid()} on {host}{note}\n')
     self._file.flush()
+
+  def _take(self):
+    for _ in range(5):  # one that only looks (`_holder`) has it for a moment
+      with contextlib.suppress(BlockingIOError):
+        return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      time.sleep(0.02)
+    return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
   def release(self):
     """Ends it; the file stays, empty."""

@@ -95,8 +95,6 @@ def _check_offline(config):
     raise UserError(f'--offline {config.offline}: there is no such folder')
   if not config.train_steps:
     raise UserError('--offline needs --train_steps of 1 or more')
-  if config.strategy == 'multiworker':
-    raise UserError('--offline runs in one process: --strategy mirrored')
   if config.behavior == 'evolution' and config.evolve == 'environment':
     raise UserError(
       '--offline has no episodes for --evolve environment; choose imagination'
@@ -138,9 +136,4 @@ def _check_free(config, given):
     raise UserError(
       '--evolve environment gives each episode a controller, and --learner '
       'free changes what acts within it: choose --evolve imagination'
-    )
-  if c.strategy == 'multiworker':
-    raise UserError(
-      '--learner free makes its updates in one process: --strategy mirrored; '
-      '--role act may be another'
     )

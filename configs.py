@@ -439,6 +439,16 @@ def define_config(task='dmc_walker_walk', preset='release', inputs='image'):
   return config
 
 
+def steps_of(config, updates):
+  """Environment steps in which a run that collects has as many updates."""
+  return updates * config.train_every // config.train_steps
+
+
+def last_step(config):
+  """Environment step at which a run ends."""
+  return steps_of(config, config.updates) if config.updates else config.steps
+
+
 def resolve_actions(config, actspace):
   """Sets what is `auto` by the action space; UserError where flags misfit."""
   discrete = getattr(actspace, 'discrete', False)

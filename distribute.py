@@ -286,7 +286,7 @@ class Team:
       flags = ', '.join(f'--{names[i]}' for i in differ) or 'some flags'
       raise UserError(
         f'the processes of this run have different values of {flags}; start '
-        'all with the same command, but for --logdir'
+        'all with the same command, these flags in it, but for --logdir'
       )
 
   def compare_folders(self, directory):
@@ -377,6 +377,12 @@ def _join(cluster):
   print(f'Process {index} of {workers}: waiting for the others.', flush=True)
   try:
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
+  except tf.errors.OpError as error:
+    reason = error.message.partition('\n')[0]
+    raise UserError(
+      f'process {index} cannot begin at its address in TF_CONFIG ({reason}). '
+      'Is its port free, on this host?'
+    ) from None
   finally:
     signal.signal(signal.SIGINT, handler)
   return Team(strategy, index, workers)
@@ -393,7 +399,7 @@ def _read_cluster():
     kind, index = task['type'], int(task['index'])
     members = [(k, i) for k in ('chief', 'worker') for i in _tasks(cluster, k)]
     return members.index((kind, index)), len(members)
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
     raise UserError(
       f'TF_CONFIG is not a cluster and a task of type chief or worker in it: '
       f'{text[:200]}'
@@ -402,6 +408,8 @@ def _read_cluster():
 
 def _tasks(cluster, kind):
   addresses = cluster.get(kind, [])
-  if not all(isinstance(a, str) and ':' in a for a in addresses):
-    raise ValueError(addresses)
+  for address in addresses:
+    port = int(address.rpartition(':')[2])
+    if not 0 < port < 2**16:
+      raise ValueError(address)
   return range(len(addresses))

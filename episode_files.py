@@ -46,7 +46,7 @@ def _next_stamp(directory):
   """The time, but after all names there, so that they sort by their age."""
   form = '%Y%m%dT%H%M%S%f'
   now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-  with contextlib.suppress(ValueError):
+  with contextlib.suppress(ValueError, OverflowError):
     stamp = newest(directory).partition('-')[0]
     last = datetime.datetime.strptime(stamp, form)
     now = max(now, last + datetime.timedelta(microseconds=1))

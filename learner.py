@@ -164,8 +164,9 @@ class Learner:
     """Begins the updates that are due by the number of steps."""
     self._check_stop()
     due, step = 0, self.step
-    if self._team.workers > 1:  # which do not end at the same step
-      step = min(step, self._c.steps)
+    if self._team.workers > 1:  # each surely acts at this step, or a later one
+      agents = self._c.envs * self._team.workers
+      step = min(step, self._c.steps - agents * self._c.action_repeat)
     with self._lock:  # a checkpoint holds both the schedule and what is due
       while self._should_train(step):
         first = self._should_pretrain()

@@ -171,6 +171,12 @@ def share(ray, args):
     gpus = int(any(g >= 1 for _, g in have))
   most = max((c for c, g in have if g >= gpus), default=0)
   cpus = args.cpus_per_run or min(CPUS, max(1, most))
+  if any(round(n, 4) != n for n in (cpus, gpus)) or gpus > max(1, int(gpus)):
+    raise UserError(
+      'Ray gives ten-thousandths of CPUs and GPUs, and above one GPU whole '
+      f'ones: not {cpus:g} CPUs (--cpus-per-run) and {gpus:g} GPUs '
+      '(--gpus-per-run)'
+    )
   if not places(ray, cpus, gpus):
     each = '; '.join(f'{c:g} CPUs, {g:g} GPUs' for c, g in have)
     raise UserError(

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 
 import cloudpickle
@@ -32,6 +34,7 @@ from worker_calls import (
   TaskError,
   WorkerError,
   WorkerLost,
+  WorkersLost,
   attempt,
   call_limit,
   describe,
@@ -59,12 +62,14 @@ class RayWorker:
     self._output = output
     self._pending = collections.deque()
     self._ray = _connect_ray()
+    self._head = _head(self._ray.get_runtime_context().gcs_address)
     chosen = os.environ.get('MUJOCO_GL')
     self._fallback = None if chosen else 'osmesa'
     self._launch(chosen or 'egl')
 
   def _launch(self, renderer):
     """Starts an actor; nothing waits for it here."""
+    self._head.wait()
     self._cpus = 0 if _is_own_ray(self._ray) else 1
     actor = self._ray.remote(_actor_class()).options(
       num_cpus=self._cpus,
@@ -79,7 +84,7 @@ class RayWorker:
     )
     self._ready = self._expect(starting, self._limits[1])
     self._end = weakref.finalize(
-      self, _end_actor, self._ray, self._actor, self._ready
+      self, _end_actor, self._ray, self._head, self._actor, self._ready
     )
 
   def about(self):
@@ -125,8 +130,8 @@ class RayWorker:
   def _receive(self, coming, limit):
     """Returns an answer of the actor, or one for an actor that gives none."""
     try:
-      seconds = limit.seconds + self.GRACE if limit.seconds else None
-      answer, printed = pickle.loads(coming.result(seconds))
+      seconds = limit.seconds + self.GRACE if limit.seconds else math.inf
+      answer, printed = pickle.loads(self._watch(coming, seconds))
       self._output.write(printed)
       success, payload = answer
       if not success and payload[0] == 'WorkerLost':
@@ -144,6 +149,18 @@ class RayWorker:
         return False, ('', 'The environment is closed.', '')
       cause = f'died: {_why_lost(error)}'
       return self._output.lost(cause, self._last_output())
+
+  def _watch(self, coming, seconds):
+    """The result of a future of Ray; raises TimeoutError, and `_Head.check`."""
+    end = time.monotonic() + seconds
+    while True:
+      self._head.check()
+      left = max(0, end - time.monotonic())
+      try:
+        return coming.result(min(left, _Head.EVERY))
+      except TimeoutError:
+        if not left:
+          raise
 
   def _last_output(self):
     """What a dead actor wrote to standard error, if that was on this host."""
@@ -176,6 +193,57 @@ class RayWorker:
       ) from None
 
 
+class _Head:
+  """The head of a Ray cluster, without which nothing new begins there.
+
+  Ray ends this process when it has not heard of the head for long, so the run
+  must end, and be saved, before.
+
+  Args:
+    address: host and port.
+  """
+
+  EVERY = 5  # seconds between looks
+  PATIENCE = 20  # seconds without an answer
+
+  def __init__(self, address):
+    self._address = address
+    self._next = 0.0
+    self._silent = None  # since when
+
+  def check(self):
+    """Looks, if it is time to; WorkersLost: it has been silent for too long."""
+    now = time.monotonic()
+    if now < self._next:
+      return
+    self._next = now + self.EVERY
+    host, port = self._address.rsplit(':', 1)
+    try:
+      socket.create_connection((host, port), timeout=self.EVERY).close()
+      self._silent = None
+    except OSError as error:
+      self._silent = self._silent or now
+      if now - self._silent >= self.PATIENCE:
+        raise WorkersLost(
+          f'Ray at {self._address} does not answer any more: {error}'
+        ) from None
+
+  def wait(self):
+    """Returns when it answers; raises as `check`."""
+    self._next = 0.0
+    self.check()
+    while not self.answers:
+      time.sleep(1)
+      self.check()
+
+  @property
+  def answers(self):
+    return self._silent is None
+
+
+_head = functools.cache(_Head)
+
+
 def _why_lost(error):
   """The part of Ray's message that says how an actor ended."""
   text = str(error).strip()
@@ -183,10 +251,10 @@ def _why_lost(error):
   return text.partition(' Some common causes')[0].splitlines()[-1].strip('. ')
 
 
-def _end_actor(ray, actor, ready):
+def _end_actor(ray, head, actor, ready):
   """Ends an actor: kindly, or by force if it has not begun or is stuck."""
-  if not ray.is_initialized():
-    return  # it has ended with the connection
+  if not (ray.is_initialized() and head.answers):
+    return  # it ends with the connection
   if ready.done():
     with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
       closing = actor.call.remote('close', pickle.dumps(()))
@@ -314,6 +382,8 @@ def _connect_ray():
   where = f'Ray at RAY_ADDRESS={address}'
   if address in ('', 'local'):
     where, address = 'a Ray of its own', _own_ray()
+  # Else it ends this process after 60 seconds without its head (see `_Head`).
+  os.environ.setdefault('RAY_gcs_rpc_server_reconnect_timeout_s', '600')
   import ray
 
   logging.getLogger('ray').setLevel(logging.ERROR)

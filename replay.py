@@ -201,7 +201,7 @@ def count_steps(datadir, config, folders=1):
   return count_episodes(datadir)[1] * config.action_repeat * folders
 
 
-IMAGE = types.MappingProxyType(dict(image=(64, 64, 3)))
+IMAGE = types.MappingProxyType(dict(image=spaces.IMAGE_SHAPE))
 
 
 def load_dataset(
@@ -334,7 +334,8 @@ class Collect(workers.Wrapper):
       self._losses += 1
       if own and not (self._tolerant and self._proven):
         raise error
-      if self._losses >= self.LOSSES:
+      gone = isinstance(error, worker_calls.WorkersLost)
+      if gone or self._losses >= self.LOSSES:
         raise error
       self._lost(error)
       try:

@@ -111,8 +111,13 @@ def _read_run(folder, xaxis, yaxis, read):
     return None
   steps, scores = read(folder / 'metrics.jsonl', xaxis, yaxis)
   task, method, seed, config = named
-  task = 'dmc_cup_catch' if task == 'dmc_ball_in_cup_catch' else task
+  task = paper_name(task)
   return Run(task, method, seed, folder, steps, scores, config)
+
+
+def paper_name(task):
+  """The one name of a task that has two."""
+  return 'dmc_cup_catch' if task == 'dmc_ball_in_cup_catch' else task
 
 
 def _read_config(path):

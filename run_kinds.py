@@ -7,6 +7,7 @@ import time
 import typing
 
 import cli
+import configs
 import distribute
 import replay
 import runfile
@@ -88,9 +89,7 @@ class OfflineRun(Run):
     return inner if os.path.isdir(inner) else folder
 
   def steps(self):
-    """Environment steps in which a run that collects has as many updates."""
-    c = self.config
-    return self.updates() * c.train_every // c.train_steps
+    return configs.steps_of(self.config, self.updates())
 
   def follow(self, learner):
     self.updates = lambda: learner.updates

@@ -180,6 +180,9 @@ def load_spaces(logdir):
   record = _read_config(pathlib.Path(logdir) / 'config.json')
   try:
     inputs = {k: tuple(map(int, v)) for k, v in record['observations'].items()}
+    images = {v for k, v in inputs.items() if spaces.is_image(k)}
+    if not inputs or images - {spaces.IMAGE_SHAPE}:
+      return None, None
     return inputs, spaces.action_space(record['actions'])
   except (KeyError, TypeError, ValueError, AttributeError):
     return None, None
@@ -307,7 +310,7 @@ def _quoted(value):
 
 
 def checkpoint_numbers(folder):
-  """Updates before each whole checkpoint in a folder, sorted."""
+  """Those of whole checkpoints: updates, or the next that was free. Sorted."""
   numbers = []
   for path in folder.glob('ckpt-*.index'):
     match = re.fullmatch(r'ckpt-(\d+)\.index', path.name)

@@ -20,6 +20,8 @@ with quiet_stderr():
 
 # --- Observations -----------------------------------------------------------
 
+IMAGE_SHAPE = (64, 64, 3)  # as the agent sees them
+
 
 def is_image(name):
   """Whether an observation is an image: image, image_2, image_3, ..."""

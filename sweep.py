@@ -101,6 +101,10 @@ class Run:
   def name(self):
     return f'{self.task} {self.arm.name} {self.seed}'
 
+  @property
+  def last_step(self):
+    return configs.last_step(self.config)
+
 
 def plain(method):
   return Arm(method, method, METHODS[method])
@@ -119,7 +123,7 @@ def expand(name, methods=None):
     'dmc20': dmc20,
     'atari9': [f'atari_{game}' for game in ATARI],
     'figure4': [f'dmc_{task}' for task in FIGURE4],
-  }.get(name, dmc20 if name in SETS else [name])
+  }.get(name, dmc20 if name in SETS else [run_folders.paper_name(name)])
   if name.startswith('figure') and name in SETS:
     everything = figure_arms(name)
     arms = [arm for arm in everything if arm.method in (methods or METHODS)]
@@ -213,16 +217,17 @@ def check_flags(pairs, extra):
 
 def make_runs(wanted, args):
   """All runs, first those of seed 0; those that are finished are `done`."""
-  runs = []
+  folder, runs = pathlib.Path(os.path.realpath(args.logdir)), []
   for seed in range(args.seeds):
     for (task, arm), config in wanted.items():
-      logdir = args.logdir.resolve() / task / arm.name / str(seed)
+      logdir = folder / task / arm.name / str(seed)
       flags = ['--logdir', str(logdir), '--task', task]
       flags += ['--seed', str(seed), *arm.flags, *args.extra]
       run = Run(task, arm, seed, logdir, config, flags)
       warn_of_changes(run)
-      step = read_json(logdir / ray_runs.FINISHED).get('step', -1)
-      if step >= config['steps'] and (logdir / 'config.json').exists():
+      step = read_json(logdir / ray_runs.FINISHED).get('step')
+      done = isinstance(step, int) and step >= run.last_step
+      if done and (logdir / 'config.json').exists():
         run.state, run.note = 'done', 'was finished'
         run.progress['step'] = step
       runs.append(run)
@@ -280,6 +285,7 @@ class Board:
   def __init__(self, runs):
     self._runs = runs
     self._said = {}
+    self._seen = {}  # states
     self._live = None
     if sys.stdout.isatty():
       from rich import live
@@ -297,8 +303,10 @@ class Board:
 
   def show(self):
     for run in self._runs:
-      if run.state != 'waiting':
+      changed = self._seen.get(run) != run.state
+      if run.state != 'waiting' and (changed or run.state == 'running'):
         run.progress.update(read_progress(run.logdir / 'metrics.jsonl'))
+      self._seen[run] = run.state
     if self._live:
       height = max(3, self._live.console.height - 6)
       self._live.update(self._table(height), refresh=True)
@@ -307,7 +315,7 @@ class Board:
 
   def _table(self, height):
     """The runs under way first where there is not room for all."""
-    from rich import table
+    from rich import table, text
 
     runs = sorted(
       self._runs, key=lambda run: (run.task, run.arm.name, run.seed)
@@ -320,14 +328,14 @@ class Board:
       number = title in ('seed', 'steps', 'fps', 'return')
       result.add_column(title, justify='right' if number else 'left')
     for run in runs:
-      result.add_row(*self._row(run))
+      result.add_row(*map(text.Text, self._row(run)))  # [..] are no markup
     return result
 
   def _row(self, run):
     step, fps = run.progress.get('step'), run.progress.get('fps')
     last = run.progress.get('test/return')
     row = [run.task, run.arm.name, str(run.seed)]
-    row.append('-' if step is None else f'{step:.0f}/{run.config["steps"]}')
+    row.append('-' if step is None else f'{step:.0f}/{run.last_step}')
     row.append('-' if fps is None else f'{fps:.3g}')
     row.append('-' if last is None else f'{last:.1f}')
     state = run.state
@@ -368,7 +376,7 @@ def parse_flags(argv):
   )
   flag, text = parser.flag, arguments.Text()
   flag('--tasks', text, help='sets and names, by commas', required=True)
-  methods = f'of {", ".join(METHODS)}; by commas (dreamer, or all)'
+  methods = f"of {', '.join(METHODS)}; by commas (dreamer, or the figure's)"
   flag('--methods', text, help=methods)
   flag('--seeds', arguments.Whole(1, 10_000), 5, 'how many: 0, 1, ... (5)')
   flag('--logdir', arguments.Path(), help='on shared storage', required=True)

@@ -34,6 +34,7 @@ import runfile
 import spaces
 import suites
 import tools
+import worker_calls
 from cli import UserError
 from learner import Learner
 from logger import Logger
@@ -66,6 +67,9 @@ def random_agent(actspace, seed, number=0):
   return act
 
 
+PORTION = 500  # agent steps of a prefill after which processes may stop
+
+
 def prefill(run, envs):
   """Fills the replay with episodes of random actions, to `--prefill` steps."""
   config, team = run.config, run.team
@@ -86,10 +90,16 @@ def prefill(run, envs):
   act = random_agent(envs[0].action_space, seed, episodes)
 
   def checked(*args):
-    run.stop.check()
+    if team.workers == 1:
+      run.stop.check()
     return act(*args)
 
-  tools.simulate(checked, envs, steps=-(-missing // config.action_repeat))
+  state, count = None, -(-missing // config.action_repeat)
+  for begin in range(0, count, PORTION):
+    if team.any(run.stop.requested):
+      raise cli.Stopped
+    portion = min(PORTION, count - begin)
+    state = tools.simulate(checked, envs, steps=portion, state=state)
 
 
 def number_episodes(run, envs):
@@ -138,12 +148,21 @@ def setup_devices(config):
   setup_gpus(config)
   team = distribute.make_team(config.strategy, config.batch_size)
   team.check_flags(config)
-  evolves = config.behavior == 'evolution' and config.evolve == 'environment'
-  if evolves and team.workers > 1:
-    raise UserError(
-      '--evolve environment runs in one process, with --envs environments'
-    )
+  if team.workers > 1:
+    _check_team(config)
   return team
+
+
+def _check_team(config):
+  """UserError where several processes cannot make a run together."""
+  evolves = config.behavior == 'evolution' and config.evolve == 'environment'
+  for alone, what in (
+    (config.offline, '--offline runs'),
+    (config.learner == 'free', '--learner free makes its updates'),
+    (evolves, '--evolve environment runs'),
+  ):
+    if alone:
+      raise UserError(f'{what} in one process: --strategy mirrored, say')
 
 
 def setup_logdir(config, team=None):
@@ -193,6 +212,18 @@ def setup_logdir(config, team=None):
     for folder in folders if team.chief else ():
       cli.remove_temporary_files(folder)
     return locks.pop_all()
+
+
+def _check_folder(logdir, team):
+  """UserError where a process would add to another run than the chief's."""
+  own = team.folders > 1 and not team.chief
+  own = own and (logdir / 'config.json').exists()
+  if team.any(own):
+    folder = logdir if own else 'of another process'
+    raise UserError(
+      f'--logdir {folder} holds a run of its own; give the folder that process '
+      '0 has, or one without a run'
+    )
 
 
 def _check_readable(folder):
@@ -248,8 +279,7 @@ def run(config, make_agent, function=None, stop=None):
     with team.chief_first():
       held.enter_context(setup_logdir(config, team))
     team.compare_folders(config.logdir)
-    if team.workers > 1 and config.learner == 'free':
-      raise UserError('--learner free makes its updates in one process')
+    _check_folder(config.logdir, team)
     if team.folders > 1:
       cli.remove_temporary_files(config.logdir / 'episodes')
     stop = stop or cli.StopSignal()
@@ -321,15 +351,23 @@ def _train(run, make_agent, envs, test_env):
     run.team.wait()  # to leave together
   except cli.Stopped:
     run.say('Stopping after the update under way; a second signal: unsaved.')
-    learner.halt()
-    line = f'Stopped at step {learner.step}, {learner.updates} updates;'
-    line += progress.save_when_stopped()
-    run.say(f'{line} saved to {config.logdir}. The same command resumes.')
+    _stop(run, learner, progress)
+  except worker_calls.WorkerError:
+    _stop(run, learner, progress)
+    raise
   except distribute.PeerLost:
     progress.save()
     raise
   finally:
     learner.halt()
+
+
+def _stop(run, learner, progress):
+  """Saves a run that goes on another time."""
+  learner.halt()
+  line = f'Stopped at step {learner.step}, {learner.updates} updates;'
+  line += progress.save_when_stopped()
+  run.say(f'{line} saved to {run.config.logdir}. The same command resumes.')
 
 
 def _make_learner(run, agent, make_agent, spec):
@@ -450,9 +488,17 @@ def _stored_actions(run):
 
 def _told_spec(run):
   """`Spec` that a process with environments has written."""
-  folders = run.config.logdir / runfile.ACT, run.config.logdir
-  folder = next(x for x in folders if (x / 'config.json').exists())
-  inputs, actions = runfile.load_spaces(folder)
+  home = run.config.logdir
+  for folder in (home / runfile.ACT, home):
+    if (folder / 'config.json').exists():
+      inputs, actions = runfile.load_spaces(folder)
+      if inputs:
+        break
+  else:
+    raise UserError(
+      f'no config.json in --logdir {home} says what the agent sees: start the '
+      'same command with --role act first'
+    )
   about = [f'The agent sees {", ".join(inputs)}, of another process.']
   return environments.Spec(inputs, actions, about)
 

@@ -39,6 +39,14 @@ class WorkerError(Failure):
 class WorkerLost(WorkerError):  # noqa: N818 (says more than WorkerLostError)
   """A worker died or hangs; a fresh one may do better."""
 
+  code = 1
+
+
+class WorkersLost(WorkerError):  # noqa: N818
+  """What runs the workers is gone, so there can be no fresh one."""
+
+  code = 1
+
 
 _KNOWN = (TaskError, RenderError, WorkerLost, WorkerError)
 

@@ -1,10 +1,12 @@
 """Checkpoints, whole and broken, and the lock of a logdir."""
 
+import fcntl
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
@@ -255,6 +257,17 @@ def test_lock_names_its_holder(tmp_path, capsys):
   lock.release()
   checkpoints.Lock(tmp_path).release()
   assert capsys.readouterr().out == ''
+
+
+def test_lock_is_had_though_another_looks_for_a_moment(tmp_path):
+  path = tmp_path / 'lock'
+  path.touch()
+  with path.open() as file:
+    fcntl.flock(file, fcntl.LOCK_SH)
+    timer = threading.Timer(0.03, fcntl.flock, [file, fcntl.LOCK_UN])
+    timer.start()
+    checkpoints.Lock(tmp_path).release()
+    timer.join()
 
 
 def test_lock_of_a_killed_process_is_taken_over(tmp_path, capsys):

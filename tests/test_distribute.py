@@ -20,6 +20,7 @@ import pytest
 import tensorflow as tf
 
 import cli
+import configs
 import distribute
 import training
 
@@ -252,6 +253,10 @@ def test_batch_goes_to_replicas_by_rows():
     ('{"cluster": {"worker": ["a:1"]}}', 'is not a cluster'),
     (dict(worker=['a:1']), 'is not a cluster'),  # index 1 of one
     (dict(worker=['a', 'b']), 'is not a cluster'),  # without ports
+    (dict(worker=['a:1', 'b:']), 'is not a cluster'),
+    (dict(worker=['a:1', 'b:x']), 'is not a cluster'),
+    (dict(worker=['a:1', 'b:99999']), 'is not a cluster'),
+    ('{"cluster": {}, "task": {"type": "", "index": 1e999}}', 'is not a'),
     (dict(ps=['a:1', 'b:2']), 'is not a cluster'),
   ],
 )
@@ -324,8 +329,16 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   assert 'Traceback' not in chief[2]
   saved = tf_checkpoint(tmp_path)
   assert saved > 0
-  more = steps_in(tmp_path) + 200
-  ends = finish(start_run(tmp_path, '--steps', f'{more}'))
+  # Its environment dies, so that both end at other steps.
+  more = steps_in(tmp_path) + 4000
+  flags = '--parallel', 'process'
+  processes = start_run(tmp_path, '--steps', f'{more}', *flags)
+  begun = wait_for(processes[0], 'Resumed')
+  for _ in range(3):
+    begun += wait_for(processes[0], 'Episode: return')
+  os.kill(workers_of(processes[1].pid)[0], signal.SIGKILL)
+  ends = finish(processes)
+  ends[0] = ends[0][0], ''.join(begun) + ends[0][1], ends[0][2]
   said += ends[0][1]
   for code, out, error in ends:
     assert code == 0, (out, error)
@@ -333,6 +346,7 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
     assert 'Finished at step' in out
     assert not error
     updates = out.split('updates')[-2].split()[-1]
+  assert 'was killed by signal SIGKILL' in ends[1][1]
   assert tf_checkpoint(tmp_path) > saved
   lines = metrics_of(tmp_path)
   logged = [line['updates'] for line in lines if 'updates' in line]
@@ -356,6 +370,17 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   ((code, out, error),) = finish(start_all(command))
   assert code == 0, (out, error)
   assert f'Resumed at step {steps}, {updates} updates' in out
+
+
+def workers_of(pid):
+  """Process numbers of the workers of environments."""
+  children = pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text()
+  found = [int(child) for child in children.split()]
+  return [n for n in found if b'_work(' in read_bytes(f'/proc/{n}/cmdline')]
+
+
+def read_bytes(path):
+  return pathlib.Path(path).read_bytes()
 
 
 def steps_in(logdir):
@@ -408,6 +433,55 @@ def test_replicas_imagine_from_other_rows(monkeypatch):
     rows = distribute.some_rows(dict(x=tf.range(20)), 8, tf.constant([0, 1]))
     chosen.append(set(rows['x'].numpy()))
   assert [len(rows) for rows in chosen] == [4, 4] and chosen[0] != chosen[1]
+
+
+def test_a_stop_in_the_prefill_ends_both(tmp_path):
+  processes = start_run(tmp_path, '--prefill', '1e9')
+  for process in processes:
+    wait_for(process, 'Prefill')
+  processes[1].terminate()
+  for code, out, error in finish(processes, timeout=60):
+    assert code == 0, (out, error)
+
+
+def test_a_process_adds_to_no_other_run(tmp_path):
+  team = distribute.Team(index=1)
+  team.folders = 2
+  training._check_folder(tmp_path, team)
+  (tmp_path / 'config.json').touch()
+  with pytest.raises(cli.UserError, match='holds a run of its own'):
+    training._check_folder(tmp_path, team)
+
+
+@pytest.mark.parametrize(
+  'flags', [dict(offline='x'), dict(learner='free'), dict(behavior='evolution')]
+)
+def test_runs_that_several_processes_cannot_make(flags):
+  config = configs.define_config()
+  training._check_team(config)
+  config.update(evolve='environment', **flags)
+  with pytest.raises(cli.UserError, match='in one process'):
+    training._check_team(config)
+
+
+def test_a_port_that_is_taken(tmp_path):
+  with socket.create_server(('localhost', 0)) as taken:
+    workers = [f'localhost:{port}' for port in free_ports(1)]
+    workers.append(f'localhost:{taken.getsockname()[1]}')
+    task = dict(type='worker', index=1)
+    config = dict(cluster=dict(worker=workers), task=task)
+    logdir = f'--logdir={tmp_path / "run"}'
+    command = [sys.executable, 'dreamer.py', logdir, *RUN]
+    done = subprocess.run(
+      [*command, '--strategy=multiworker'],
+      cwd=ROOT,
+      env=dict(os.environ, TF_CONFIG=json.dumps(config)),
+      capture_output=True,
+      text=True,
+    )
+  assert done.returncode == 2
+  assert 'process 1 cannot begin at its address in TF_CONFIG' in done.stderr
+  assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -257,6 +258,16 @@ def test_updates_may_follow_from_steps_again(learner, tmp_path):
     counts[step] = again.updates
   assert counts == {1000: 4, 1001: 4, 1098: 4, 1099: 4, 1100: 9}
   again.halt()
+
+
+@pytest.mark.parametrize('text', [None, '{"config": {}}'])
+def test_learner_whom_nobody_told_what_the_agent_sees(tmp_path, text):
+  for folder in (tmp_path / 'act', tmp_path) if text else ():
+    folder.mkdir(exist_ok=True)
+    (folder / 'config.json').write_text(text)
+  run = types.SimpleNamespace(config=cli.AttrDict(logdir=tmp_path))
+  with pytest.raises(cli.UserError, match='with --role act first'):
+    training._told_spec(run)
 
 
 def test_no_update_is_due_after_the_end(learner):

@@ -422,6 +422,22 @@ def test_an_environment_that_changed_is_refused(tmp_path):
   dreamer.train(lambda: Other(['place', 'speed']), tmp_path, **flags)
 
 
+@pytest.mark.parametrize(
+  'seen, right',
+  [
+    (dict(image=[64, 64, 3], state=[4]), True),
+    (dict(image=[64, 64]), False),
+    (dict(image_2=[84, 84, 3]), False),
+    ({}, False),
+  ],
+)
+def test_what_the_agent_sees_is_told_or_unknown(tmp_path, seen, right):
+  record = dict(config={}, observations=seen, actions=dict(size=2))
+  (tmp_path / 'config.json').write_text(json.dumps(record))
+  inputs, actions = runfile.load_spaces(tmp_path)
+  assert (inputs is not None) == (actions is not None) == right
+
+
 TRAINS_AND_RENDERS = """
 import sys
 

@@ -418,6 +418,12 @@ def test_names_sort_by_age_even_if_the_clock_goes_back(tmp_path):
   assert sorted(tmp_path.glob('*.npz')) == [future, *paths]
 
 
+def test_names_at_the_end_of_time(tmp_path):
+  last = '99991231T235959999999-x-3.npz'
+  tools.save_episodes(tmp_path, [make_episode(1, 3)])[0].rename(tmp_path / last)
+  assert tools.save_episodes(tmp_path, [make_episode(1, 3)])[0].exists()
+
+
 def test_all_broken_is_a_user_error(tmp_path):
   broken_empty(tmp_path / 'x-y-6.npz')
   with pytest.raises(cli.UserError):

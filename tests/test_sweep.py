@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -14,8 +15,10 @@ import time
 import uuid
 
 import pytest
+from rich import console
 from test_wrappers import marked
 
+import cli
 import compare
 import configs
 import ray_runs
@@ -295,6 +298,52 @@ def test_runs_are_in_the_folder_of_the_user(tmp_path):
   assert code == 2 and f'{tmp_path}/a' in text
 
 
+def runs_of(folder, *flags, tasks='toy_reach'):
+  """One run as sweep.py takes it, with flags of dreamer.py."""
+  words = ['--tasks', tasks, '--logdir', str(folder), '--seeds', '1']
+  args = sweep.parse_flags([*words, '--', *flags])
+  return sweep.make_runs(
+    sweep.check_flags(sweep.choose(tasks), args.extra), args
+  )
+
+
+def test_what_a_run_says_is_no_markup_in_the_table(tmp_path):
+  (run,) = runs_of(tmp_path)
+  run.note = 'list[int] in x[/b]'
+  screen = io.StringIO()
+  console.Console(file=screen, width=200).print(sweep.Board([run])._table(5))
+  assert run.note in screen.getvalue()
+
+
+PACE = '--train_every=1000', '--train_steps=100'
+
+
+@pytest.mark.parametrize(
+  'flags, step, done',
+  [
+    (['--steps=500'], 500, True),
+    (['--steps=500'], 499, False),
+    (['--steps=500'], '500', False),
+    (['--offline=.', '--updates=200', *PACE], 2000, True),
+    (['--offline=.', '--updates=201', *PACE], 2000, False),
+    (['--offline=.', '--steps=2001', *PACE], 2000, False),
+  ],
+)
+def test_runs_that_are_finished(tmp_path, flags, step, done):
+  (run,) = runs_of(tmp_path, *flags)
+  assert run.state == 'waiting'
+  run.logdir.mkdir(parents=True)
+  (run.logdir / 'config.json').write_text('{}')
+  (run.logdir / 'sweep.json').write_text(json.dumps(dict(step=step)))
+  (run,) = runs_of(tmp_path, *flags)
+  assert (run.state == 'done') == done
+
+
+def test_two_names_of_one_task_are_one_run(tmp_path):
+  (run,) = runs_of(tmp_path, tasks='dmc_cup_catch,dmc_ball_in_cup_catch')
+  assert run.logdir == tmp_path.resolve() / 'dmc_cup_catch/dreamer/0'
+
+
 def test_presets_and_other_layouts_keep_their_names(tmp_path):
   for path, preset in (
     ('toy_reach/dreamer-horizon9/0', 'cpu'),
@@ -364,6 +413,7 @@ def test_bad_input(tmp_path, words, expected, capsys):
   'words, expected',
   [
     (('--cpus-per-run', '999'), 'no node has that: there are 1'),
+    (('--cpus-per-run', '1e-5'), 'Ray gives ten-thousandths of CPUs'),
     (('--address', '127.0.0.1:9'), '--address 127.0.0.1:9: Connection'),
   ],
 )
@@ -381,6 +431,28 @@ def test_logdir_that_cannot_be_made(tmp_path, capsys):
   (tmp_path / 'file').touch()
   assert sweep.main(['--logdir', str(tmp_path / 'file/x'), *REACH]) == 2
   assert f'cannot write to {tmp_path}/file/x: Not a' in capsys.readouterr().err
+  (tmp_path / 'loop').symlink_to('loop')
+  assert sweep.main(['--logdir', str(tmp_path / 'loop'), *REACH]) == 2
+  assert f'cannot write to {tmp_path}/loop: ' in capsys.readouterr().err
+
+
+class Cluster:
+  """As Ray describes one: a node with 8 CPUs and 4 GPUs."""
+
+  @staticmethod
+  def nodes():
+    return [dict(Alive=True, Resources=dict(CPU=8, GPU=4))]
+
+
+@pytest.mark.parametrize(
+  'cpus, gpus, right',
+  [(1.5, 2, True), (1, 0.5, True), (1, 1.5, False), (1, 0.33333, False)],
+)
+def test_shares_that_ray_gives(cpus, gpus, right):
+  args = cli.AttrDict(cpus_per_run=cpus, gpus_per_run=gpus)
+  refused = pytest.raises(cli.UserError, match='ten-thousandths of CPUs')
+  with contextlib.nullcontext() if right else refused:
+    assert ray_runs.share(Cluster, args) == (cpus, gpus)
 
 
 def test_without_ray(tmp_path):

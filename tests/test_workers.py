@@ -7,6 +7,7 @@ import errno
 import functools
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from test_wrappers import (
   wait_until,
 )
 
+import runfile
 import suites
 import workers
 import wrappers
@@ -630,6 +632,50 @@ def test_cluster_of_two_hosts():
   assert 'no worker for an environment within 3 seconds' in room
   assert 'takes 1 CPU; the cluster has 1, 0 of them free' in room
   assert lost.startswith('The environment worker died: ')
+
+
+@pytest.mark.slow
+def test_a_run_whose_cluster_ends_is_saved(tmp_path):
+  """Ray itself would end the process later, with nothing saved."""
+  code = """
+    import os
+    import pathlib
+    import sys
+    import threading
+    import time
+    from ray import cluster_utils
+    import dreamer
+    import ray_workers
+    os.makedirs('/tmp/ray', exist_ok=True)  # where Ray notes the address
+    logdir, folder = sys.argv[1:]
+    cluster = cluster_utils.Cluster(
+        True, head_node_args=dict(num_cpus=2, temp_dir=folder))
+    os.environ['RAY_ADDRESS'] = cluster.address
+    ray_workers._Head.EVERY, ray_workers._Head.PATIENCE = 0.5, 1.0
+
+    def end():
+      metrics = pathlib.Path(logdir, 'metrics.jsonl')
+      while not metrics.exists() or '"updates"' not in metrics.read_text():
+        time.sleep(0.2)
+      for processes in cluster.head_node.all_processes.values():
+        for info in processes:
+          info.process.kill()
+
+    threading.Thread(target=end, daemon=True).start()
+    words = f'--logdir={logdir} --task=toy_reach --preset=debug --inputs=state'
+    words += ' --parallel=ray --precision=32 --prefill=100 --steps=1e6'
+    code = dreamer.main([*words.split(), '--save_every=1000'])
+    sys.stdout.flush()
+    os._exit(code)  # without Ray's own goodbye, which waits for the cluster
+  """
+  with tempfile.TemporaryDirectory(dir='/tmp') as folder:  # a short path
+    done = run_script(code, str(tmp_path / 'run'), folder, timeout=300)
+  assert done.returncode == 1, done.stderr
+  assert ' does not answer any more: ' in done.stderr
+  assert 'Traceback' not in done.stderr
+  said = re.search(r'Stopped at step \d+, (\d+) updates; saved', done.stdout)
+  numbers = runfile.checkpoint_numbers(tmp_path / 'run/checkpoints')
+  assert numbers[-1] == int(said[1]) > 0
 
 
 class Simulator:

@@ -234,11 +234,11 @@ def same(first, second):
   )
 
 
-def run_script(code, *args, **kwargs):
+def run_script(code, *args, timeout=60, **kwargs):
   """Runs Python code in a fresh interpreter, from the repository's root."""
   command = [sys.executable, '-c', textwrap.dedent(code), *args]
   return subprocess.run(
-    command, cwd=ROOT, capture_output=True, text=True, timeout=60, **kwargs
+    command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **kwargs
   )
 
 
