@@ -11,8 +11,14 @@ in scores/runs/toy_reach/dreamer, which the second command repeats.
 
 import json
 import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import numpy as np
+
+import arguments
+import cli
 
 SCORES = pathlib.Path(__file__).parent
 WIDTH = 500
@@ -27,7 +33,8 @@ def returns(folder):
   return [values[bins == i].mean() for i in range(1, bins.max() + 1)]
 
 
-def main():
+def run(argv):
+  arguments.Parser(__doc__).parse(argv)
   folders = sorted((SCORES / 'runs/toy_reach/dreamer').iterdir())
   record = json.loads((SCORES / 'release.json').read_text())
   curves = {f'{k} (3 seeds)': v for k, v in record['returns'].items()}
@@ -37,5 +44,10 @@ def main():
     print(f'{name:30}', *(f'{round(value):2}' for value in values))
 
 
+def main(argv=None):
+  """Returns the exit code; see `cli.main`."""
+  return cli.main('release.py', run, argv)
+
+
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

@@ -86,6 +86,10 @@ def make_config(folder, flags, seed):
 def split(folder, learned):
   """Copies all but every fifth episode; returns the paths of the others."""
   paths = sorted((folder / 'episodes').glob('*.npz'))
+  if len(paths) < 5:
+    raise cli.UserError(
+      f'--episodes {folder} holds {len(paths)} episodes; each fifth is held out'
+    )
   for path in set(paths) - set(paths[4::5]):
     shutil.copy(path, learned)
   return paths[4::5]
@@ -141,7 +145,7 @@ def learn(folder, flags, seed, updates):
   with tempfile.TemporaryDirectory() as learned:
     paths = split(folder, learned)
     batches = replay.load_dataset(pathlib.Path(learned), config)
-    for _ in range(int(updates / COSTS[size])):
+    for _ in range(max(1, int(updates / COSTS[size]))):
       metrics = update(next(batches))
   errors = foretell(agent.world, paths)
   return dict(errors, div=float(metrics['div']), updates=int(agent.updates))
@@ -168,6 +172,18 @@ def time_costs(folder, repeats=15):
     print(*size, f'{np.median(seconds):.4f} s')
 
 
+def read_done(path):
+  """What a file of earlier calls holds; nothing without one."""
+  try:
+    return json.loads(path.read_text()) if path else {}
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError) as error:
+    raise cli.UserError(
+      f'--json {path} cannot be gone on with: {error}'
+    ) from None
+
+
 def run(argv):
   parser = arguments.Parser(__doc__)
   text = 'logdirs whose episodes are learned from'
@@ -185,8 +201,8 @@ def run(argv):
   if args.costs:
     time_costs(args.episodes[0])
     return
-  known = args.json and args.json.exists()
-  done = json.loads(args.json.read_text()) if known else {}
+  cli.make_folders(args.json and args.json.parent)
+  done = read_done(args.json)
   for seed in range(args.seeds):
     for folder in args.episodes:
       for arm in args.arms.split(','):

@@ -150,6 +150,7 @@ def run(argv):
   bare = dict(nargs='?', const='True')
   parser.flag('--costs', arguments.Truth(), False, 'of an update', **bare)
   args = parser.parse(argv)
+  cli.make_folders(args.logdir)
   tasks = args.tasks.split(',')
   if args.costs:
     time_costs(tasks[0], args.inputs)

@@ -10,6 +10,7 @@ import release
 import screen
 import search
 
+import cli
 import commandline
 import dreamer
 
@@ -35,7 +36,7 @@ def test_curves_beside_the_release(tmp_path, capsys):
   lines.insert(1, json.dumps({'step': 300, 'model_loss': 4}))
   (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines))
   assert release.returns(tmp_path) == [2, 7]
-  release.main()
+  assert release.main([]) == 0
   page = (release.SCORES.parent / 'docs/results.md').read_text()
   assert capsys.readouterr().out in page
 
@@ -55,6 +56,8 @@ def test_screen_foretells_rewards(tmp_path):
   assert {p.name for p in learned.iterdir()} == {
     path.name for path in episodes if path not in held_out
   }
+  with pytest.raises(cli.UserError, match='learned holds 0 episodes; each'):
+    screen.split(learned, tmp_path)
   found = screen.learn(logdir, dict(cnn_depth=4, batch_length=32), 0, 20)
   assert found['updates'] == int(20 / 1.9)  # for equal time
   assert all(np.isfinite(found[k]) and found[k] > 0 for k in (1, 5, 15))
@@ -114,8 +117,11 @@ def test_times_of_a_gpu_on_a_cpu(tmp_path, monkeypatch):
     (gpu, ['--ways', '16'], '--ways takes one of 16,True, 16,False'),
     (search, ['--logdir=x', '--arms=bse'], 'did you mean base'),
     (screen, ['--episodes=x', '--arms=bse'], 'did you mean base'),
+    (release, ['--out=x'], '--out'),
+    (search, [f'--logdir={__file__}/x'], f'cannot write to {__file__}/x'),
+    (screen, ['--episodes=x', f'--json={__file__}'], 'cannot be gone on with'),
   ],
 )
-def test_wrong_arms(capsys, script, words, message):
+def test_bad_input(capsys, script, words, message):
   assert script.main(words) == 2
   assert message in capsys.readouterr().err
