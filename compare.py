@@ -449,6 +449,25 @@ def add_choice(parser):
 def run(argv):
   args = parse_flags(argv)
   cli.make_folders(args.outdir, args.json and args.json.parent)
+  with cli.file_errors():
+    groups = _find_groups(args)
+    returns = args.yaxis in ('test/return', 'train/return')
+    paper = load_paper() if returns and args.xaxis == 'step' else None
+    rows = compare(groups, paper, args.window)
+    summary = summarize(rows)
+    print(table(rows), end='\n\n')
+    axes = args.xaxis, args.yaxis
+    for line in sentences(rows, summary, paper, axes, args.window):
+      print(line)
+    if args.json:  # first, as a picture may be refused
+      cli.write_json(args.json, figures(rows, summary))
+    if args.outdir:
+      for path in plot(groups, paper, args.outdir, *axes, args.bins):
+        print(f'Wrote {path}.')
+
+
+def _find_groups(args):
+  """From `run_folders.group_runs`, by the flags."""
   runs = run_folders.find_runs(args.indir, args.xaxis, args.yaxis)
   runs = run_folders.select(runs, args.tasks, args.methods)
   groups = run_folders.group_runs(runs)
@@ -457,22 +476,7 @@ def run(argv):
       f'no run has {args.yaxis} by {args.xaxis} in its metrics.jsonl yet'
       + _why(runs, args.xaxis, args.yaxis)
     )
-  returns = args.yaxis in ('test/return', 'train/return')
-  paper = load_paper() if returns and args.xaxis == 'step' else None
-  rows = compare(groups, paper, args.window)
-  summary = summarize(rows)
-  print(table(rows), end='\n\n')
-  axes = args.xaxis, args.yaxis
-  for line in sentences(rows, summary, paper, axes, args.window):
-    print(line)
-  with cli.file_errors():
-    if args.outdir:
-      for path in plot(
-        groups, paper, args.outdir, args.xaxis, args.yaxis, args.bins
-      ):
-        print(f'Wrote {path}.')
-    if args.json:
-      cli.write_json(args.json, figures(rows, summary))
+  return groups
 
 
 def _why(runs, xaxis, yaxis):

@@ -413,8 +413,8 @@ def watch(report, seconds, videos):
 
 def run(argv):
   args = parse_flags(argv)
-  if args.pictures and not args.pictures.is_dir():
-    raise UserError(f'--pictures {args.pictures} is not a folder')
+  if args.pictures:
+    run_folders.check_folder('--pictures', args.pictures)
   with cli.file_errors():
     report = Report(args)
     report.update(args.watch, args.videos)

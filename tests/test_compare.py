@@ -38,6 +38,7 @@ walker_run 191.80 567.20 626.25 824.67
 walker_stand 378.40 985.20 759.19 977.99
 walker_walk 311.00 968.30 944.70 961.67
 """
+ROOT = pathlib.Path(compare.__file__).parent
 WALK = 'dmc_walker_walk'  # at 1e5 steps 137.2 with 57.7 over 5 seeds
 
 
@@ -362,6 +363,40 @@ def test_odd_configurations_are_left_out(tmp_path, change, capsys):
   assert f'{path} is not readable' in capsys.readouterr().err
 
 
+def as_user(name, *words):
+  """Runs a script without root's right to read everything."""
+  rights = '-dac_override,-dac_read_search'
+  command = ['setpriv', f'--bounding-set={rights}', f'--inh-caps={rights}']
+  command = command if os.geteuid() == 0 else []
+  return subprocess.run(
+    [*command, sys.executable, ROOT / name, *map(str, words)],
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize('name', ['compare.py', 'report.py'])
+def test_a_folder_that_cannot_be_read_is_left_out(tmp_path, name):
+  runs = tmp_path / 'runs'
+  write_run(runs / 'a', WALK, 0, [(100_000, 1.0)])
+  closed, listed, above = runs / 'closed', runs / 'listed', tmp_path / 'above'
+  for seed, (folder, mode) in enumerate(
+    [(closed, 0o000), (listed, 0o444), (above, 0o000)], 1
+  ):
+    write_run(folder / 'run', WALK, seed, [(100_000, 1.0)])
+    (folder if folder != listed else folder / 'run').chmod(mode)
+  words = [f'--outdir={tmp_path}/site', '--indir']
+  done = as_user(name, *words, runs)
+  assert done.returncode == 0, done.stderr
+  for path in (closed, listed / 'run/config.json'):
+    assert f'{path} is left out: Permission denied' in done.stderr
+  done = as_user(name, *words, above / 'run')
+  message = f'error: --indir {above}/run is not a folder that can be read'
+  assert (done.returncode, done.stderr) == (2, f'{name}: {message}\n')
+  for folder in (closed, listed / 'run', above):  # so that pytest can go on
+    folder.chmod(0o755)
+
+
 def test_an_output_that_nobody_takes(tmp_path):
   folder = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
   ours, theirs = os.pipe()
@@ -381,7 +416,7 @@ def test_an_output_that_nobody_takes(tmp_path):
       stdout=stdout,
       stderr=subprocess.PIPE,
       text=True,
-      cwd=pathlib.Path(compare.__file__).parent,
+      cwd=ROOT,
     )
     os.close(stdout)
     assert (result.returncode, result.stderr) == (1, expected)
@@ -407,6 +442,7 @@ def test_folders_without_results(tmp_path, kind, message, capsys):
   'words, message',
   [
     (['--indir', '/nowhere'], '/nowhere is not a folder'),
+    (['--indir', 'a/' * 2500], 'is not a folder'),
     ([], '--indir'),
     (['--indir', '.', '--window', '0'], '--window takes a number above 0'),
     (['--indir', '.', '--bins', 'x'], '--bins'),
@@ -547,7 +583,7 @@ def test_other_axes_than_steps_may_be_below_one(tmp_path, capsys):
 def test_a_picture_that_cannot_be_written(tmp_path, capsys):
   write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
   (tmp_path / 'plots/curves.png').mkdir(parents=True)
-  words = [f'--indir={tmp_path}/runs', f'--outdir={tmp_path}/plots']
-  assert compare.main(words) == 2
+  code, found = report(tmp_path / 'runs', f'--outdir={tmp_path}/plots')
+  assert code == 2 and len(found['rows']) == 1  # the figures are not lost
   err = capsys.readouterr().err
   assert 'cannot read or write' in err and 'curves.png' in err

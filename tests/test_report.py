@@ -492,6 +492,10 @@ def test_nonsense_in_files_of_a_run(tmp_path):
       '--pictures',
     ),
     (
+      ['--indir', '{}/runs', '--outdir', '{}/s', '--pictures', 'a/' * 2500],
+      'is not a folder',
+    ),
+    (
       ['--indir', '{}/runs', '--outdir', '{}/s', '--tasks', 'x'],
       f'there are {WALK}',
     ),
