@@ -346,7 +346,8 @@ def plot(groups, paper, outdir, xaxis, yaxis, bins):
 
 
 def _plain(text):
-  """Text in which Matplotlib sees no formula."""
+  """Text that Matplotlib shows: no formula, and nothing that is not UTF-8."""
+  text = text.encode('utf-8', 'backslashreplace').decode()
   return text.replace('$', r'\$')
 
 

@@ -13,7 +13,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -75,7 +74,10 @@ class Picture:
 
 def digest(*parts):
   """Ten characters that stand for texts and bytes."""
-  data = [p if isinstance(p, bytes) else os.fsencode(str(p)) for p in parts]
+  data = [
+    p if isinstance(p, bytes) else str(p).encode('utf-8', 'surrogatepass')
+    for p in parts
+  ]
   return hashlib.sha256(b'\0'.join(data)).hexdigest()[:10]
 
 

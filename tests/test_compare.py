@@ -499,6 +499,16 @@ def test_names_are_no_formulas(tmp_path):
   assert (tmp_path / 'plots' / 'curves.png').exists()
 
 
+@pytest.mark.parametrize('name', [os.fsdecode(b'm\xff$'), '\ud800'])
+def test_names_that_are_not_unicode(tmp_path, name):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)], name)
+  write_run(tmp_path / 'runs/b', f'toy_{name}', 0, [(100_000, 1.0)])
+  code, found = report(tmp_path / 'runs', f'--outdir={tmp_path}/plots')
+  names = [(row['task'], row['method']) for row in found['rows']]
+  assert code == 0 and names == [(WALK, name), (f'toy_{name}', 'dreamer')]
+  assert (tmp_path / 'plots/curves.png').exists()
+
+
 def test_curves_show_mean_and_spread_by_bins(tmp_path):
   from matplotlib.figure import Figure
 

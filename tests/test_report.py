@@ -456,12 +456,14 @@ BROKEN = [
   dict(inputs='state,,', prefill='many', clip_rewards='none'),
   dict(prefill=True, logdir=7, horizon=None, env_args='x'),
   dict(env_args={'a': ['<b>']}, logdir={'a': 1}, steps=[1, {}]),
+  dict(task='toy_\ud800', preset='\ud801', logdir='\udcff'),
 ]
 
 
 def test_nonsense_in_files_of_a_run(tmp_path):
   for i, flags in enumerate(BROKEN):
-    folder = write_run(tmp_path / f'runs/{i}', f'gym_{i}', i, [(9, 1)], **flags)
+    flags = dict(dict(task=f'gym_{i}'), **flags)
+    folder = write_run(tmp_path / f'runs/{i}', seed=i, pairs=[(9, 1)], **flags)
     (folder / 'metrics.jsonl').write_text(
       '{"step": -5, "test/return": -1e300}\n{"step": 1e300, "div": 1e308}\n'
       f'{{"step": 3, "test/return": 1{"0" * 400}}}\n{"[" * 100_000}\n'
@@ -473,7 +475,7 @@ def test_nonsense_in_files_of_a_run(tmp_path):
   write_metrics(strange, [(100, 1.0)])
   (tmp_path / 'runs/4/metrics.jsonl').unlink()
   make_site(tmp_path / 'runs', tmp_path / 'site')
-  assert len(pages(tmp_path / 'site')) == 7
+  assert len(pages(tmp_path / 'site')) == 8
 
 
 @pytest.mark.parametrize(
@@ -668,7 +670,7 @@ def test_without_ffmpeg_videos_are_animated_webp():
 
 def test_names_of_files_are_safe_and_differ():
   names = ['dmc_a', 'DMC_A', 'a b', 'a/b', '../a', 'ä', '<', '', 'a' * 300]
-  names += ['\udcff']  # not UTF-8
+  names += ['\udcff', '\ud800']  # not UTF-8, not Unicode
   slugs = [media.slug(name) for name in names]
   assert slugs[0] == 'dmc_a'
   assert len({slug.lower() for slug in slugs}) == len(names)
