@@ -9,6 +9,7 @@ which is larger at equal looks: 150 images of a pole, 25 kB beside 9 kB.
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -138,7 +139,7 @@ def encode(frames, fps):
   """
   if frames.shape[1] <= SMALL:
     frames = frames.repeat(2, 1).repeat(2, 2)
-  kind = 'mp4' if _has_ffmpeg() else 'webp'
+  kind = 'mp4' if has_ffmpeg() else 'webp'
   while True:
     for quality in QUALITIES[kind]:
       data = _ENCODERS[kind](frames, fps, quality)
@@ -150,16 +151,21 @@ def encode(frames, fps):
       frames = frames[:, ::2, ::2]
 
 
-def _has_ffmpeg():
+@functools.cache
+def has_ffmpeg():
+  """Whether imageio-ffmpeg is there, with a program that runs."""
   try:
     import imageio_ffmpeg
 
-    return bool(imageio_ffmpeg.get_ffmpeg_exe())
-  except (ImportError, RuntimeError):  # no package, or it has no program
+    return bool(imageio_ffmpeg.get_ffmpeg_version())
+  except (ImportError, RuntimeError, OSError, subprocess.SubprocessError):
     return False
 
 
 def _mp4(frames, fps, quality):
+  """As H.264, which has the colors of two by two pixels: an odd row goes."""
+  height, width = (size // 2 * 2 for size in frames.shape[1:3])
+  frames = frames[:, :height, :width]
   return imageio.imwrite(
     '<bytes>',
     frames,

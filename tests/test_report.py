@@ -587,6 +587,20 @@ def test_videos_are_within_the_limit():
   assert len(media.encode_still(image)) <= media.LIMIT
 
 
+def test_videos_of_odd_size_lose_a_row(caplog):
+  frames = np.zeros((9, 301, 303, 3), np.uint8)
+  _, data = media.encode(frames, 20)
+  video = imageio.imread(data, extension='.mp4', plugin='FFMPEG')
+  assert video.shape == (9, 300, 302, 3)
+  assert not caplog.text
+
+
+@pytest.mark.parametrize('program', ['/nowhere', '/bin/false'])
+def test_a_program_that_does_not_run(monkeypatch, program):
+  monkeypatch.setenv('IMAGEIO_FFMPEG_EXE', program)
+  assert not media.has_ffmpeg.__wrapped__()
+
+
 @pytest.mark.parametrize('still', [0, 30])
 def test_gifs_keep_their_pace_where_images_are_equal(still):
   """Pillow makes equal images that follow each other one, shown for longer."""
