@@ -205,7 +205,8 @@ class Report:
     names = {task: f'tasks/{media.slug(task)}.html' for task in tasks}
     shared = dict(title=self._args.title, refresh=refresh, names=names)
     summary = compare.summarize(rows)
-    files = {'compare.json': cli.to_json(compare.figures(rows, summary))}
+    figures = compare.figures(rows, summary, compare.AXES, self._args.window)
+    files = {'compare.json': cli.to_json(figures)}
     for name in ('style.css', 'page.js'):
       files[name] = (media.ROOT / 'templates' / name).read_bytes()
     for task in tasks:
@@ -230,7 +231,7 @@ class Report:
           rows,
           summary,
           self._paper,
-          ('step', panels.RETURN),
+          compare.AXES,
           self._args.window,
         )
       ),
@@ -308,8 +309,8 @@ def _check_place(outdir, runs):
 
 
 def rule(window):
-  """Items of `compare.rule`, with the window's steps, without Markdown."""
-  text = compare.rule().replace('`--window`', f'{window:,.0f}')
+  """Items of `compare.rule`, without Markdown."""
+  text = compare.rule(compare.AXES, window)
   items = text.replace('`', '').split('- ')[1:]
   return [' '.join(item.split()) for item in items]
 

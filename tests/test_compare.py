@@ -541,11 +541,31 @@ def test_another_axis_is_named_and_may_be_negative(tmp_path, capsys):
     lines = [{'loss': x - 10 - shift, 'value': 1.0} for x in range(9)]
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     (folder / 'metrics.jsonl').write_text(text)
-  words = [f'--indir={tmp_path}', '--xaxis=loss', '--yaxis=value', '--window=5']
-  assert compare.main(words) == 0
+  words = ['--xaxis=loss', '--yaxis=value', '--window=5']
+  code, found = report(tmp_path, *words)
   out, err = capsys.readouterr()
-  assert 'the mean of its last 5 of loss;' in out
+  assert code == 0 and 'the mean of its last 5 of loss.\n' in out
   assert 'Warning' not in out + err
+  axes = found['xaxis'], found['yaxis'], found['window']
+  assert axes == ('loss', 'value', 5)
+  rule = ' '.join(found['rule'].split())
+  assert 'the mean of its value in the window of 5 of loss that ends' in rule
+  assert 'Verdict' not in rule
+
+
+def test_only_evaluations_are_held_against_the_paper(tmp_path, capsys):
+  for seed in range(3):
+    folder = write_run(tmp_path / f'runs/{seed}', WALK, seed, [(100_000, 1.0)])
+    with (folder / 'metrics.jsonl').open('a') as file:
+      file.write('{"step": 100000, "train/return": 7.0}\n')
+  _, found = report(tmp_path / 'runs', '--yaxis=train/return')
+  (row,) = found['rows']
+  assert (row['scores']['0'], row['verdict'], row['paper']) == (6, None, None)
+  (line,) = [x for x in capsys.readouterr().out.splitlines() if WALK in x]
+  assert line.count('| - ') == 7  # from the paper on
+  _, found = report(tmp_path / 'runs')
+  assert found['rows'][0]['verdict'] == 'below'
+  assert '100,000 environment steps that ends' in found['rule']
 
 
 def drawn(folder, bins=0.0):
