@@ -381,7 +381,7 @@ def binned(runs, bins=-1):
     Where the N bins end, [N], and the means, [R, N], NaN where a run has none.
   """
   last = max([run.steps[-1] for run in runs], default=0)
-  width = bins if bins > 0 else last / 30 if last > 0 else 1
+  width = bins if bins > 0 else max(last, 0) / 30 or 1
   if last / width > 1e6:
     raise UserError(f'--bins {bins:g} is too small: choose {last / 1000:g}')
   count = max(0, math.ceil(last / width - 1e-9))

@@ -340,7 +340,11 @@ def test_numbers_are_short(value, text):
 
 
 @pytest.mark.parametrize(
-  'y', [[5.0], [0.0], [1e300, -1e300], [1e308], [1e15, 1e15 + 0.125]]
+  'y',
+  [
+    *([5.0], [0.0], [1e300, -1e300], [1e308], [1e15, 1e15 + 0.125]),
+    *([1e-323], [0.0, 1e-323], [1.0, -1e-300], [-1e-310, 1e-310]),
+  ],
 )
 def test_charts_take_all_numbers(y):
   line = charts.Line('a', 'c0', np.arange(len(y)), np.array(y))
@@ -406,6 +410,15 @@ def test_the_last_step_of_a_run_is_in_the_last_bin(tmp_path):
   write_run(tmp_path / 'a', WALK, 0, [(10_000, 1.0), (31_000, 5.0)])
   edges, curves = compare.binned(run_folders.find_runs([tmp_path]))
   assert len(edges) == 31 and curves[0, -1] == 5.0
+
+
+@pytest.mark.parametrize('step', [1e-323, 1e-310])
+def test_numbers_near_zero_are_no_hindrance(tmp_path, step):
+  pairs = [(step / 2, 1e-323), (step, step)]
+  write_run(tmp_path / 'runs/a', WALK, 0, pairs)
+  assert main('--indir', tmp_path / 'runs', '--outdir', tmp_path / 'site') == 0
+  words = [f'--indir={tmp_path}/runs', f'--outdir={tmp_path}/plots']
+  assert compare.main(words) == 0
 
 
 # --- The folder -------------------------------------------------------------
