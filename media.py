@@ -213,7 +213,8 @@ class Gallery:
 
   Args:
     site: a `report.Site`, whose record has a dictionary `media`.
-    failed: {key of a run: checkpoint that gave no pictures}, which it fills.
+    failed: what gave no pictures, which it fills: {key of a run: checkpoint},
+      {path of a picture: why}.
   """
 
   def __init__(self, site, failed=None):
@@ -247,7 +248,9 @@ class Gallery:
         self._known[key] = [dataclasses.asdict(picture)]
       yield from self._use(key)
     except Exception as error:  # Pillow and ffmpeg raise all kinds
-      cli.warn(f'{path} is left out: {error}')
+      if path not in self._failed:
+        cli.warn(f'{path} is left out: {error}')
+        self._failed[path] = error
 
   def _import(self, path, data, task, kind, key):
     if path.suffix in STILLS:

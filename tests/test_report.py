@@ -566,6 +566,63 @@ def test_watch_updates_pages_and_leaves_whole_ones(tmp_path):
   assert 'http-equiv="refresh"' not in (site / 'index.html').read_text()
 
 
+def test_watch_goes_on_when_runs_are_away(tmp_path, monkeypatch, capsys):
+  """Its sleeps: they go, stay away, come back, go on, and go until the end."""
+  indir, site = tmp_path / 'runs', tmp_path / 'site'
+  run = write_run(indir / 'a', WALK, 0, [(100_000, 1.0)])
+  away, found = tmp_path / 'away', []
+
+  def take():
+    indir.rename(away)
+
+  def put_back():
+    away.rename(indir)
+
+  def go_on():
+    write_metrics(run, [(100_000, 1.0), (110_000, 2.0)])
+
+  def stop():
+    take()
+    raise KeyboardInterrupt
+
+  steps = iter([take, int, put_back, go_on, stop])
+
+  def sleep(seconds):
+    found.append('data-refresh="7"' in (site / 'index.html').read_text())
+    next(steps)()
+
+  monkeypatch.setattr(time, 'sleep', sleep)
+  words = ['--indir', indir, '--outdir', site, '--watch', '7']
+  assert main(*words) == 130
+  assert found == [True] * 5
+  assert 'data-refresh="0"' in (site / 'index.html').read_text()
+  out = capsys.readouterr().out
+  assert out.count('is not a folder') == 1 and out.count('Updated') == 1
+  page = ' '.join(Page(site / f'tasks/{WALK}.html').texts)
+  assert 'data-refresh="0"' in (site / f'tasks/{WALK}.html').read_text()
+  assert 'to 110k steps' in page
+
+
+def test_an_error_of_the_watch_leaves_pages_at_rest(tmp_path, monkeypatch):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  words = ['--indir', tmp_path / 'runs', '--outdir', tmp_path / 'site']
+  pages_of = report.Report(report.parse_flags(list(map(str, words))))
+  pages_of.update(7)
+  monkeypatch.setattr(run_folders, 'find_runs', lambda *_, **__: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    report.watch(pages_of, 0, False)
+  for path in pages(tmp_path / 'site'):
+    assert 'data-refresh="0"' in path.read_text()
+
+
+def test_a_folder_with_what_a_kill_left_is_taken(tmp_path):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  (tmp_path / 'site').mkdir()
+  (tmp_path / 'site/.report.json.123.tmp').write_text('{')
+  assert main('--indir', tmp_path / 'runs', '--outdir', tmp_path / 'site') == 0
+  assert not list(tmp_path.rglob('*.tmp'))
+
+
 def test_a_kill_at_any_time_leaves_whole_pages(tmp_path):
   indir, site = write_runs(tmp_path / 'runs'), tmp_path / 'site'
   assert main('--indir', indir, '--outdir', site) == 0
@@ -667,6 +724,18 @@ def test_given_stills_of_all_modes(tmp_path, mode, white, suffix):
   make_site(runs, tmp_path / 'site', '--pictures', pictures)
   (still,) = (tmp_path / 'site/media').iterdir()
   assert imageio.imread(still)[..., :3].min() > 250
+
+
+def test_a_broken_picture_is_named_once(tmp_path, capsys):
+  run = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
+  (tmp_path / f'{WALK}.gif').write_bytes(b'nonsense')
+  words = ['--indir', run, '--outdir', tmp_path / 'site']
+  words += ['--pictures', tmp_path]
+  pages_of = report.Report(report.parse_flags(list(map(str, words))))
+  for step in (200, 300):
+    assert pages_of.update()
+    add_lines(run, step)
+  assert capsys.readouterr().out.count('is left out') == 1
 
 
 def test_a_checkpoint_without_pictures_is_evaluated_once(tmp_path, monkeypatch):
