@@ -375,9 +375,11 @@ WORDS = dict(
 
 
 def checkpoint(run):
-  """Updates before a run's newest checkpoint; 0 without one."""
-  numbers = runfile.checkpoint_numbers(run.folder / 'checkpoints')
-  return max(numbers, default=0)
+  """Updates before a run's newest checkpoint; 0 without one to be read."""
+  with contextlib.suppress(PermissionError):
+    numbers = runfile.checkpoint_numbers(run.folder / 'checkpoints')
+    return max(numbers, default=0)
+  return 0
 
 
 def run_key(run):

@@ -375,17 +375,22 @@ def as_user(name, *words):
   )
 
 
-@pytest.mark.parametrize('name', ['compare.py', 'report.py'])
-def test_a_folder_that_cannot_be_read_is_left_out(tmp_path, name):
+@pytest.mark.parametrize(
+  'name, flags', [('compare.py', []), ('report.py', ['--videos'])]
+)
+def test_a_folder_that_cannot_be_read_is_left_out(tmp_path, name, flags):
   runs = tmp_path / 'runs'
-  write_run(runs / 'a', WALK, 0, [(100_000, 1.0)])
+  checkpoints = write_run(runs / 'a', WALK, 0, [(1e5, 1.0)]) / 'checkpoints'
+  checkpoints.mkdir()
+  (checkpoints / 'ckpt-5.index').write_bytes(b'nonsense')
+  checkpoints.chmod(0o444)
   closed, listed, above = runs / 'closed', runs / 'listed', tmp_path / 'above'
   for seed, (folder, mode) in enumerate(
     [(closed, 0o000), (listed, 0o444), (above, 0o000)], 1
   ):
     write_run(folder / 'run', WALK, seed, [(100_000, 1.0)])
     (folder if folder != listed else folder / 'run').chmod(mode)
-  words = [f'--outdir={tmp_path}/site', '--indir']
+  words = [*flags, f'--outdir={tmp_path}/site', '--indir']
   done = as_user(name, *words, runs)
   assert done.returncode == 0, done.stderr
   for path in (closed, listed / 'run/config.json'):
@@ -393,7 +398,7 @@ def test_a_folder_that_cannot_be_read_is_left_out(tmp_path, name):
   done = as_user(name, *words, above / 'run')
   message = f'error: --indir {above}/run is not a folder that can be read'
   assert (done.returncode, done.stderr) == (2, f'{name}: {message}\n')
-  for folder in (closed, listed / 'run', above):  # so that pytest can go on
+  for folder in (checkpoints, closed, listed / 'run', above):  # for pytest
     folder.chmod(0o755)
 
 
