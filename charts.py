@@ -11,6 +11,7 @@ import numpy as np
 
 SIDE = 1000  # width and height of the area in units of its paths
 HUGE = 1e30  # larger numbers are drawn at the edge
+TINY = 1e-30  # numbers that differ by less are drawn as one
 
 
 @dataclasses.dataclass
@@ -107,7 +108,8 @@ def _extent(lines, levels):
 
 def _padded(low, high):
   """A range with some room above and below, and some for a single number."""
-  room = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
+  rooms = 0.05 * (high - low), 0.5 * abs(high), 0.5
+  room = next(room for room in rooms if room > TINY)
   return low - room, high + room
 
 

@@ -7,11 +7,11 @@ config.json, and the layout task/method/seed/metrics.jsonl, which the 2020
 release's plots read. Reads only. What is compared, and by which rule:
 
 - The score of a run is the mean of its evaluation returns in the window of
-  `--window` environment steps that ends at a common step: the last that every
-  seed of its task and method reached. The paper's curves are such means too.
+  `--window` environment steps that ends at the last that every seed of its task
+  and method reached. The standard deviation over seeds divides by their number.
 - It is held against the paper's Dreamer at the nearest published step: eleven
-  from 1e5 to 4.9e6 from the released curves, and 5e6 from Appendix G (which
-  gives no spread; that of 4.9e6 is used).
+  from 1e5 to 4.9e6 from the released curves, which are such means too, and 5e6
+  from Appendix G (which gives no spread; that of 4.9e6 is used).
 - Verdict: `within` where the 95% interval of the difference of the means
   (Welch's t, over seeds) holds zero, or the difference is below 10 of the 1000
   that a return can reach; else `above` or `below`. No verdict with fewer than
@@ -32,6 +32,7 @@ import cli
 import run_folders
 from cli import UserError
 
+AXES = 'step', 'test/return'  # keys of metrics.jsonl that the paper has
 PAPER = pathlib.Path(__file__).with_name('scores') / 'paper.json'
 OTHERS = ('planet', 'd4pg', 'a3c')
 SCALE = 1000  # the largest return of a control suite task
@@ -154,7 +155,7 @@ def compare(groups, paper, window):
       **{name: final.get(name) for name in OTHERS},
       difference=mean,
       interval=None if half is None else [mean - half, mean + half],
-      verdict=verdict(steps, len(values), reference, mean, half),
+      verdict=paper and verdict(steps, len(values), reference, mean, half),
     )
     rows.append(row)
   return rows
@@ -238,7 +239,7 @@ def cells(rows):
       gap += f' ± {row["interval"][1] - row["difference"]:.0f}'
     line = [row['task'], row['method'], str(row['steps']), str(row['seeds'])]
     at = f'{paper["mean"]:.0f}, {brief(paper["steps"])}' if paper else '-'
-    line += [result, at, gap, row['verdict'], number(row['paper_final'])]
+    line += [result, at, gap, row['verdict'] or '-', number(row['paper_final'])]
     lines.append(line + [number(row[name]) for name in OTHERS])
   return lines
 
@@ -264,13 +265,14 @@ def sentences(rows, summary, paper, axes, window):
     window: in units of x.
   """
   xaxis, yaxis = axes
-  unit = 'environment steps' if xaxis == 'step' else f'of {xaxis}'
-  yield (
+  line = (
     f'{yaxis}: mean ± standard deviation over seeds, each the mean of its last '
-    f'{window:.12g} {unit}; difference ± half of its 95% interval.'
+    f'{window:.12g} {unit(xaxis)}'
   )
   if not paper:
+    yield line + '.'
     return
+  yield line + '; difference ± half of its 95% interval.'
   yield 'The released curves ("paper, at") used earlier hyperparameters.'
   missing = set(paper['final']) - {row['task'] for row in rows}
   if missing:
@@ -289,14 +291,31 @@ def sentences(rows, summary, paper, axes, window):
     yield line + '.'
 
 
-def figures(rows, summary):
-  """All of it for a file of JSON, with the rule."""
-  return dict(rows=rows, summary=summary, rule=rule())
+def unit(xaxis):
+  return 'environment steps' if xaxis == 'step' else f'of {xaxis}'
 
 
-def rule():
+def figures(rows, summary, axes, window):
+  """All of it for a file of JSON, with the rule; see `sentences`."""
+  return dict(
+    xaxis=axes[0],
+    yaxis=axes[1],
+    window=window,
+    rows=rows,
+    summary=summary,
+    rule=rule(axes, window),
+  )
+
+
+def rule(axes, window):
   """What is compared, and by which rule: a list in Markdown."""
-  return __doc__.partition('by which rule:')[2].strip()
+  text = __doc__.partition('by which rule:')[2].strip()
+  text = text.replace('`--window`', f'{window:,.12g}')
+  if axes == AXES:
+    return text
+  first = text.partition('\n- ')[0]  # the others are of the paper
+  first = first.replace('evaluation returns', axes[1])
+  return first.replace('environment steps', unit(axes[0]))
 
 
 def plot(groups, paper, outdir, xaxis, yaxis, bins):
@@ -346,7 +365,8 @@ def plot(groups, paper, outdir, xaxis, yaxis, bins):
 
 
 def _plain(text):
-  """Text in which Matplotlib sees no formula."""
+  """Text that Matplotlib shows: no formula, and nothing that is not UTF-8."""
+  text = text.encode('utf-8', 'backslashreplace').decode()
   return text.replace('$', r'\$')
 
 
@@ -361,7 +381,7 @@ def binned(runs, bins=-1):
     Where the N bins end, [N], and the means, [R, N], NaN where a run has none.
   """
   last = max([run.steps[-1] for run in runs], default=0)
-  width = bins if bins > 0 else last / 30 if last > 0 else 1
+  width = bins if bins > 0 else max(last, 0) / 30 or 1
   if last / width > 1e6:
     raise UserError(f'--bins {bins:g} is too small: choose {last / 1000:g}')
   count = max(0, math.ceil(last / width - 1e-9))
@@ -449,6 +469,25 @@ def add_choice(parser):
 def run(argv):
   args = parse_flags(argv)
   cli.make_folders(args.outdir, args.json and args.json.parent)
+  with cli.file_errors():
+    groups = _find_groups(args)
+  axes = args.xaxis, args.yaxis
+  paper = load_paper() if axes == AXES else None
+  rows = compare(groups, paper, args.window)
+  summary = summarize(rows)
+  print(table(rows), end='\n\n')
+  for line in sentences(rows, summary, paper, axes, args.window):
+    print(line)
+  with cli.file_errors():
+    if args.json:  # first, as a picture may be refused
+      cli.write_json(args.json, figures(rows, summary, axes, args.window))
+    if args.outdir:
+      for path in plot(groups, paper, args.outdir, *axes, args.bins):
+        print(f'Wrote {path}.')
+
+
+def _find_groups(args):
+  """From `run_folders.group_runs`, by the flags."""
   runs = run_folders.find_runs(args.indir, args.xaxis, args.yaxis)
   runs = run_folders.select(runs, args.tasks, args.methods)
   groups = run_folders.group_runs(runs)
@@ -457,27 +496,12 @@ def run(argv):
       f'no run has {args.yaxis} by {args.xaxis} in its metrics.jsonl yet'
       + _why(runs, args.xaxis, args.yaxis)
     )
-  returns = args.yaxis in ('test/return', 'train/return')
-  paper = load_paper() if returns and args.xaxis == 'step' else None
-  rows = compare(groups, paper, args.window)
-  summary = summarize(rows)
-  print(table(rows), end='\n\n')
-  axes = args.xaxis, args.yaxis
-  for line in sentences(rows, summary, paper, axes, args.window):
-    print(line)
-  with cli.file_errors():
-    if args.outdir:
-      for path in plot(
-        groups, paper, args.outdir, args.xaxis, args.yaxis, args.bins
-      ):
-        print(f'Wrote {path}.')
-    if args.json:
-      cli.write_json(args.json, figures(rows, summary))
+  return groups
 
 
 def _why(runs, xaxis, yaxis):
   """Why no run has one key by another, as a message goes on."""
-  if (xaxis, yaxis) == ('step', 'test/return'):
+  if (xaxis, yaxis) == AXES:
     return ': no evaluation has finished'
   keys = set().union(*(run_folders.keys_of(run.folder) for run in runs))
   for flag, key in (('--xaxis', xaxis), ('--yaxis', yaxis)):

@@ -33,6 +33,7 @@ import dreamer
 import environments
 import library
 import logger
+import media
 import runfile
 import spaces
 import tools
@@ -90,13 +91,14 @@ class Recorder:
     return {k: np.stack([w[k][:length] for w in self.windows]) for k in keys}
 
 
-def evaluate(config, episodes, outdir=None):
-  """Runs whole episodes; returns figures as --json writes them.
+def evaluate(config, episodes, outdir=None, json=None):
+  """Runs whole episodes.
 
   Args:
     config: from `runfile.load_config`; its seed is that of the evaluation.
     episodes: how many.
     outdir: folder for videos, or None.
+    json: file for the figures, or None.
   """
   recorder = Recorder(episodes, config.action_repeat, config.seed)
   env = _make_env(config, recorder, bool(outdir))
@@ -117,8 +119,15 @@ def evaluate(config, episodes, outdir=None):
     f'Return of {episodes} episodes: mean {np.mean(returns):.1f}, standard '
     f'deviation {np.std(returns):.1f}.'
   )
+  if json:  # first, as a picture may be refused
+    cli.write_json(json, figures(config, agent, recorder))
   if outdir:
     write_videos(agent, recorder, outdir)
+
+
+def figures(config, agent, recorder):
+  """What --json writes."""
+  returns = recorder.returns
   return dict(
     logdir=str(config.logdir),
     task=config.task,
@@ -189,19 +198,19 @@ def side_by_side(videos):
 
 
 def write_video(path, frames):
-  """Writes uint8 [T, H, W, 3] as .gif, and as .mp4 where imageio can."""
+  """Writes uint8 [T, H, W, 3] as .gif, and as .mp4 where there is ffmpeg."""
   gif, mp4 = path.with_suffix('.gif'), path.with_suffix('.mp4')
   gif.write_bytes(logger.encode_gif(frames, FPS))
   _wrote(gif)
-  try:  # bytes, as imageio finds more than a file's name in some names
-    data = imageio.imwrite(
-      '<bytes>', frames, extension='.mp4', fps=FPS, plugin='FFMPEG'
-    )
-  except ImportError:
-    print(f'No {mp4}: for that, pip install imageio-ffmpeg.')
-  else:
-    mp4.write_bytes(data)
-    _wrote(mp4)
+  if not media.has_ffmpeg():
+    print(f'No {mp4}: pip install imageio-ffmpeg, with an ffmpeg that runs.')
+    return
+  # Bytes, as imageio finds more than a file's name in some names.
+  data = imageio.imwrite(
+    '<bytes>', frames, extension='.mp4', fps=FPS, plugin='FFMPEG'
+  )
+  mp4.write_bytes(data)
+  _wrote(mp4)
 
 
 def write_strips(path, video):
@@ -268,9 +277,7 @@ def run(argv):
       library.export(library.load_dreamer(config, dreamer.Dreamer), args.export)
       _wrote(args.export)
       return
-    figures = evaluate(config, args.episodes, args.outdir)
-    if args.json:
-      cli.write_json(args.json, figures)
+    evaluate(config, args.episodes, args.outdir, args.json)
 
 
 def main(argv=None):

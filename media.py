@@ -9,11 +9,11 @@ which is larger at equal looks: 150 images of a pole, 25 kB beside 9 kB.
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
 import json
-import os
 import pathlib
 import re
 import subprocess
@@ -75,7 +75,10 @@ class Picture:
 
 def digest(*parts):
   """Ten characters that stand for texts and bytes."""
-  data = [p if isinstance(p, bytes) else os.fsencode(str(p)) for p in parts]
+  data = [
+    p if isinstance(p, bytes) else str(p).encode('utf-8', 'surrogatepass')
+    for p in parts
+  ]
   return hashlib.sha256(b'\0'.join(data)).hexdigest()[:10]
 
 
@@ -136,7 +139,7 @@ def encode(frames, fps):
   """
   if frames.shape[1] <= SMALL:
     frames = frames.repeat(2, 1).repeat(2, 2)
-  kind = 'mp4' if _has_ffmpeg() else 'webp'
+  kind = 'mp4' if has_ffmpeg() else 'webp'
   while True:
     for quality in QUALITIES[kind]:
       data = _ENCODERS[kind](frames, fps, quality)
@@ -148,16 +151,21 @@ def encode(frames, fps):
       frames = frames[:, ::2, ::2]
 
 
-def _has_ffmpeg():
+@functools.cache
+def has_ffmpeg():
+  """Whether imageio-ffmpeg is there, with a program that runs."""
   try:
     import imageio_ffmpeg
 
-    return bool(imageio_ffmpeg.get_ffmpeg_exe())
-  except (ImportError, RuntimeError):  # no package, or it has no program
+    return bool(imageio_ffmpeg.get_ffmpeg_version())
+  except (ImportError, RuntimeError, OSError, subprocess.SubprocessError):
     return False
 
 
 def _mp4(frames, fps, quality):
+  """As H.264, which has the colors of two by two pixels: an odd row goes."""
+  height, width = (size // 2 * 2 for size in frames.shape[1:3])
+  frames = frames[:, :height, :width]
   return imageio.imwrite(
     '<bytes>',
     frames,
@@ -205,7 +213,8 @@ class Gallery:
 
   Args:
     site: a `report.Site`, whose record has a dictionary `media`.
-    failed: {key of a run: checkpoint that gave no pictures}, which it fills.
+    failed: what gave no pictures, which it fills: {key of a run: checkpoint},
+      {path of a picture: why}.
   """
 
   def __init__(self, site, failed=None):
@@ -239,7 +248,9 @@ class Gallery:
         self._known[key] = [dataclasses.asdict(picture)]
       yield from self._use(key)
     except Exception as error:  # Pillow and ffmpeg raise all kinds
-      cli.warn(f'{path} is left out: {error}')
+      if path not in self._failed:
+        cli.warn(f'{path} is left out: {error}')
+        self._failed[path] = error
 
   def _import(self, path, data, task, kind, key):
     if path.suffix in STILLS:
@@ -364,9 +375,11 @@ WORDS = dict(
 
 
 def checkpoint(run):
-  """Updates before a run's newest checkpoint; 0 without one."""
-  numbers = runfile.checkpoint_numbers(run.folder / 'checkpoints')
-  return max(numbers, default=0)
+  """Updates before a run's newest checkpoint; 0 without one to be read."""
+  with contextlib.suppress(PermissionError):
+    numbers = runfile.checkpoint_numbers(run.folder / 'checkpoints')
+    return max(numbers, default=0)
+  return 0
 
 
 def run_key(run):

@@ -80,6 +80,7 @@ class Site:
 
   def _read(self):
     names = sorted(path.name for path in self.folder.iterdir())
+    names = [name for name in names if not re.fullmatch(cli.TEMPORARY, name)]
     if not names:
       return dict(files=[], media={})
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -159,7 +160,8 @@ class Report:
     self._templates = make_templates()
     self._state = None
     self._site = None
-    self._failed = {}  # checkpoints that gave no pictures, by run
+    self._failed = {}  # what gave no pictures, for `media.Gallery`
+    self._pages = {}  # {name: (template, its values)}, as they were written
 
   def update(self, refresh=0, videos=False):
     """Writes what has changed.
@@ -182,11 +184,18 @@ class Report:
       return False
     gallery = media.Gallery(self._site, self._failed)
     groups = run_folders.group_runs(runs)
-    files = self._pages(groups, gallery, refresh, videos)
+    files = self._files(groups, gallery, videos)
+    files |= self._render(refresh)
     self._site.write(files)
     self._site.keep([*files, *gallery.files()], gallery.media)
     self._state = state
     return True
+
+  def end(self):
+    """Pages that load themselves again would wait for nothing."""
+    self._site.write(self._render(0))  # first, as runs may be away
+    with contextlib.suppress(UserError, OSError):
+      self.update()
 
   def _state_of(self, run):
     """What changes when something on the pages does."""
@@ -194,8 +203,8 @@ class Report:
     others = [panels.file_state(run.folder / name) for name in names]
     return self._reader.state(run), *others
 
-  def _pages(self, groups, gallery, refresh, videos):
-    """{name: bytes} of all pages, the index last."""
+  def _files(self, groups, gallery, videos):
+    """{name: bytes} of all files but pages, whose values it makes."""
     rows = compare.compare(groups, self._paper, self._args.window)
     pictures = self._pictures(groups, rows, gallery, videos)
     origins = {
@@ -203,20 +212,23 @@ class Report:
     }
     tasks = list(dict.fromkeys(task for task, _ in groups))
     names = {task: f'tasks/{media.slug(task)}.html' for task in tasks}
-    shared = dict(title=self._args.title, refresh=refresh, names=names)
+    shared = dict(title=self._args.title, names=names)
     summary = compare.summarize(rows)
-    files = {'compare.json': cli.to_json(compare.figures(rows, summary))}
+    figures = compare.figures(rows, summary, compare.AXES, self._args.window)
+    files = {'compare.json': cli.to_json(figures)}
     for name in ('style.css', 'page.js'):
       files[name] = (media.ROOT / 'templates' / name).read_bytes()
+    pages = {}
     for task in tasks:
       own = {m: runs for (t, m), runs in groups.items() if t == task}
       page = self._task_page(task, own, origins)
       page['table'] = table([row for row in rows if row['task'] == task])
       page['pictures'] = [p for p in pictures if p.task == task]
       page.update(shared, root='../')
-      files[names[task]] = self._render('task.html', page)
+      pages[names[task]] = 'task.html', page
     page = self._index_page(groups, rows, summary, pictures, origins)
-    files['index.html'] = self._render('index.html', {**page, **shared})
+    pages['index.html'] = 'index.html', {**page, **shared}
+    self._pages = pages
     return files
 
   def _index_page(self, groups, rows, summary, pictures, origins):
@@ -230,7 +242,7 @@ class Report:
           rows,
           summary,
           self._paper,
-          ('step', panels.RETURN),
+          compare.AXES,
           self._args.window,
         )
       ),
@@ -242,9 +254,14 @@ class Report:
       made=datetime.datetime.now(datetime.UTC),
     )
 
-  def _render(self, name, values):
-    text = self._templates.get_template(name).render(values)
-    return text.encode('utf-8', 'backslashreplace')
+  def _render(self, refresh):
+    """{name: bytes} of all pages, the index last."""
+    files = {}
+    for name, (template, values) in self._pages.items():
+      template = self._templates.get_template(template)
+      text = template.render(values, refresh=refresh)
+      files[name] = text.encode('utf-8', 'backslashreplace')
+    return files
 
   def _pictures(self, groups, rows, gallery, videos):
     """All pictures: those given, and of the best run of each group."""
@@ -308,8 +325,8 @@ def _check_place(outdir, runs):
 
 
 def rule(window):
-  """Items of `compare.rule`, with the window's steps, without Markdown."""
-  text = compare.rule().replace('`--window`', f'{window:,.0f}')
+  """Items of `compare.rule`, without Markdown."""
+  text = compare.rule(compare.AXES, window)
   items = text.replace('`', '').split('- ')[1:]
   return [' '.join(item.split()) for item in items]
 
@@ -399,22 +416,34 @@ def parse_flags(argv):
 
 
 def watch(report, seconds, videos):
-  """Updates until Ctrl-C; warnings have been printed by then."""
+  """Updates until Ctrl-C; what cannot be read may be there again later."""
+  hindrance = ''
   try:
     while True:
       time.sleep(seconds)
-      with contextlib.redirect_stderr(io.StringIO()):
-        changed = report.update(seconds, videos)
-      if changed:
-        print(f'{datetime.datetime.now():%H:%M:%S} Updated.', flush=True)
-  finally:  # pages that load themselves again would wait for nothing
-    report.update()
+      before, hindrance = hindrance, look(report, seconds, videos)
+      if hindrance not in ('', before):
+        cli.warn(f'{hindrance}; the pages stay as they are until it is mended')
+  finally:
+    report.end()
+
+
+def look(report, seconds, videos):
+  """Updates, without warnings again; returns what hinders it, or ''."""
+  try:
+    with contextlib.redirect_stderr(io.StringIO()), cli.file_errors():
+      changed = report.update(seconds, videos)
+  except UserError as error:
+    return str(error)
+  if changed:
+    print(f'{datetime.datetime.now():%H:%M:%S} Updated.', flush=True)
+  return ''
 
 
 def run(argv):
   args = parse_flags(argv)
-  if args.pictures and not args.pictures.is_dir():
-    raise UserError(f'--pictures {args.pictures} is not a folder')
+  if args.pictures:
+    run_folders.check_folder('--pictures', args.pictures)
   with cli.file_errors():
     report = Report(args)
     report.update(args.watch, args.videos)

@@ -61,8 +61,7 @@ def find_runs(folders, xaxis='step', yaxis='test/return', read=None):
   """
   found = {}
   for folder in folders:
-    if not folder.is_dir():
-      raise UserError(f'--indir {folder} is not a folder')
+    check_folder('--indir', folder)
     for path in _run_folders(folder):
       run = _read_run(path, xaxis, yaxis, read or read_metrics)
       if not run:
@@ -81,6 +80,12 @@ def find_runs(folders, xaxis='step', yaxis='test/return', read=None):
   return [found[key] for key in sorted(found)]
 
 
+def check_folder(flag, folder):
+  """UserError where what a flag names is no folder."""
+  if not os.path.isdir(folder):  # unlike the path's own, it never raises
+    raise UserError(f'{flag} {folder} is not a folder that can be read')
+
+
 def _last_step(run):
   return run.steps[-1] if len(run.steps) else -1
 
@@ -88,7 +93,9 @@ def _last_step(run):
 def _run_folders(top):
   """Each folder below `top` that has a run, once, however links lead to it."""
   seen = set()
-  for folder, folders, files in os.walk(top.resolve(), followlinks=True):
+  for folder, folders, files in os.walk(
+    top.resolve(), onerror=_left_out, followlinks=True
+  ):
     real = os.path.realpath(folder)
     if real in seen:
       folders.clear()
@@ -98,6 +105,10 @@ def _run_folders(top):
     if 'config.json' in files or 'metrics.jsonl' in files:
       folders[:] = [name for name in folders if name not in OF_A_RUN]
       yield pathlib.Path(folder)
+
+
+def _left_out(error):
+  warn(f'{error.filename} is left out: {error.strerror}')
 
 
 def _read_run(folder, xaxis, yaxis, read):
@@ -126,8 +137,6 @@ def _read_config(path):
   Runs with another preset than the release's get its name after the method. An
   arm of sweep.py, in task/arm/seed, has the name of its folder.
   """
-  if not path.exists():
-    return None
   try:
     record = json.loads(path.read_text())
     config = dict(record['config'])
@@ -141,7 +150,12 @@ def _read_config(path):
     if config.get('env_args'):  # another task
       task += f' {json.dumps(config["env_args"])}'
     return task, method, str(config['seed']), config
-  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+  except FileNotFoundError:
+    return None
+  except OSError as error:
+    _left_out(error)
+    return None
+  except (ValueError, KeyError, TypeError, RecursionError):
     warn(f'{path} is not readable as the configuration of a run')
     return None
 
@@ -178,7 +192,7 @@ def read_series(path, xaxis, names):
     except FileNotFoundError:
       pass
     except OSError as error:
-      warn(f'{file} is left out: {error.strerror}')
+      _left_out(error)
   for line in lines:
     try:
       record = json.loads(line)

@@ -38,6 +38,7 @@ walker_run 191.80 567.20 626.25 824.67
 walker_stand 378.40 985.20 759.19 977.99
 walker_walk 311.00 968.30 944.70 961.67
 """
+ROOT = pathlib.Path(compare.__file__).parent
 WALK = 'dmc_walker_walk'  # at 1e5 steps 137.2 with 57.7 over 5 seeds
 
 
@@ -362,6 +363,45 @@ def test_odd_configurations_are_left_out(tmp_path, change, capsys):
   assert f'{path} is not readable' in capsys.readouterr().err
 
 
+def as_user(name, *words):
+  """Runs a script without root's right to read everything."""
+  rights = '-dac_override,-dac_read_search'
+  command = ['setpriv', f'--bounding-set={rights}', f'--inh-caps={rights}']
+  command = command if os.geteuid() == 0 else []
+  return subprocess.run(
+    [*command, sys.executable, ROOT / name, *map(str, words)],
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize(
+  'name, flags', [('compare.py', []), ('report.py', ['--videos'])]
+)
+def test_a_folder_that_cannot_be_read_is_left_out(tmp_path, name, flags):
+  runs = tmp_path / 'runs'
+  checkpoints = write_run(runs / 'a', WALK, 0, [(1e5, 1.0)]) / 'checkpoints'
+  checkpoints.mkdir()
+  (checkpoints / 'ckpt-5.index').write_bytes(b'nonsense')
+  checkpoints.chmod(0o444)
+  closed, listed, above = runs / 'closed', runs / 'listed', tmp_path / 'above'
+  for seed, (folder, mode) in enumerate(
+    [(closed, 0o000), (listed, 0o444), (above, 0o000)], 1
+  ):
+    write_run(folder / 'run', WALK, seed, [(100_000, 1.0)])
+    (folder if folder != listed else folder / 'run').chmod(mode)
+  words = [*flags, f'--outdir={tmp_path}/site', '--indir']
+  done = as_user(name, *words, runs)
+  assert done.returncode == 0, done.stderr
+  for path in (closed, listed / 'run/config.json'):
+    assert f'{path} is left out: Permission denied' in done.stderr
+  done = as_user(name, *words, above / 'run')
+  message = f'error: --indir {above}/run is not a folder that can be read'
+  assert (done.returncode, done.stderr) == (2, f'{name}: {message}\n')
+  for folder in (checkpoints, closed, listed / 'run', above):  # for pytest
+    folder.chmod(0o755)
+
+
 def test_an_output_that_nobody_takes(tmp_path):
   folder = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
   ours, theirs = os.pipe()
@@ -381,7 +421,7 @@ def test_an_output_that_nobody_takes(tmp_path):
       stdout=stdout,
       stderr=subprocess.PIPE,
       text=True,
-      cwd=pathlib.Path(compare.__file__).parent,
+      cwd=ROOT,
     )
     os.close(stdout)
     assert (result.returncode, result.stderr) == (1, expected)
@@ -407,6 +447,7 @@ def test_folders_without_results(tmp_path, kind, message, capsys):
   'words, message',
   [
     (['--indir', '/nowhere'], '/nowhere is not a folder'),
+    (['--indir', 'a/' * 2500], 'is not a folder'),
     ([], '--indir'),
     (['--indir', '.', '--window', '0'], '--window takes a number above 0'),
     (['--indir', '.', '--bins', 'x'], '--bins'),
@@ -463,6 +504,16 @@ def test_names_are_no_formulas(tmp_path):
   assert (tmp_path / 'plots' / 'curves.png').exists()
 
 
+@pytest.mark.parametrize('name', [os.fsdecode(b'm\xff$'), '\ud800'])
+def test_names_that_are_not_unicode(tmp_path, name):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)], name)
+  write_run(tmp_path / 'runs/b', f'toy_{name}', 0, [(100_000, 1.0)])
+  code, found = report(tmp_path / 'runs', f'--outdir={tmp_path}/plots')
+  names = [(row['task'], row['method']) for row in found['rows']]
+  assert code == 0 and names == [(WALK, name), (f'toy_{name}', 'dreamer')]
+  assert (tmp_path / 'plots/curves.png').exists()
+
+
 def test_curves_show_mean_and_spread_by_bins(tmp_path):
   from matplotlib.figure import Figure
 
@@ -495,11 +546,31 @@ def test_another_axis_is_named_and_may_be_negative(tmp_path, capsys):
     lines = [{'loss': x - 10 - shift, 'value': 1.0} for x in range(9)]
     text = ''.join(json.dumps(line) + '\n' for line in lines)
     (folder / 'metrics.jsonl').write_text(text)
-  words = [f'--indir={tmp_path}', '--xaxis=loss', '--yaxis=value', '--window=5']
-  assert compare.main(words) == 0
+  words = ['--xaxis=loss', '--yaxis=value', '--window=5']
+  code, found = report(tmp_path, *words)
   out, err = capsys.readouterr()
-  assert 'the mean of its last 5 of loss;' in out
+  assert code == 0 and 'the mean of its last 5 of loss.\n' in out
   assert 'Warning' not in out + err
+  axes = found['xaxis'], found['yaxis'], found['window']
+  assert axes == ('loss', 'value', 5)
+  rule = ' '.join(found['rule'].split())
+  assert 'the mean of its value in the window of 5 of loss that ends' in rule
+  assert 'Verdict' not in rule
+
+
+def test_only_evaluations_are_held_against_the_paper(tmp_path, capsys):
+  for seed in range(3):
+    folder = write_run(tmp_path / f'runs/{seed}', WALK, seed, [(100_000, 1.0)])
+    with (folder / 'metrics.jsonl').open('a') as file:
+      file.write('{"step": 100000, "train/return": 7.0}\n')
+  _, found = report(tmp_path / 'runs', '--yaxis=train/return')
+  (row,) = found['rows']
+  assert (row['scores']['0'], row['verdict'], row['paper']) == (6, None, None)
+  (line,) = [x for x in capsys.readouterr().out.splitlines() if WALK in x]
+  assert line.count('| - ') == 7  # from the paper on
+  _, found = report(tmp_path / 'runs')
+  assert found['rows'][0]['verdict'] == 'below'
+  assert '100,000 environment steps that ends' in found['rule']
 
 
 def drawn(folder, bins=0.0):
@@ -547,7 +618,7 @@ def test_other_axes_than_steps_may_be_below_one(tmp_path, capsys):
 def test_a_picture_that_cannot_be_written(tmp_path, capsys):
   write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
   (tmp_path / 'plots/curves.png').mkdir(parents=True)
-  words = [f'--indir={tmp_path}/runs', f'--outdir={tmp_path}/plots']
-  assert compare.main(words) == 2
+  code, found = report(tmp_path / 'runs', f'--outdir={tmp_path}/plots')
+  assert code == 2 and len(found['rows']) == 1  # the figures are not lost
   err = capsys.readouterr().err
   assert 'cannot read or write' in err and 'curves.png' in err

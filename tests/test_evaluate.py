@@ -126,6 +126,21 @@ def test_report_and_videos(copy, tmp_path):
   }
 
 
+def test_what_cannot_be_written_costs_no_figures(copy, tmp_path):
+  """Nor does a program that is missing cost the pictures."""
+  outdir, path = tmp_path / 'videos', tmp_path / 'report.json'
+  (outdir / 'prediction.png').mkdir(parents=True)
+  words = [f'--logdir={copy}', '--episodes=1', f'--outdir={outdir}']
+  env = dict(os.environ, IMAGEIO_FFMPEG_EXE='/nowhere/ffmpeg')
+  result = script('evaluate.py', *words, f'--json={path}', env=env)
+  assert result.returncode == 2
+  check_error(result.stderr, f"Is a directory: '{outdir}/prediction.png'")
+  assert len(json.loads(path.read_text())['returns']) == 1
+  names = {p.name for p in outdir.iterdir()}
+  assert names == {'behavior.gif', 'prediction.gif', 'prediction.png'}
+  assert result.stdout.count('.mp4: pip install imageio-ffmpeg') == 2
+
+
 def test_same_seed_same_returns_without_noise(copy, tmp_path):
   words = ('--episodes=2', '--seed=3')
   first = figures_of(copy, tmp_path, *words)

@@ -340,7 +340,11 @@ def test_numbers_are_short(value, text):
 
 
 @pytest.mark.parametrize(
-  'y', [[5.0], [0.0], [1e300, -1e300], [1e308], [1e15, 1e15 + 0.125]]
+  'y',
+  [
+    *([5.0], [0.0], [1e300, -1e300], [1e308], [1e15, 1e15 + 0.125]),
+    *([1e-323], [0.0, 1e-323], [1.0, -1e-300], [-1e-310, 1e-310]),
+  ],
 )
 def test_charts_take_all_numbers(y):
   line = charts.Line('a', 'c0', np.arange(len(y)), np.array(y))
@@ -408,6 +412,15 @@ def test_the_last_step_of_a_run_is_in_the_last_bin(tmp_path):
   assert len(edges) == 31 and curves[0, -1] == 5.0
 
 
+@pytest.mark.parametrize('step', [1e-323, 1e-310])
+def test_numbers_near_zero_are_no_hindrance(tmp_path, step):
+  pairs = [(step / 2, 1e-323), (step, step)]
+  write_run(tmp_path / 'runs/a', WALK, 0, pairs)
+  assert main('--indir', tmp_path / 'runs', '--outdir', tmp_path / 'site') == 0
+  words = [f'--indir={tmp_path}/runs', f'--outdir={tmp_path}/plots']
+  assert compare.main(words) == 0
+
+
 # --- The folder -------------------------------------------------------------
 
 
@@ -456,12 +469,14 @@ BROKEN = [
   dict(inputs='state,,', prefill='many', clip_rewards='none'),
   dict(prefill=True, logdir=7, horizon=None, env_args='x'),
   dict(env_args={'a': ['<b>']}, logdir={'a': 1}, steps=[1, {}]),
+  dict(task='toy_\ud800', preset='\ud801', logdir='\udcff'),
 ]
 
 
 def test_nonsense_in_files_of_a_run(tmp_path):
   for i, flags in enumerate(BROKEN):
-    folder = write_run(tmp_path / f'runs/{i}', f'gym_{i}', i, [(9, 1)], **flags)
+    flags = dict(dict(task=f'gym_{i}'), **flags)
+    folder = write_run(tmp_path / f'runs/{i}', seed=i, pairs=[(9, 1)], **flags)
     (folder / 'metrics.jsonl').write_text(
       '{"step": -5, "test/return": -1e300}\n{"step": 1e300, "div": 1e308}\n'
       f'{{"step": 3, "test/return": 1{"0" * 400}}}\n{"[" * 100_000}\n'
@@ -473,7 +488,7 @@ def test_nonsense_in_files_of_a_run(tmp_path):
   write_metrics(strange, [(100, 1.0)])
   (tmp_path / 'runs/4/metrics.jsonl').unlink()
   make_site(tmp_path / 'runs', tmp_path / 'site')
-  assert len(pages(tmp_path / 'site')) == 7
+  assert len(pages(tmp_path / 'site')) == 8
 
 
 @pytest.mark.parametrize(
@@ -490,6 +505,10 @@ def test_nonsense_in_files_of_a_run(tmp_path):
     (
       ['--indir', '{}/runs', '--outdir', '{}/s', '--pictures', '{}/no'],
       '--pictures',
+    ),
+    (
+      ['--indir', '{}/runs', '--outdir', '{}/s', '--pictures', 'a/' * 2500],
+      'is not a folder',
     ),
     (
       ['--indir', '{}/runs', '--outdir', '{}/s', '--tasks', 'x'],
@@ -547,6 +566,63 @@ def test_watch_updates_pages_and_leaves_whole_ones(tmp_path):
   assert 'http-equiv="refresh"' not in (site / 'index.html').read_text()
 
 
+def test_watch_goes_on_when_runs_are_away(tmp_path, monkeypatch, capsys):
+  """Its sleeps: they go, stay away, come back, go on, and go until the end."""
+  indir, site = tmp_path / 'runs', tmp_path / 'site'
+  run = write_run(indir / 'a', WALK, 0, [(100_000, 1.0)])
+  away, found = tmp_path / 'away', []
+
+  def take():
+    indir.rename(away)
+
+  def put_back():
+    away.rename(indir)
+
+  def go_on():
+    write_metrics(run, [(100_000, 1.0), (110_000, 2.0)])
+
+  def stop():
+    take()
+    raise KeyboardInterrupt
+
+  steps = iter([take, int, put_back, go_on, stop])
+
+  def sleep(seconds):
+    found.append('data-refresh="7"' in (site / 'index.html').read_text())
+    next(steps)()
+
+  monkeypatch.setattr(time, 'sleep', sleep)
+  words = ['--indir', indir, '--outdir', site, '--watch', '7']
+  assert main(*words) == 130
+  assert found == [True] * 5
+  assert 'data-refresh="0"' in (site / 'index.html').read_text()
+  out = capsys.readouterr().out
+  assert out.count('is not a folder') == 1 and out.count('Updated') == 1
+  page = ' '.join(Page(site / f'tasks/{WALK}.html').texts)
+  assert 'data-refresh="0"' in (site / f'tasks/{WALK}.html').read_text()
+  assert 'to 110k steps' in page
+
+
+def test_an_error_of_the_watch_leaves_pages_at_rest(tmp_path, monkeypatch):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  words = ['--indir', tmp_path / 'runs', '--outdir', tmp_path / 'site']
+  pages_of = report.Report(report.parse_flags(list(map(str, words))))
+  pages_of.update(7)
+  monkeypatch.setattr(run_folders, 'find_runs', lambda *_, **__: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    report.watch(pages_of, 0, False)
+  for path in pages(tmp_path / 'site'):
+    assert 'data-refresh="0"' in path.read_text()
+
+
+def test_a_folder_with_what_a_kill_left_is_taken(tmp_path):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  (tmp_path / 'site').mkdir()
+  (tmp_path / 'site/.report.json.123.tmp').write_text('{')
+  assert main('--indir', tmp_path / 'runs', '--outdir', tmp_path / 'site') == 0
+  assert not list(tmp_path.rglob('*.tmp'))
+
+
 def test_a_kill_at_any_time_leaves_whole_pages(tmp_path):
   indir, site = write_runs(tmp_path / 'runs'), tmp_path / 'site'
   assert main('--indir', indir, '--outdir', site) == 0
@@ -579,6 +655,20 @@ def test_videos_are_within_the_limit():
   assert extension == '.mp4' and len(data) <= media.LIMIT
   image = rng.integers(0, 255, (900, 700, 3)).astype(np.uint8)
   assert len(media.encode_still(image)) <= media.LIMIT
+
+
+def test_videos_of_odd_size_lose_a_row(caplog):
+  frames = np.zeros((9, 301, 303, 3), np.uint8)
+  _, data = media.encode(frames, 20)
+  video = imageio.imread(data, extension='.mp4', plugin='FFMPEG')
+  assert video.shape == (9, 300, 302, 3)
+  assert not caplog.text
+
+
+@pytest.mark.parametrize('program', ['/nowhere', '/bin/false'])
+def test_a_program_that_does_not_run(monkeypatch, program):
+  monkeypatch.setenv('IMAGEIO_FFMPEG_EXE', program)
+  assert not media.has_ffmpeg.__wrapped__()
 
 
 @pytest.mark.parametrize('still', [0, 30])
@@ -636,6 +726,18 @@ def test_given_stills_of_all_modes(tmp_path, mode, white, suffix):
   assert imageio.imread(still)[..., :3].min() > 250
 
 
+def test_a_broken_picture_is_named_once(tmp_path, capsys):
+  run = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
+  (tmp_path / f'{WALK}.gif').write_bytes(b'nonsense')
+  words = ['--indir', run, '--outdir', tmp_path / 'site']
+  words += ['--pictures', tmp_path]
+  pages_of = report.Report(report.parse_flags(list(map(str, words))))
+  for step in (200, 300):
+    assert pages_of.update()
+    add_lines(run, step)
+  assert capsys.readouterr().out.count('is left out') == 1
+
+
 def test_a_checkpoint_without_pictures_is_evaluated_once(tmp_path, monkeypatch):
   run = write_run(tmp_path / 'runs', 'toy_reach', 0, [(100, 1.0)])
   (run / 'checkpoints').mkdir()
@@ -664,7 +766,7 @@ def test_without_ffmpeg_videos_are_animated_webp():
 
 def test_names_of_files_are_safe_and_differ():
   names = ['dmc_a', 'DMC_A', 'a b', 'a/b', '../a', 'ä', '<', '', 'a' * 300]
-  names += ['\udcff']  # not UTF-8
+  names += ['\udcff', '\ud800']  # not UTF-8, not Unicode
   slugs = [media.slug(name) for name in names]
   assert slugs[0] == 'dmc_a'
   assert len({slug.lower() for slug in slugs}) == len(names)
