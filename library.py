@@ -310,12 +310,17 @@ def load_dreamer(config, make_agent, env=None):
     config: from `runfile.load_config`.
     make_agent: class of the agent.
     env: of the run's task; None to make one, if it is needed.
+
+  Raises:
+    UserError: the environment shows or takes something else than config.json
+      says.
   """
   inputs, actions = runfile.load_spaces(config.logdir)
-  if inputs is None:
+  if env or inputs is None:
     asked = env or environments.make_env(config, 0, 'test')
     try:
       inputs, actions, _ = environments.env_spec(config, asked)
+      runfile.check_spaces(config.logdir, inputs, actions)
     finally:
       if not env:
         asked.close()

@@ -216,6 +216,7 @@ def test_beside_a_training_run(copy, tmp_path):
     ('newer flag', 'is of another version of this code (flags telepathy)'),
     ('other network', 'was not made by this version of the code'),
     ('broken', 'is not readable as the configuration of a run'),
+    ('other inputs', 'the environment has changed: it shows'),
     ('no task', 'does not say its task, preset, inputs'),
     ('no episodes', '--episodes takes a whole number from 1'),
     ('unwritable', 'cannot write'),
@@ -237,6 +238,9 @@ def test_bad_input(copy, kind, message, capfd):
     change_config(copy, num_units=17)
   elif kind == 'broken':
     path.write_text('{"config": ')
+  elif kind == 'other inputs':
+    record = dict(json.loads(path.read_text()), observations=dict(state=[9]))
+    path.write_text(json.dumps(record))
   elif kind == 'no task':
     path.write_text('{"config": {"seed": 0}}')
   elif kind == 'no episodes':
