@@ -372,7 +372,6 @@ def test_actor_that_resumes_does_not_evaluate_anew(learner, pair):
     (['--train_steps=9'], '--train_steps is of --learner scheduled'),
     (['--deterministic=True'], '--learner free depends on the clock'),
     (['--offline=/tmp'], 'leave out --learner free'),
-    (['--strategy=multiworker'], '--learner free makes its updates in one'),
     (['--role=actor'], '--role takes one of both, act, learn'),
   ],
 )
