@@ -230,7 +230,6 @@ def test_several_choices_are_those_of_the_run_of_the_episodes(tmp_path, capsys):
     (['--offline={}/nowhere'], '/nowhere: there is no such folder'),
     (['--updates=5'], '--updates is for --offline'),
     (['--offline={}', '--train_steps=0'], 'needs --train_steps of 1 or more'),
-    (['--offline={}', '--strategy=multiworker'], '--strategy mirrored'),
     (['--offline={reach}', '--inputs=pose'], 'it has image, state'),
     (['--offline={reach}', '--task=toy_catch'], 'are of another task'),
     (['--offline={reach}', '--action_repeat=2'], 'repeat 1; give that'),
