@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import tensorflow as tf
 
 import checkpoints
 import evaluate
+import runfile
 
 pytestmark = pytest.mark.slow
 
@@ -359,6 +361,27 @@ def test_checkpoint_on_a_full_disk(small_disk):
     saved.save(1)
   assert error.value.errno == errno.ENOSPC
   assert error.value.strerror == 'No space left on device'
+
+
+def test_a_run_whose_workers_die_again_and_again_is_saved(tmp_path):
+  flags = ['--inputs=state', '--save_every=1000']
+  run = soak.Soak(tmp_path / 'run', flags=flags)
+  try:
+    run.start()
+    while run._process.poll() is None:
+      for pid in run._workers():
+        with contextlib.suppress(ProcessLookupError):
+          os.kill(pid, signal.SIGKILL)
+      time.sleep(0.05)
+  finally:
+    run.close()
+  assert run._process.returncode == 1
+  out = (tmp_path / 'run.out').read_text()
+  assert 'error: The environment worker was killed by signal SIGKILL' in out
+  assert out.count('a fresh worker takes over') >= 4
+  updates = int(re.search(r'Stopped at .* (\d+) updates; saved', out)[1])
+  numbers = runfile.checkpoint_numbers(tmp_path / 'run/checkpoints')
+  assert numbers[-1] == updates > 0
 
 
 def statm(pid):
