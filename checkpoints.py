@@ -349,11 +349,14 @@ class Lock:
     self._file.flush()
 
   def _take(self):
-    for _ in range(5):  # one that only looks (`_holder`) has it for a moment
-      with contextlib.suppress(BlockingIOError):
-        return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      time.sleep(0.02)
-    return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for left in reversed(range(6)):
+      try:
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+      except BlockingIOError:
+        if not left:
+          raise
+      time.sleep(0.02)  # one that only looks (`_holder`) has it for a moment
 
   def release(self):
     """Ends it; the file stays, empty."""

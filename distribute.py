@@ -409,7 +409,7 @@ def _read_cluster():
 def _tasks(cluster, kind):
   addresses = cluster.get(kind, [])
   for address in addresses:
-    port = int(address.rpartition(':')[2])
-    if not 0 < port < 2**16:
+    host, _, port = address.rpartition(':')
+    if not host or not 0 < int(port) < 2**16:
       raise ValueError(address)
   return range(len(addresses))

@@ -171,9 +171,9 @@ def share(ray, args):
     gpus = int(any(g >= 1 for _, g in have))
   most = max((c for c, g in have if g >= gpus), default=0)
   cpus = args.cpus_per_run or min(CPUS, max(1, most))
-  if any(round(n, 4) != n for n in (cpus, gpus)) or gpus > max(1, int(gpus)):
+  if any(0 < n < 1e-4 for n in (cpus, gpus)) or gpus > max(1, int(gpus)):
     raise UserError(
-      'Ray gives ten-thousandths of CPUs and GPUs, and above one GPU whole '
+      'Ray gives no less than 0.0001 of a CPU or GPU, and above one GPU whole '
       f'ones: not {cpus:g} CPUs (--cpus-per-run) and {gpus:g} GPUs '
       '(--gpus-per-run)'
     )

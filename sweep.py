@@ -217,6 +217,7 @@ def check_flags(pairs, extra):
 
 def make_runs(wanted, args):
   """All runs, first those of seed 0; those that are finished are `done`."""
+  # Unlike `resolve` it raises nothing where links lead in a circle.
   folder, runs = pathlib.Path(os.path.realpath(args.logdir)), []
   for seed in range(args.seeds):
     for (task, arm), config in wanted.items():

@@ -42,10 +42,8 @@ class WorkerLost(WorkerError):  # noqa: N818 (says more than WorkerLostError)
   code = 1
 
 
-class WorkersLost(WorkerError):  # noqa: N818
+class WorkersLost(WorkerLost):
   """What runs the workers is gone, so there can be no fresh one."""
-
-  code = 1
 
 
 _KNOWN = (TaskError, RenderError, WorkerLost, WorkerError)

@@ -255,6 +255,7 @@ def test_batch_goes_to_replicas_by_rows():
     (dict(worker=['a', 'b']), 'is not a cluster'),  # without ports
     (dict(worker=['a:1', 'b:']), 'is not a cluster'),
     (dict(worker=['a:1', 'b:x']), 'is not a cluster'),
+    (dict(worker=['a:1', '2222']), 'is not a cluster'),
     (dict(worker=['a:1', 'b:99999']), 'is not a cluster'),
     ('{"cluster": {}, "task": {"type": "", "index": 1e999}}', 'is not a'),
     (dict(ps=['a:1', 'b:2']), 'is not a cluster'),

@@ -16,9 +16,8 @@ import uuid
 
 import pytest
 from rich import console
-from test_wrappers import marked
+from test_wrappers import marked, run_script
 
-import cli
 import compare
 import configs
 import ray_runs
@@ -413,7 +412,7 @@ def test_bad_input(tmp_path, words, expected, capsys):
   'words, expected',
   [
     (('--cpus-per-run', '999'), 'no node has that: there are 1'),
-    (('--cpus-per-run', '1e-5'), 'Ray gives ten-thousandths of CPUs'),
+    (('--cpus-per-run', '1e-5'), 'Ray gives no less than 0.0001 of a CPU'),
     (('--address', '127.0.0.1:9'), '--address 127.0.0.1:9: Connection'),
   ],
 )
@@ -436,23 +435,29 @@ def test_logdir_that_cannot_be_made(tmp_path, capsys):
   assert f'cannot write to {tmp_path}/loop: ' in capsys.readouterr().err
 
 
-class Cluster:
-  """As Ray describes one: a node with 8 CPUs and 4 GPUs."""
-
-  @staticmethod
-  def nodes():
-    return [dict(Alive=True, Resources=dict(CPU=8, GPU=4))]
-
-
-@pytest.mark.parametrize(
-  'cpus, gpus, right',
-  [(1.5, 2, True), (1, 0.5, True), (1, 1.5, False), (1, 0.33333, False)],
-)
-def test_shares_that_ray_gives(cpus, gpus, right):
-  args = cli.AttrDict(cpus_per_run=cpus, gpus_per_run=gpus)
-  refused = pytest.raises(cli.UserError, match='ten-thousandths of CPUs')
-  with contextlib.nullcontext() if right else refused:
-    assert ray_runs.share(Cluster, args) == (cpus, gpus)
+def test_shares_are_refused_where_ray_refuses_them():
+  code = """
+    import cli, ray, ray_runs
+    ray.init('local', num_cpus=8, num_gpus=4, include_dashboard=False)
+    for cpus, gpus in (
+      *((1.5, 2), (1, 0.5), (1 / 3, 1 / 3), (0.0001, 0)),
+      *((1, 1.5), (1, 2.0001), (1, 9e-5), (9e-5, 0)),
+    ):
+      args = cli.AttrDict(cpus_per_run=cpus, gpus_per_run=gpus)
+      for take in (
+        lambda: ray_runs.share(ray, args),
+        lambda: ray.remote(num_cpus=cpus, num_gpus=gpus)(dict).remote(),
+      ):
+        try:
+          take()
+          print('taken', end=' ')
+        except (cli.UserError, ValueError) as error:
+          print(type(error).__name__, end=' ')
+  """
+  done = run_script(code)
+  assert done.returncode == 0, done.stderr
+  refused = ['UserError', 'ValueError']
+  assert done.stdout.split() == 8 * ['taken'] + 4 * refused
 
 
 def test_without_ray(tmp_path):
