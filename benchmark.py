@@ -367,10 +367,13 @@ def _run(config, repeats):
   logger = Logger(config.logdir, config.steps)
   learner = Learner(agent, run_kinds.Run(config, team, stop, logger))
 
-  def collect():  # whole episodes, and the updates due by then
+  state = None
+
+  def collect():  # episodes, and the updates due by then
+    nonlocal state
     until = learner.step + config.train_every
     while learner.step < until:
-      tools.simulate(learner, envs, episodes=config.envs)
+      state = tools.simulate(learner, envs, episodes=config.envs, state=state)
       learner.catch_up()
 
   with _environments(config, config.envs) as (envs, lengths):

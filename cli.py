@@ -61,6 +61,7 @@ def main(name, run, argv=None):
     output that nobody takes, 2 for bad input, 130 after Ctrl-C.
   """
   gc.set_threshold(20_000, 20, 20)  # the many objects of graphs mostly stay
+  open_streams()
   for stream in (sys.stdout, sys.stderr):  # whatever the terminal can show
     with contextlib.suppress(AttributeError):
       stream.reconfigure(errors='backslashreplace')
@@ -116,6 +117,22 @@ def nearest(word, choices, cutoff=0.5):
   found = difflib.get_close_matches(word.lower(), lower, cutoff=cutoff)
   names = ' or '.join(lower[name] for name in found)
   return f'; did you mean {names}?' if found else ''
+
+
+def open_streams():
+  """Gives standard input, output and errors that are closed a place to go.
+
+  Else the next file that is opened would get what is printed.
+  """
+  for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # takes the first number that is free
+      os.set_inheritable(number, True)
+    if getattr(sys, name) is None:
+      stream = open(number, 'w' if number else 'r', closefd=False)
+      setattr(sys, name, stream)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,11 @@ return what they are given.
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
+import socket
+import time
 import zlib
 
 import numpy as np
@@ -339,7 +342,7 @@ def make_team(strategy, batch_size):
     return Team()
   cluster = _read_cluster()
   gpus = len(tf.config.list_physical_devices('GPU'))
-  several = strategy == 'auto' and cluster and cluster[1] > 1
+  several = strategy == 'auto' and cluster and len(cluster[1]) > 1
   if strategy == 'multiworker' or several:
     team = _join(cluster)
   elif strategy == 'mirrored':
@@ -371,14 +374,17 @@ def _join(cluster):
       'as {"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": '
       '{"type": "worker", "index": 0}}, with another index in each process'
     )
-  index, workers = cluster
-  # It waits in C++, where Python's handler would not be called.
-  handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  index, addresses = cluster
+  workers = len(addresses)
   print(f'Process {index} of {workers}: waiting for the others.', flush=True)
+  # It waits in C++, where Python's handler would not be called.
+  handler = signal.getsignal(signal.SIGINT)
   try:
+    _wait_for_peers(index, addresses)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-  except tf.errors.OpError as error:
-    reason = error.message.partition('\n')[0]
+  except (OSError, tf.errors.OpError) as error:
+    reason = getattr(error, 'message', str(error)).partition('\n')[0]
     raise UserError(
       f'process {index} cannot begin at its address in TF_CONFIG ({reason}). '
       'Is its port free, on this host?'
@@ -388,8 +394,38 @@ def _join(cluster):
   return Team(strategy, index, workers)
 
 
+def _wait_for_peers(index, addresses):
+  """Until a process listens at each address.
+
+  TensorFlow would wait as well, but say nothing and heed no SIGTERM.
+
+  Raises:
+    OSError: this process cannot listen at its own.
+  """
+  missing = dict.fromkeys(addresses[:index] + addresses[index + 1 :])
+  port, said = int(addresses[index].rpartition(':')[2]), time.monotonic()
+  with socket.create_server(('', port)):
+    while missing:
+      missing = {k: why for k in missing if (why := _silence(k))}
+      if missing and time.monotonic() > said + 10:
+        said = math.inf
+        peers = ', '.join(f'{k} ({why})' for k, why in missing.items())
+        print(f'Still waiting for {peers}.', flush=True)
+      time.sleep(0.2)
+
+
+def _silence(address):
+  """Why nobody answers at an address; '' where somebody does."""
+  host, _, port = address.rpartition(':')
+  try:
+    socket.create_connection((host.strip('[]'), int(port)), timeout=2).close()
+  except OSError as error:
+    return error.strerror or str(error)
+  return ''
+
+
 def _read_cluster():
-  """(index, number of processes) by TF_CONFIG; None without it."""
+  """(index, addresses of all processes) by TF_CONFIG; None without it."""
   text = os.environ.get('TF_CONFIG')
   if not text:
     return None
@@ -397,8 +433,12 @@ def _read_cluster():
     record = json.loads(text)
     cluster, task = record['cluster'], record['task']
     kind, index = task['type'], int(task['index'])
-    members = [(k, i) for k in ('chief', 'worker') for i in _tasks(cluster, k)]
-    return members.index((kind, index)), len(members)
+    members = {
+      (k, i): address
+      for k in ('chief', 'worker')
+      for i, address in enumerate(_addresses(cluster, k))
+    }
+    return [*members].index((kind, index)), [*members.values()]
   except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
     raise UserError(
       f'TF_CONFIG is not a cluster and a task of type chief or worker in it: '
@@ -406,10 +446,10 @@ def _read_cluster():
     ) from None
 
 
-def _tasks(cluster, kind):
+def _addresses(cluster, kind):
   addresses = cluster.get(kind, [])
   for address in addresses:
     host, _, port = address.rpartition(':')
     if not host or not 0 < int(port) < 2**16:
       raise ValueError(address)
-  return range(len(addresses))
+  return addresses

@@ -132,7 +132,7 @@ def running(run):
     count=run.steps,
   )
   store = [
-    lambda episode: episode_files.save_episodes(run.datadir, [episode]),
+    lambda x: episode_files.save_episodes(run.datadir, [x], run.exact),
     functools.partial(summarize, prefix='train'),
     ShortEpisodes(run),
   ]

@@ -20,22 +20,26 @@ import spaces
 from cli import atomic_write
 
 OTHERS = ('action', 'reward', 'discount')  # what is no observation
+EXACT = '0' * 32
 # Errors of the system that come of what a file is; others come of the machine.
 OF_THE_FILE = (None, errno.EINVAL, errno.EISDIR, errno.ENOENT)
 
 
-def save_episodes(directory, episodes):
+def save_episodes(directory, episodes, exact=False):
   """Writes episodes as `{timestamp}-{uuid}-{length}.npz`; returns the paths.
 
   `length` counts rows: the reset and one row for each agent step. Files are
   not compressed, so that windows can be read from their place in the file.
+  Those of an exact run, which makes them anew if it has to, have `EXACT` in the
+  place of the uuid.
   """
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   paths = []
   for episode in episodes:
     stamp = _next_stamp(directory)
-    name = f'{stamp}-{uuid.uuid4().hex}-{len(episode["reward"])}.npz'
+    number = EXACT if exact else uuid.uuid4().hex
+    name = f'{stamp}-{number}-{len(episode["reward"])}.npz'
     with atomic_write(directory / name) as file:
       np.savez(file, **episode)
     paths.append(directory / name)
@@ -79,6 +83,11 @@ def episode_length(path):
 def episode_return(episode):
   """Sum of an episode's rewards."""
   return float(episode['reward'].astype(np.float64).sum())
+
+
+def is_exact(name):
+  """Whether an exact run made an episode, by its name."""
+  return f'-{EXACT}-' in name
 
 
 def count_episodes(directory):
@@ -132,8 +141,8 @@ class EpisodeFile:
             for key, member in self._members.items()
           }
       for key in (*OTHERS, *self._shapes):
-        if not spaces.is_image(key) and not np.isfinite(rows[key]).all():
-          raise ValueError(f'{key} is not finite')
+        if not spaces.is_image(key) and not _finite(rows[key]):
+          raise ValueError(f'{key} is not finite, as float32')
       return rows
 
   def check(self):
@@ -223,6 +232,12 @@ class EpisodeFile:
     if len(data) != (stop - start) * row:
       raise ValueError('it is cut short')
     return np.frombuffer(data, dtype).reshape((stop - start, *shape))
+
+
+def _finite(array):
+  """Whether all numbers are, as the float32 that they become."""
+  with np.errstate(over='ignore'):
+    return np.isfinite(array.astype(np.float32, copy=False)).all()
 
 
 @functools.lru_cache(maxsize=16)

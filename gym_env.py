@@ -495,7 +495,7 @@ class Source:
 
 MOST_CHOICES = 10_000  # of a discrete observation, as each is a number
 # What episodes hold besides, and what `numpy.savez` takes for itself.
-RESERVED = ('action', 'reward', 'discount', 'source', 'file', 'allow_pickle')
+RESERVED = ('action', 'reward', 'discount', 'file', 'allow_pickle')
 
 
 def _find_vectors(parts, images):

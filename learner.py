@@ -13,6 +13,10 @@ import logger
 import replay
 import tools
 
+# float16's smallest normal number: gradients that are not finite at a smaller
+# loss scale are not so because of it.
+LEAST_LOSS_SCALE = 2.0**-14
+
 
 class NonFiniteError(cli.Failure):
   """A loss or gradient became NaN or infinite; nothing was saved since."""
@@ -253,7 +257,7 @@ class Learner:
 
   def _place(self, batches):
     for batch in batches:
-      source, self._latest = batch.pop('source'), batch
+      source, self._latest = batch.pop(replay.SOURCE), batch
       yield source, self._team.place(batch)
 
   def _tracing(self, first):
@@ -263,8 +267,11 @@ class Learner:
 
   def _check_finite(self, metrics, source):
     """NonFiniteError, but for what the loss scale of float16 explains."""
-    skipped = [k.removesuffix('_skipped') for k in metrics if 'skipped' in k]
-    expected = {f'{name}_grad_norm' for name in skipped}
+    expected = {
+      k.replace('_loss_scale', '_grad_norm')
+      for k, scale in metrics.items()
+      if k.endswith('_loss_scale') and scale > LEAST_LOSS_SCALE
+    }
     for name, value in metrics.items():
       if not np.isfinite(value) and name not in expected:
         path = self._write_suspects(metrics, source)

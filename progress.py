@@ -151,8 +151,6 @@ class Progress:
     self._run.logger.scalars(
       self._learner.step, dict(resumed=1, updates=updates)
     )
-    if saved['exact']:
-      self.save()  # or a later exact run would take back what comes now
 
   def _check_lost(self, restored):
     """UserError if the run has learned, and would begin anew now.
@@ -182,10 +180,12 @@ class ExactProgress(Progress):
 
   With --deterministic and one environment: checkpoints are made between
   episodes only, and a resumed run deletes what is newer than its checkpoint,
-  in replay and metrics.jsonl; it will be regenerated.
+  in replay and metrics.jsonl; it will be regenerated. Where other runs have
+  added episodes since, all stays, and the run goes on from there.
   """
 
   exact = True
+  _goes_back = False  # to what the checkpoint knows
 
   def portion(self):
     return dict(episodes=1)
@@ -201,10 +201,13 @@ class ExactProgress(Progress):
     return ' what came after the last whole episode will be regenerated;'
 
   def _rewind(self, saved):
-    if not saved['exact']:
-      return
     names = episode_files.list_episodes(self._run.datadir)
     later = [name for name in names if name > saved['newest']]
+    self._goes_back = saved['exact'] and all(map(episode_files.is_exact, later))
+    if not self._goes_back:
+      if later:
+        self._run.say(f'{len(later)} episodes newer than its checkpoint stay.')
+      return
     for name in later:
       (self._run.datadir / name).unlink()
     if self._run.logger.size() > saved['metrics_size']:
@@ -213,8 +216,10 @@ class ExactProgress(Progress):
       self._run.say(f'{len(later)} episodes will be regenerated.')
 
   def _resumed(self, saved):
-    if saved['exact']:
+    if self._goes_back:
       self._learner.unlogged(saved['metrics'])
+    else:
+      super()._resumed(saved)
 
 
 def make_progress(run, learner):

@@ -23,8 +23,16 @@ def _uncollected():
       gc.enable()
 
 
+cli.open_streams()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # counts when it loads
+os.environ['KERAS_BACKEND'] = 'tensorflow'  # whatever keras.json says
 with cli.quiet_stderr(), cli.interruptible(), _uncollected():
-  import keras  # noqa: F401
+  import keras
   import tensorflow  # noqa: ICN001, F401
   import tensorflow_probability  # noqa: F401
+
+if keras.config.backend() != 'tensorflow':  # chosen by who imported it before
+  raise cli.UserError(
+    f'Keras was loaded with the backend {keras.config.backend()}, and Dreamer '
+    'needs tensorflow: import it before keras, or set KERAS_BACKEND=tensorflow'
+  )

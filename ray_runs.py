@@ -17,6 +17,7 @@ import sys
 import time
 
 from cli import UserError
+from ray_workers import reach
 
 ROOT = pathlib.Path(__file__).resolve().parent
 FINISHED = 'sweep.json'  # in a logdir: the step at which its run finished
@@ -128,9 +129,7 @@ def connect(ray, address):
   else:
     quiet.update(address=address)
   try:
-    host, _, port = (address or '').rpartition(':')
-    if host and port.isdigit():  # Ray would try for minutes
-      socket.create_connection((host, int(port)), timeout=10).close()
+    reach(address or '')
     ray.init(**quiet)
   except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
     error = getattr(error, 'strerror', None) or str(error).strip()

@@ -15,13 +15,14 @@ import logging
 import math
 import os
 import pickle
-import re
+import queue
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 
@@ -390,14 +391,22 @@ def _connect_ray():
   # Ray prints what it hears of dead workers, which arrives as errors anyway.
   ray._private.worker.listen_error_messages = lambda *args: None
 
-  def connect():
-    if re.fullmatch(r'[^/]+:\d+', address):  # Ray itself tries for minutes
-      socket.create_connection(address.rsplit(':', 1), timeout=20).close()
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+  ended = queue.SimpleQueue()
 
-  # In another thread Ray leaves the handlers of signals as they are.
-  with concurrent.futures.ThreadPoolExecutor(1) as thread, quiet_stderr():
-    error = thread.submit(connect).exception()
+  def connect():
+    try:
+      reach(address)
+      ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+      ended.put(error)
+    else:
+      ended.put(None)
+
+  # In another thread Ray leaves the handlers of signals as they are, and these
+  # need not wait for it.
+  with quiet_stderr():
+    threading.Thread(target=connect, daemon=True).start()
+    error = ended.get()
   if error:
     raise TaskError(f'Cannot connect to {where}: {error}') from error
   # Its C++ has handlers, too, which would abort this process after 3 seconds.
@@ -405,6 +414,21 @@ def _connect_ray():
     with contextlib.suppress(ValueError):  # not in the main thread
       signal.signal(number, signal.getsignal(number))
   return ray
+
+
+def reach(address):
+  """OSError where nobody listens at a cluster's address.
+
+  Ray itself would try for minutes.
+  """
+  if address == 'auto':  # the one that `ray start` began here last
+    with contextlib.suppress(Exception):  # no part of Ray's interface
+      from ray._private import services
+
+      address = services.canonicalize_bootstrap_address('auto') or ''
+  host, _, port = address.rpartition(':')
+  if host and port.isdigit() and '/' not in host:
+    socket.create_connection((host.strip('[]'), int(port)), timeout=20).close()
 
 
 def _is_own_ray(ray):

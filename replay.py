@@ -24,6 +24,8 @@ from episode_files import (
   list_episodes,
 )
 
+SOURCE = '/source'  # key of a window's origin; no array's name begins so
+
 
 class Replay:
   """The episodes of a folder, and windows drawn from them.
@@ -93,7 +95,7 @@ class Replay:
       self._set_aside(episode, error)
 
   def window(self, rng, balance=False):
-    """One window: dictionary of arrays [length, ...], and `source`.
+    """One window: dictionary of arrays [length, ...], and where from, `SOURCE`.
 
     An episode is drawn uniformly, then a window of it: any that fits, the
     one that ends in the last row included. With `balance`, draws that do not
@@ -109,7 +111,7 @@ class Replay:
       start = min(start, last)
       try:
         window = episode.read(start, start + total)
-        return dict(window, source=f'{episode.path.name}, row {start}')
+        return {**window, SOURCE: f'{episode.path.name}, row {start}'}
       except ValueError as error:
         self._set_aside(episode, error)
 
@@ -182,18 +184,34 @@ def describe(directory):
 
   Returns:
     {key: shape of a row}, and of how many choices their actions are one-hot
-    vectors, 0 if they are numbers; {} and 0 where there is none.
+    vectors, 0 if they are numbers.
+
+  Raises:
+    UserError: none is whole, or their actions are numbers that no agent can
+      choose, beyond [-1, 1].
   """
+  why = ''
   for name in list_episodes(directory):
     episode = EpisodeFile(pathlib.Path(directory) / name)
-    with contextlib.suppress(ValueError):
+    if episode.length < 2:
+      continue  # it has no action
+    try:
       rows = episode.read(0, episode.length)
-      actions = rows['action'][1:]  # the first is none
-      ones = np.unique(actions.sum(-1))
-      onehot = np.isin(actions, (0, 1)).all() and len(ones) == 1
-      shapes = {k: v.shape[1:] for k, v in rows.items()}
-      return shapes, int(ones[0]) if onehot else 0
-  return {}, 0
+    except ValueError as error:
+      why = f': {name}: {error}'
+      continue
+    actions = rows['action'][1:]  # the first is none
+    if np.abs(actions).max(initial=0) > 1.001:
+      raise UserError(
+        f'{episode.path} has actions beyond [-1, 1]: scale them to that range, '
+        'or make choices one-hot vectors'
+      )
+    ones = np.unique(actions.sum(-1))
+    onehot = np.isin(actions, (0, 1)).all() and len(ones) == 1
+    onehot = onehot and actions.shape[-1] > 1
+    shapes = {k: v.shape[1:] for k, v in rows.items()}
+    return shapes, int(ones[0]) if onehot else 0
+  raise UserError(f'{directory} holds no whole episode{why}')
 
 
 def count_steps(datadir, config, folders=1):
@@ -226,7 +244,7 @@ def load_dataset(
     start: index of the first batch; batch number n is the same however often
       the run was interrupted, as long as the episodes are.
     actions: A, if episodes with other actions are to be set aside.
-    source: say where the windows are from, as `source`, strings [B].
+    source: say where the windows are from, as `SOURCE`, strings [B].
     part: (index, number) of processes, each of which draws its share of B.
     inputs: {name: shape} of the observations that the agent sees.
     folders: of episodes, of all processes, which share the capacity.
@@ -253,7 +271,7 @@ def load_dataset(
       if not spaces.is_image(key):
         data[key] = data[key].astype(np.float32)
     if source:
-      data['source'] = np.array([x['source'] for x in batch])
+      data[SOURCE] = np.array([x[SOURCE] for x in batch])
     yield data
 
 

@@ -180,8 +180,7 @@ def load_spaces(logdir):
   record = _read_config(pathlib.Path(logdir) / 'config.json')
   try:
     inputs = {k: tuple(map(int, v)) for k, v in record['observations'].items()}
-    images = {v for k, v in inputs.items() if spaces.is_image(k)}
-    if not inputs or images - {spaces.IMAGE_SHAPE}:
+    if not inputs or spaces.odd_images(inputs):
       return None, None
     return inputs, spaces.action_space(record['actions'])
   except (KeyError, TypeError, ValueError, AttributeError):

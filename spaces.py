@@ -33,6 +33,11 @@ def dtype(name):
   return np.uint8 if is_image(name) else np.float32
 
 
+def odd_images(inputs):
+  """Names of the images of {name: shape} that no agent can see."""
+  return [k for k, v in inputs.items() if is_image(k) and v != IMAGE_SHAPE]
+
+
 def image_name(index):
   """Name of an environment's image number `index`, from 0."""
   return f'image_{index + 1}' if index else 'image'
@@ -203,6 +208,12 @@ def image_layout(shape, dtype, low, high):
       raise ValueError(f'it has shape {shape}; {EXPECTED}')
     return None
   stacked, first, count = found
+  if (
+    count is None
+    and np.dtype(dtype) != np.uint8
+    and not (high <= 1 or high == 255)
+  ):
+    return None  # a matrix: a map of what is where, perhaps
   if low < 0 or high > 255:
     if count is None or stacked:  # a matrix of features, perhaps
       return None

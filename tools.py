@@ -128,7 +128,7 @@ def lambda_return(reward, value, pcont, bootstrap, lambda_, axis, unroll=False):
   Returns:
     Tensor of the shape of `reward`.
   """
-  if isinstance(pcont, (int, float)):
+  if np.ndim(pcont) == 0:
     pcont = pcont * tf.ones_like(reward)
   order = list(range(reward.shape.rank))
   order[0], order[axis] = order[axis], order[0]
@@ -448,10 +448,9 @@ class Adam:
 def simulate(agent, envs, steps=0, episodes=0, state=None):
   """Runs an agent in environments, all of them at the same time.
 
-  Stops when the episodes that ended hold `steps` agent steps, or when
-  `episodes` of them ended; what is under way then goes on at the next call
-  with the state returned here. Episodes with `info['lost']`, whose worker died,
-  do not count.
+  Stops when the episodes that ended hold `steps` agent steps and `episodes` of
+  them ended; what is under way then goes on at the next call with the state
+  returned here. Episodes with `info['lost']`, whose worker died, do not count.
 
   Args:
     agent: maps (obs, reset, agent_state) to (action, agent_state), where obs
@@ -464,7 +463,7 @@ def simulate(agent, envs, steps=0, episodes=0, state=None):
     state: what the last call returned, or None to begin anew.
 
   Returns:
-    The state: surplus of steps and episodes, and where each environment is.
+    The state: surplus over the limits, and where each environment is.
   """
   if state is None:
     state = (0, 0, np.ones(len(envs), bool), [0] * len(envs), {}, None)
@@ -486,5 +485,6 @@ def simulate(agent, envs, steps=0, episodes=0, state=None):
         if not info.get('lost'):
           step, episode = step + length[index], episode + 1
         length[index] = 0
-  step, episode = max(0, step - steps), max(0, episode - episodes)
+  step = max(0, step - steps) if steps else 0
+  episode = max(0, episode - episodes) if episodes else 0
   return step, episode, done, length, obs, agent_state

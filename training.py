@@ -120,6 +120,8 @@ def setup_precision(precision):
       precision = 'bfloat16' if _has_bfloat16() else '32'
   policies = {'16': 'mixed_float16', 'bfloat16': 'mixed_bfloat16'}
   policy = policies.get(precision, 'float32')
+  keras.config.set_floatx('float32')  # as keras.json may say otherwise
+  keras.config.set_image_data_format('channels_last')
   keras.config.set_dtype_policy(policy)
   return policy
 
@@ -352,7 +354,7 @@ def _train(run, make_agent, envs, test_env):
   except cli.Stopped:
     run.say('Stopping after the update under way; a second signal: unsaved.')
     _stop(run, learner, progress)
-  except worker_calls.WorkerError:
+  except worker_calls.ERRORS:
     _stop(run, learner, progress)
     raise
   except distribute.PeerLost:
@@ -422,8 +424,8 @@ def _prepare(run, envs, test_env):
   config = run.config
   keras.utils.set_random_seed(config.seed)
   policy = setup_precision(config.precision)
-  if config.offline and not replay.describe(run.datadir)[0]:
-    raise UserError(f'--offline {config.offline} holds no whole episode')
+  if config.offline:
+    replay.describe(run.datadir)  # or an error that says what is wrong there
   env = envs[0] if envs else test_env
   if env:
     spec = environments.env_spec(config, env)
@@ -451,6 +453,11 @@ def _prepare(run, envs, test_env):
 def _replay_spec(run):
   """`Spec` of an agent for the episodes of a folder."""
   shapes, choices = replay.describe(run.datadir)
+  if len(shapes['action']) != 1:
+    raise UserError(
+      f'an action in {run.datadir} has shape {list(shapes["action"])}, not '
+      '[A]: numbers within [-1, 1], or choices as one-hot vectors'
+    )
   size = shapes['action'][0]
   record = dict(choices=[size]) if choices else dict(size=size)
   stored = _stored_actions(run)
@@ -461,6 +468,12 @@ def _replay_spec(run):
     )
   actions = stored or spaces.action_space(record)
   inputs = environments.input_shapes(run.config, shapes)
+  for name in spaces.odd_images(inputs):
+    raise UserError(
+      f'{name} in {run.datadir} has shape {list(inputs[name])}, and an agent '
+      f'sees {list(spaces.IMAGE_SHAPE)}: convert the images, or choose others '
+      'by --inputs'
+    )
   about = [f'The agent sees {", ".join(inputs)}, of the episodes.']
   return environments.Spec(inputs, actions, about)
 

@@ -46,7 +46,7 @@ class WorkersLost(WorkerLost):
   """What runs the workers is gone, so there can be no fresh one."""
 
 
-_KNOWN = (TaskError, RenderError, WorkerLost, WorkerError)
+ERRORS = (TaskError, RenderError, WorkerLost, WorkerError)
 
 
 def fail(error):
@@ -76,7 +76,7 @@ def attempt(function, *args):
   try:
     return True, function(*args)
   except (Exception, SystemExit) as error:  # sys.exit() ends no run
-    kind = next((x.__name__ for x in _KNOWN if isinstance(error, x)), '')
+    kind = next((x.__name__ for x in ERRORS if isinstance(error, x)), '')
     message = str(error) or type(error).__name__
     if not kind:
       message += f' ({type(error).__name__} in the environment)'
@@ -89,7 +89,7 @@ def resolve(answer):
   if success:
     return payload
   kind, message, trace = payload
-  classes = {x.__name__: x for x in _KNOWN}
+  classes = {x.__name__: x for x in ERRORS}
   error = classes.get(kind, WorkerError)(message)
   error.traceback = trace
   error.add_note(f'In the environment worker:\n{trace}')

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import textwrap
 import types
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -180,3 +181,26 @@ def test_flags_are_checked_before_tensorflow_loads(words):
   assert done.returncode == (0 if words == ['--help'] else 2)
   loaded = {x.rpartition('|')[2].strip() for x in done.stderr.splitlines()}
   assert 'configs' in loaded and 'tensorflow' not in loaded
+
+
+def test_closed_streams_take_no_other_file(tmp_path):
+  """Else what is printed would be in the first file that is opened."""
+  code = """
+    import os, sys
+    import cli
+    def run(argv):
+      with open(argv[0], 'w') as file:
+        os.write(1, b'out')
+        os.write(2, b'err')
+        print(sys.stdin.read(), flush=True)
+        print('err', file=sys.stderr, flush=True)
+        file.write('kept')
+    sys.exit(cli.main('test', run, sys.argv[1:]))
+  """
+  script = tmp_path / 'script.py'
+  script.write_text(textwrap.dedent(code))
+  words = f'"$0" "{script}" "{tmp_path}/file" <&- >&- 2>&-'
+  env = dict(os.environ, PYTHONPATH=str(ROOT))
+  done = subprocess.run(['sh', '-c', words, sys.executable], env=env)
+  assert done.returncode == 0
+  assert (tmp_path / 'file').read_text() == 'kept'

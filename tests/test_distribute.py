@@ -10,6 +10,7 @@ makes five updates from the episodes in FOLDER and writes all weights there.
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -280,7 +281,8 @@ def test_cluster_numbers_the_chief_first(monkeypatch):
     text = json.dumps(dict(cluster=cluster, task=task))
     monkeypatch.setenv('TF_CONFIG', text)
     found.append(distribute._read_cluster())
-  assert found == [(0, 3), (1, 3), (2, 3)]
+  addresses = ['a:1', 'b:1', 'c:1']
+  assert found == [(0, addresses), (1, addresses), (2, addresses)]
 
 
 # Whole runs of two processes.
@@ -415,13 +417,19 @@ def test_stop_of_one_stops_both_at_one_update(tmp_path):
   assert {p.name for p in second.iterdir()} == {'episodes', 'lock-1'}
 
 
-def test_wait_for_others_ends_at_once_when_asked(tmp_path):
+@pytest.mark.parametrize(
+  'number, code', [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]
+)
+def test_wait_for_others_ends_at_once_when_asked(tmp_path, number, code):
+  """And says who is missing."""
   first, second = start_run(tmp_path / 'run')
   second.kill()
   wait_for(first, 'Process 0 of 2: waiting for the others')
-  first.send_signal(signal.SIGINT)
-  ((code, _, error), _) = finish([first, second], timeout=60)
-  assert code == -signal.SIGINT
+  line = wait_for(first, 'Still waiting for')[-1]
+  assert re.fullmatch(r'.*for localhost:\d+ \(Connection refused\)\.\n', line)
+  first.send_signal(number)
+  ((ended, _, error), _) = finish([first, second], timeout=60)
+  assert ended == code
   assert not error
   assert not (tmp_path / 'run').exists()
 

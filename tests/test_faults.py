@@ -153,15 +153,24 @@ def test_another_seed_is_another_run(whole, other):
 
 
 def test_exact_run_takes_back_nothing_of_another(tmp_path, other):
-  """What a run that is not exact made after the checkpoint stays."""
+  """What runs that are not exact made after the checkpoint stays.
+
+  Here one that was killed before it had looked at the checkpoint, and an actor
+  without a learner.
+  """
   logdir = tmp_path / 'run'
   shutil.copytree(other, logdir)
-  run_until(logdir, 'at step 650', signal.SIGKILL, SLOW, '--steps=900')
+  flags = (SLOW, '--steps=900', '--prefill=900')
+  run_until(logdir, 'at step 650', signal.SIGKILL, *flags)
+  flags = (SLOW, '--steps=750', '--learner=free', '--role=act')
+  result = run(logdir, *flags)
+  assert result.returncode == 0, result.stderr
   made = {p.name for p in logdir.glob('episodes/*.npz')}
   assert len(made) >= 13
-  longer = [x.replace('600', '700') for x in EXACT]
+  longer = [x.replace('600', '800') for x in EXACT]
   result = run(logdir, *longer, '--seed=4')
   assert result.returncode == 0, result.stderr
+  assert '3 episodes newer than its checkpoint stay.' in result.stdout
   assert made <= {p.name for p in logdir.glob('episodes/*.npz')}
 
 

@@ -93,7 +93,7 @@ def test_every_row_comes_back_in_order(tmp_path, compressed, balance):
       tools.save_episodes(tmp_path, [episode])
   windows = draw(tmp_path, 400, 100, 4, balance)
   for window in windows:
-    name, _, row = window.pop('source').partition(', row ')
+    name, _, row = window.pop(replay.SOURCE).partition(', row ')
     number = identify(window)[0]
     assert name.endswith(f'-{lengths[number]}.npz')
     assert int(row) == identify(window)[1][0]

@@ -102,11 +102,12 @@ def test_lambda_one_is_the_longest_estimate():
   np.testing.assert_allclose(actual[:, 0], expected, rtol=1e-12)
 
 
-def test_lambda_return_contains_sum_of_rewards():
+@pytest.mark.parametrize('one', [1, 1.0, np.float64(1), tf.ones([], 'float64')])
+def test_lambda_return_contains_sum_of_rewards(one):
   # V_R, Eq. 4.
   reward, value, _ = random_trajectories(7)
   actual = tools.lambda_return(
-    tf.constant(reward), tf.constant(value[:-1]), 1.0, None, 1.0, 0
+    tf.constant(reward), tf.constant(value[:-1]), one, None, 1.0, 0
   )
   expected = [reward[tau:].sum(0) for tau in range(7)]
   np.testing.assert_allclose(actual, expected, rtol=1e-12)
@@ -816,6 +817,16 @@ def test_simulate_leaves_out_lost_episodes(limit):
   )
   tools.simulate(CountingAgent(), [env], **limit)
   assert env.episode == 3  # the first was lost
+
+
+def test_simulate_keeps_no_surplus_over_another_limit():
+  env, agent = CountingEnv(0, 5), CountingAgent()
+  state = tools.simulate(agent, [env], episodes=3)
+  assert len(env.log) == 15
+  state = tools.simulate(agent, [env], steps=10, state=state)
+  assert len(env.log) == 25
+  tools.simulate(agent, [env], episodes=1, state=state)
+  assert len(env.log) == 30
 
 
 def test_simulate_counts_surplus_episodes():

@@ -35,6 +35,7 @@ import evaluate
 import learner
 import logger
 import progress
+import replay
 import run_folders
 import run_kinds
 import tools
@@ -400,10 +401,21 @@ def test_non_finite_loss_stops_the_run(make_learner, tmp_path, deterministic):
   # Which windows were in the batch: the same again, by their names.
   folder, config = tmp_path / 'episodes', agent._c
   windows = next(dreamer.load_dataset(folder, config, source=True))
-  assert record['windows'] == windows['source'].tolist()
+  assert record['windows'] == windows[replay.SOURCE].tolist()
   assert len(record['windows']) == config.batch_size
   name = record['windows'][0].partition(', row ')[0]
   assert (folder / name).exists()
+
+
+def test_loss_scale_that_sank_explains_no_gradient(make_learner, tmp_path):
+  """Else a run in float16 would skip all of its updates, to its end."""
+  agent, found = make_learner(tmp_path), dict(model_grad_norm=np.inf)
+  found['model_skipped'] = 1.0
+  agent._check_finite(dict(found, model_loss_scale=2.0**-13), ['window'])
+  with pytest.raises(
+    learner.NonFiniteError, match='model_grad_norm became inf'
+  ):
+    agent._check_finite(dict(found, model_loss_scale=2.0**-14), ['window'])
 
 
 def test_devices_are_set_up_before_tensorflow_computes(tmp_path):
@@ -592,10 +604,17 @@ def read_metrics(logdir):
 
 @pytest.mark.slow
 def test_debug_run_is_stopped_killed_and_resumed(tmp_path, capfd):
-  """On a real control suite task, in a folder with all that names may have."""
+  """On a real control suite task, in a folder with all that names may have.
+
+  With Keras set up for other work.
+  """
   logdir = tmp_path / 'a [1]*? ~ü:%s.zip'
   flags = ('--preset', 'debug', '--task', 'dmc_cartpole_balance')
+  keras = dict(floatx='float16', image_data_format='channels_first')
+  (tmp_path / 'keras.json').write_text(json.dumps(dict(keras, backend='jax')))
+  env = dict(os.environ, KERAS_HOME=str(tmp_path), KERAS_BACKEND='torch')
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  pipes['env'] = env
   # Killed without warning once it has saved.
   process = subprocess.Popen(command(logdir, *flags, '--steps', '1e5'), **pipes)
   saved = 'checkpoints/ckpt-[1-9]*.index'
@@ -779,6 +798,18 @@ def test_short_episodes_are_said_once(main, tmp_path):
   assert code == 0, text
   assert text.count('have fewer rows than --batch_length 10') == 1
   assert re.search(r'Warning: [1-9]\d* of [1-9]\d* episodes have', text)
+
+
+@pytest.mark.slow
+def test_environment_that_cannot_be_made_again_saves_the_run(main, tmp_path):
+  code, text = main(
+    *('--steps=1000', '--prefill=60', '--pretrain=2', '--train_steps=0'),
+    *('--env_args', json.dumps({'path': str(tmp_path / 'gone')})),
+    task='gym_test_users:Gone-v0',
+  )
+  assert code == 2, text
+  assert 'Stopped at step 100, 2 updates; saved to' in text
+  assert 'Traceback' not in text
 
 
 @pytest.mark.slow

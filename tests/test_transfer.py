@@ -243,6 +243,56 @@ def test_bad_input(reach, tmp_path, words, message, capsys):
   assert message in capsys.readouterr().err
 
 
+ROWS = dict(
+  state=np.zeros((9, 3), np.float32),
+  action=np.full((9, 1), 0.5, np.float32),
+  reward=np.zeros(9),
+  discount=np.ones(9, np.float32),
+)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (
+      dict(action=np.ones(9, int)),
+      r'an action in \S+ has shape \[\], not \[A\]',
+    ),
+    (dict(action=np.full((9, 1), 3)), r'actions beyond \[-1, 1\]: scale them'),
+    (
+      dict(image=np.zeros((9, 84, 84, 3), np.uint8)),
+      r'image in \S+ has shape \[84, 84, 3\], and an agent sees \[64, 64, 3\]',
+    ),
+    (
+      dict(image=np.zeros((9, 64, 64, 1), np.uint8)),
+      r'image in \S+ has shape \[64, 64, 1\], and an agent sees \[64, 64, 3\]',
+    ),
+    (dict(reward=np.full(9, 1e39)), 'reward is not finite, as float32'),
+  ],
+)
+def test_episodes_that_no_agent_learns_from(tmp_path, changes, message, capsys):
+  """Of other programs, without an environment that says what is right."""
+  rows = {**ROWS, **changes}
+  episode_files.save_episodes(tmp_path / 'data', [rows] * 2)
+  inputs = 'image' if 'image' in rows else 'state'
+  words = [f'--offline={tmp_path / "data"}', '--task=custom_robot']
+  assert run(tmp_path / 'run', *words, f'--inputs={inputs}', '--updates=1') == 2
+  assert re.search(message, ''.join(capsys.readouterr()))
+
+
+def test_any_names_and_actions_of_one_number(tmp_path):
+  """One number that is always 1 is no choice; files without a step say none."""
+  ones = np.ones((9, 1), np.float32)
+  rows = {**ROWS, 'source': ones, 'action': ones}
+  one = {k: v[:1] for k, v in rows.items()}
+  episode_files.save_episodes(tmp_path / 'data', [one, rows, rows])
+  words = [f'--offline={tmp_path / "data"}', '--task=custom_robot']
+  assert run(tmp_path / 'run', *words, '--inputs=state', '--updates=2') == 0
+  agent = dreamer.load(tmp_path / 'run')
+  assert agent.inputs == dict(source=(1,), state=(3,))
+  assert not hasattr(agent.action_space, 'discrete')
+
+
 def test_nothing_to_learn_offline(reach, tmp_path, capsys):
   words = [
     '--task=toy_reach',

@@ -7,6 +7,7 @@ in real workers.
 import functools
 import json
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -356,6 +357,8 @@ def test_images_of_all_layouts(array, high, expected, words):
     ((128,), np.uint8, 0, 255),
     ((7, 7, 3), np.uint8, 0, 255),  # MiniGrid's, which are no pixels
     ((20, 30), np.float32, -np.inf, np.inf),
+    ((20, 30), np.int64, 0, 10),  # a map of what is where
+    ((20, 30), np.float32, 0, 5),
     ((5, 3), np.float32, 0, 1),
   ],
 )
@@ -513,6 +516,23 @@ def test_other_rewards_name_task_and_shape(reward, words):
 
 
 # --- Errors of environments -------------------------------------------------
+
+
+class Gone(Base):
+  """Fails after 5 episodes, and then cannot be made again."""
+
+  def __init__(self, path, render_mode=None):
+    super().__init__(render_mode)
+    self.path, self.count = pathlib.Path(path), 0
+    if self.path.exists():
+      self.action_space = S.Text(4)
+
+  def step(self, action):
+    self.count += 1
+    if self.count > 5 * self.length:
+      self.path.touch()
+      raise RuntimeError('the device is gone')
+    return super().step(action)
 
 
 class Flaky(Base):
@@ -841,7 +861,7 @@ def test_an_id_without_its_package_gets_the_right_form():
     gym_env.make('no_such_module_of_mine:X-v0', {})
 
 
-for _kind in (Changing, Chatty, Flaky, Slow, SlowStart):
+for _kind in (Changing, Chatty, Flaky, Gone, Slow, SlowStart):
   register(_kind)
 
 

@@ -530,7 +530,11 @@ def test_without_ray(monkeypatch):
       use()
 
 
-def test_wrong_ray_address():
+@pytest.mark.parametrize('address', ['127.0.0.1:1', 'auto'])
+def test_wrong_ray_address(tmp_path, address):
+  """Also of a cluster that has left its address behind."""
+  (tmp_path / 'ray').mkdir()
+  (tmp_path / 'ray/ray_current_cluster').write_text('127.0.0.1:1')
   done = run_script(
     """
     import wrappers
@@ -539,9 +543,10 @@ def test_wrong_ray_address():
     except wrappers.TaskError as error:
       print(error)
   """,
-    env={**os.environ, 'RAY_ADDRESS': '127.0.0.1:1'},
+    env={**os.environ, 'RAY_ADDRESS': address, 'RAY_TMPDIR': str(tmp_path)},
   )
-  assert done.stdout.startswith('Cannot connect to Ray at RAY_ADDRESS=127.0.0.')
+  begin = f'Cannot connect to Ray at RAY_ADDRESS={address}: [Errno 111]'
+  assert done.stdout.startswith(begin)
   assert done.stderr == ''
 
 

@@ -405,6 +405,39 @@ def test_actions_without_bounds_are_not_scaled():
   assert all(np.abs(obs['position']).max() < 10 for obs, _, _, _ in rows)
 
 
+def models_of_lqr():
+  envs = [suites.make_task('dmc_lqr_lqr_2_1', seed=n) for n in (1, 2, 2)]
+  starts = [env.reset()['position'].tolist() for env in envs]
+  physics = [innermost(env).physics for env in envs]
+  return starts, [x.model.jnt_stiffness.tolist() for x in physics]
+
+
+def innermost(env):
+  while hasattr(env, '_env'):
+    env = env._env
+  return env
+
+
+def test_seeds_give_other_starts_in_one_world():
+  """The suite draws a model of its own for each seed of this task."""
+  starts, models = in_worker(models_of_lqr)
+  assert models[0] == models[1] == models[2]
+  assert starts[0] != starts[1] == starts[2]
+
+
+def test_task_that_draws_at_a_reset_without_images():
+  """Its height field is in the simulation, drawn or not."""
+  done = run_script("""
+    import numpy as np
+    import suites
+    env = suites.make_task('dmc_quadruped_escape', inputs='state', seed=3)
+    obs = env.reset()
+    print(obs['origin'].shape, env.step(np.zeros(12, np.float32))[1] >= 0)
+  """)
+  assert (done.returncode, done.stderr) == (0, ''), done.stderr
+  assert done.stdout == '(3,) True\n'
+
+
 def whole_episode():
   env = suites.make_task('dmc_pendulum_swingup', 20, 1000, seed=0)
   env.reset()
