@@ -335,7 +335,7 @@ class ActorCritic(ActorOnly):
 
   @tf.function(autograph=False)
   def _follow(self, share):
-    """The slow copy goes a share of the way to the value model."""
+    """The target network goes a share of the way to the value model."""
     pairs = zip(self._slow.weights, self.value.weights, strict=True)
     for slow, fast in pairs:
       slow.assign(slow + share * (fast - slow))
@@ -349,7 +349,7 @@ class ActorCritic(ActorOnly):
   def returns(self, feat, reward, pcont):
     """V_lambda of Eq. 6 and the value model's v, [H-1, N] each.
 
-    With `--slow_value` the values in Eq. 6 are those of the slow copy.
+    With `--slow_value` the values in Eq. 6 are those of the target network.
     """
     value = self.value(feat).mean()
     target = self._slow(feat).mean() if self._slow else value

@@ -142,6 +142,7 @@ def quiet_stderr():
   For imports: gym prints a notice under NumPy 2, TensorFlow several lines
   before its log level counts. Exceptions pass.
   """
+  open_streams()
   sys.stderr.flush()
   kept = os.dup(2)
   nowhere = os.open(os.devnull, os.O_WRONLY)

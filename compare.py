@@ -274,10 +274,12 @@ def sentences(rows, summary, paper, axes, window):
     return
   yield line + '; difference ± half of its 95% interval.'
   yield 'The released curves ("paper, at") used earlier hyperparameters.'
-  missing = set(paper['final']) - {row['task'] for row in rows}
-  if missing:
+  missing = sorted(set(paper['final']) - {row['task'] for row in rows})
+  if len(missing) == len(paper['final']):
+    yield 'No run of a task of the paper.'
+  elif missing:
     count = f'{len(missing)} of the {len(paper["final"])}'
-    names = ', '.join(sorted(missing)[:3]) + ' and others' * (len(missing) > 3)
+    names = ', '.join(missing[:3]) + ' and others' * (len(missing) > 3)
     yield f'No run of {count} tasks of the paper: {names}.'
   for method, s in summary.items():
     line = (

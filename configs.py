@@ -242,7 +242,8 @@ FLAGS = {
          'agent steps in a sequence', 'App. A'),
     Flag('train_every', POSITIVE, 1000,
          'environment steps between trainings', 'App. A'),
-    Flag('train_steps', Whole(), 100, 'updates in a training', 'App. A'),
+    Flag('train_steps', Whole(), 100,
+         'updates every --train_every steps', 'App. A'),
     Flag('pretrain', Whole(), 100, 'updates in the first training', 'release'),
     Flag('model_lr', RATE, 6e-4, 'learning rate of the world model', 'App. A'),
     Flag('value_lr', RATE, 8e-5, 'learning rate of the value model', 'App. A'),
@@ -294,8 +295,8 @@ FLAGS = {
          'states of a batch that imagination starts from, drawn anew; 0: all',
          'section 3: all'),
     Flag('slow_value', RATE, 0.0,
-         'share of the way to the value model that a slow copy goes in each '
-         'update, whose values are those in Eq. 6; 0: no copy',
+         'share of the way to the value model that a target network goes in '
+         'each update, whose values are those in Eq. 6; 0: none',
          'DreamerV3: 0.02', FIXED),
     Flag('actor_entropy', Number(0, 100), 0.0,
          'weight of the entropy of actions beside Eq. 7, for each nat',

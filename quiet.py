@@ -23,7 +23,6 @@ def _uncollected():
       gc.enable()
 
 
-cli.open_streams()
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # counts when it loads
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # whatever keras.json says
 with cli.quiet_stderr(), cli.interruptible(), _uncollected():

@@ -204,3 +204,8 @@ def test_closed_streams_take_no_other_file(tmp_path):
   done = subprocess.run(['sh', '-c', words, sys.executable], env=env)
   assert done.returncode == 0
   assert (tmp_path / 'file').read_text() == 'kept'
+  words = f'"$0" "{ROOT}/dreamer.py" --help 2>&-'
+  done = subprocess.run(
+    ['sh', '-c', words, sys.executable], capture_output=True, text=True
+  )
+  assert done.returncode == 0 and '--logdir' in done.stdout

@@ -239,7 +239,7 @@ def test_values_of_the_slow_copy_are_those_in_eq_6(tmp_path):
   _, _, post = model_losses(agent)
 
   def check(value, slow):
-    """Values are the model's, and all in the targets the slow copy's."""
+    """Values are the model's, and all in the targets the target network's."""
     _, imag, _ = behavior.actor_loss(post, dream_seeds(agent))
     np.testing.assert_allclose(imag['value'], value, rtol=1e-5)
     third = 1 + 0.9 * slow
