@@ -377,11 +377,10 @@ def _join(cluster):
   index, addresses = cluster
   workers = len(addresses)
   print(f'Process {index} of {workers}: waiting for the others.', flush=True)
-  # It waits in C++, where Python's handler would not be called.
-  handler = signal.getsignal(signal.SIGINT)
+  # TensorFlow waits in C++, where Python's handler would not be called.
+  handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
   try:
     _wait_for_peers(index, addresses)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
   except (OSError, tf.errors.OpError) as error:
     reason = getattr(error, 'message', str(error)).partition('\n')[0]
@@ -415,13 +414,17 @@ def _wait_for_peers(index, addresses):
 
 
 def _silence(address):
-  """Why nobody answers at an address; '' where somebody does."""
+  """Why nobody answers at an address; '' where somebody does.
+
+  A connection to a free port of this host may be one with itself.
+  """
   host, _, port = address.rpartition(':')
   try:
-    socket.create_connection((host.strip('[]'), int(port)), timeout=2).close()
+    with socket.create_connection((host.strip('[]'), int(port)), 2) as found:
+      itself = found.getsockname() == found.getpeername()
   except OSError as error:
     return error.strerror or str(error)
-  return ''
+  return 'Connection refused' if itself else ''
 
 
 def _read_cluster():
