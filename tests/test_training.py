@@ -335,10 +335,14 @@ def test_exact_run_keeps_what_its_checkpoint_knew(make_learner, tmp_path):
   known = sorted(run.datadir.glob('*.npz'))
   training.prefill(run, [])  # adds nothing to a run that has begun
   later = random_episode(np.random.default_rng(1), 12, 2)
-  tools.save_episodes(run.datadir, [later])
+  tools.save_episodes(run.datadir, [later], exact=True)
   known[0].rename(known[0].with_suffix('.broken'))
   made._rewind(saved)
   assert sorted(run.datadir.glob('*.npz')) == known[1:]
+  tools.save_episodes(run.datadir, [later], exact=True)
+  tools.save_episodes(run.datadir, [later])  # of another run
+  made._rewind(saved)
+  assert len(list(run.datadir.glob('*.npz'))) == len(known) + 1
 
 
 def test_what_a_run_without_updates_says(make_learner, tmp_path):
