@@ -403,7 +403,9 @@ def _wait_for_peers(index, addresses):
   """
   missing = dict.fromkeys(addresses[:index] + addresses[index + 1 :])
   port, said = int(addresses[index].rpartition(':')[2]), time.monotonic()
-  with socket.create_server(('', port)):
+  both = socket.has_dualstack_ipv6()  # IPv4 and IPv6
+  family = socket.AF_INET6 if both else socket.AF_INET
+  with socket.create_server(('', port), family=family, dualstack_ipv6=both):
     while missing:
       missing = {k: why for k in missing if (why := _silence(k))}
       if missing and time.monotonic() > said + 10:

@@ -394,13 +394,13 @@ def _connect_ray():
   ended = queue.SimpleQueue()
 
   def connect():
+    error = None
     try:
       reach(address)
       ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-      ended.put(error)
-    else:
-      ended.put(None)
+    except BaseException as caught:
+      error = caught
+    ended.put(error)
 
   # In another thread Ray leaves the handlers of signals as they are, and these
   # need not wait for it.
