@@ -324,4 +324,6 @@ class Parser(argparse.ArgumentParser):
       raise UserError(f'{name} takes {kind}, not {text!r}{reason}') from None
 
   def error(self, message):
+    if 'expected' in message:  # a value, and there may be what looks like none
+      message += ' (write --flag=VALUE for one that begins with a dash)'
     raise UserError(message)

@@ -56,8 +56,12 @@ FLAGS = (
   *('representation', 'behavior', 'inputs'),
 )
 # Of dreamer.py, which runs that are timed here cannot have: one process that
-# acts and learns on schedule.
-NEVER = ('logdir', 'prefill', 'offline', 'learner', 'role', 'strategy')
+# acts and learns on schedule, for as long as it takes.
+# fmt: off
+NEVER = (
+  'logdir', 'steps', 'prefill', 'offline', 'learner', 'role', 'strategy',
+)
+# fmt: on
 EPISODES = 5  # of random actions, which all parts learn from
 
 
@@ -512,7 +516,7 @@ def parse_flags(argv):
 def run(argv):
   args = parse_flags(argv)
   words = [*args.words, *args.extra]
-  cli.make_folders(args.json and args.json.parent)
+  cli.make_outputs(args.json)
   with tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
     config = commandline.parse_flags([*words, f'--logdir={logdir}'])

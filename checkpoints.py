@@ -253,7 +253,9 @@ def load_agent(config, make_agent, actspace, inputs):
   agent = make_agent(config, actspace, inputs=inputs)
   folder = config.logdir / 'checkpoints'
   saved = Checkpoints(folder, **agent.knowledge())
-  for _ in range(3):  # a run beside us may replace all that we found
+  tried = None  # a run beside us may replace all that we found
+  while tried != saved.newest():
+    tried = saved.newest()
     if saved.restore():
       return agent
   if saved.newest_trace():
@@ -327,7 +329,7 @@ class Lock:
 
   def __init__(self, directory, name='lock', note=''):
     path = pathlib.Path(directory) / name
-    self._file = path.open('a+')
+    self._file = path.open('a+', errors='replace')
     self._file.seek(0)
     holder = self._file.read().strip()
     try:
@@ -397,7 +399,7 @@ def locked(logdir, role):
 def _holder(path):
   """What a lock's file says, if a process holds it; '' if none does."""
   try:
-    with path.open('r+') as file:
+    with path.open('r+', errors='replace') as file:
       text = file.read().strip()
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
       return ''

@@ -186,6 +186,13 @@ def make_folders(*paths):
       raise UserError(f'cannot write to {path}')
 
 
+def make_outputs(file, *folders):
+  """As `make_folders`, for folders and a file, each a path or None."""
+  make_folders(*folders, file and file.parent)
+  if file and file.is_dir():
+    raise UserError(f'{file} is a folder; choose another name for the file')
+
+
 TEMPORARY = r'\..+\.\d+\.tmp'  # names of files that `atomic_write` is at
 
 
@@ -193,7 +200,7 @@ TEMPORARY = r'\..+\.\d+\.tmp'  # names of files that `atomic_write` is at
 def atomic_write(path):
   """Yields a binary file that appears under `path` whole or not at all."""
   path = pathlib.Path(path)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary = path.with_name(f'.{path.name[:50]}.{os.getpid()}.tmp')
   try:
     with temporary.open('wb') as file:
       yield file
@@ -226,7 +233,7 @@ def write_json(path, record):
   if path.exists() and not path.is_file():
     path.write_bytes(data)
     return
-  with atomic_write(path.resolve()) as file:
+  with atomic_write(os.path.realpath(path)) as file:
     file.write(data)
 
 

@@ -65,7 +65,7 @@ def published(paper, task, steps):
     return None
   curve = paper['curves'][task]
   choices = [*curve['steps'], paper['methods']['dreamer']['steps']]
-  nearest = int(np.argmin(np.abs(np.array(choices) - steps)))
+  nearest = int(np.argmin(np.abs(np.array(choices, float) - steps)))
   index = min(nearest, len(curve['steps']) - 1)
   final = nearest > index
   seeds = curve['seeds'][index]
@@ -80,7 +80,7 @@ def published(paper, task, steps):
 
 def score(run, steps, window):
   """Mean of a run's returns in (steps - window, steps], NaN if none."""
-  inside = (run.steps > steps - window) & (run.steps <= steps)
+  inside = (steps - run.steps < window) & (run.steps <= steps)
   return float(run.scores[inside].mean()) if inside.any() else float('nan')
 
 
@@ -136,6 +136,12 @@ def compare(groups, paper, window):
       )
     scores = {run.seed: score(run, steps, window) for run in logged}
     scores = {k: v for k, v in scores.items() if np.isfinite(v)}
+    for run in runs:
+      if run.seed not in scores:
+        run_folders.warn(
+          f'{run.folder} is left out: it has nothing in the window of '
+          f'{window:.12g} that ends at {steps}'
+        )
     values = list(scores.values())
     reference = paper and published(paper, task, steps)
     mean = half = None
@@ -246,12 +252,17 @@ def cells(rows):
 
 def table(rows):
   """The rows as a Markdown table, aligned."""
-  lines = cells(rows)
+  lines = [[_plain_cell(text) for text in line] for line in cells(rows)]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   lines.insert(1, ['-' * width for width in widths])
   return '\n'.join(
     '| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines
   )
+
+
+def _plain_cell(text):
+  """A text that ends neither its cell nor its row."""
+  return ' '.join(text.split()).replace('|', r'\|')
 
 
 def sentences(rows, summary, paper, axes, window):
@@ -470,7 +481,7 @@ def add_choice(parser):
 
 def run(argv):
   args = parse_flags(argv)
-  cli.make_folders(args.outdir, args.json and args.json.parent)
+  cli.make_outputs(args.json, args.outdir)
   with cli.file_errors():
     groups = _find_groups(args)
   axes = args.xaxis, args.yaxis

@@ -10,6 +10,8 @@ import errno
 import functools
 import os
 import pathlib
+import re
+import stat
 import struct
 import uuid
 import zipfile
@@ -67,8 +69,13 @@ def list_episodes(directory):
 
 
 def newest(directory):
-  """The last name of a folder's episodes; '' if there is none."""
-  return max(list_episodes(directory), default='')
+  """The last name of a folder's episodes that begins with a time, or ''."""
+  return max(filter(is_stamped, list_episodes(directory)), default='')
+
+
+def is_stamped(name):
+  """Whether the name of an episode begins with a time, as those made here."""
+  return re.match(r'[12]\d{7}T\d{6}', name) is not None
 
 
 def episode_length(path):
@@ -107,7 +114,8 @@ class EpisodeFile:
   Where they start is looked up once; a window is then one read for each key
   and the page cache keeps what is hot. (Reads rather than memory maps: a map
   holds a file descriptor for each episode and a truncated file would kill the
-  process.) Compressed files, as the 2020 release wrote them, are read whole.
+  process.) Compressed files, as the 2020 release wrote them, are read whole,
+  and so are those whose arrays do not lie row by row.
   Nothing in a file is trusted: its structure is checked before the first read,
   and its checksums once, at the first read.
 
@@ -143,6 +151,8 @@ class EpisodeFile:
       for key in (*OTHERS, *self._shapes):
         if not spaces.is_image(key) and not _finite(rows[key]):
           raise ValueError(f'{key} is not finite, as float32')
+      first = 1 if start == 0 else 0  # before it there was no action
+      _check_actions(rows['action'][first:])
       return rows
 
   def check(self):
@@ -162,8 +172,10 @@ class EpisodeFile:
       raise ValueError(f'{type(error).__name__}: {error}') from error
 
   def _locate(self):
-    """Maps each key to (offset, dtype, row shape); empty if compressed."""
+    """Maps each key to (offset, dtype, row shape); empty if read whole."""
     members, arrays, stored = {}, {}, True
+    if not stat.S_ISREG(self.path.stat().st_mode):
+      raise ValueError('it is not a file')  # a pipe would be waited for
     with zipfile.ZipFile(self.path) as archive:
       infos = archive.infolist()
       packed = (i for i in infos if i.compress_type != zipfile.ZIP_STORED)
@@ -179,7 +191,7 @@ class EpisodeFile:
           )
           shape, fortran, dtype = read_header(file)
           header = file.tell()
-        if dtype.kind not in 'biuf' or (fortran and len(shape) > 1):
+        if dtype.kind not in 'biuf':
           raise ValueError(f'{info.filename} is not a plain array')
         size = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if info.file_size != header + size:
@@ -189,6 +201,7 @@ class EpisodeFile:
           raise ValueError(f'{info.filename} is no name of an array')
         arrays[key] = shape, dtype
         stored = stored and info.compress_type == zipfile.ZIP_STORED
+        stored = stored and not (fortran and len(shape) > 1)
         if stored:
           offset = self._data_offset(info) + header
           members[key] = offset, dtype, shape[1:]
@@ -232,6 +245,15 @@ class EpisodeFile:
     if len(data) != (stop - start) * row:
       raise ValueError('it is cut short')
     return np.frombuffer(data, dtype).reshape((stop - start, *shape))
+
+
+def _check_actions(actions):
+  """ValueError unless an agent can choose them."""
+  if np.abs(actions.astype(np.float32)).max(initial=0) > 1.001:
+    raise ValueError(
+      'it has actions beyond [-1, 1]: scale them to that range, or make '
+      'choices one-hot vectors'
+    )
 
 
 def _finite(array):

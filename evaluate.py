@@ -205,12 +205,11 @@ def write_video(path, frames):
   if not media.has_ffmpeg():
     print(f'No {mp4}: pip install imageio-ffmpeg, with an ffmpeg that runs.')
     return
-  # Bytes, as imageio finds more than a file's name in some names.
-  data = imageio.imwrite(
-    '<bytes>', frames, extension='.mp4', fps=FPS, plugin='FFMPEG'
-  )
-  mp4.write_bytes(data)
-  _wrote(mp4)
+  try:
+    mp4.write_bytes(media.encode_mp4(frames, fps=FPS))
+    _wrote(mp4)
+  except ValueError as error:
+    print(f'No {mp4}: {error}.')
 
 
 def write_strips(path, video):
@@ -266,8 +265,8 @@ def run(argv):
       '--export writes a SavedModel and evaluates nothing: leave out --outdir '
       'and --json'
     )
-  cli.make_folders(args.outdir, args.json and args.json.parent, args.export)
-  config = runfile.load_config(args.logdir)
+  config = runfile.load_config(args.logdir)  # or an error, before all else
+  cli.make_outputs(args.json, args.outdir, args.export)
   config.update(seed=args.seed, eval_noise=0.0)
   training.setup_gpus(config)
   # An exported agent may run where there is no bfloat16.

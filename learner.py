@@ -97,7 +97,7 @@ class Learner:
     self._should_train = tools.Every(self._c.train_every)
     self._should_pretrain = tools.Once()
     self._should_log = tools.Every(self._c.log_every)
-    self._metrics = {}
+    self._sums = {}  # {name of a metric: (sum, updates)}
     self._timer = Stopwatch()
     self._profile = Profile(self._c.logdir, self._c.profile)
     self._last_log = None
@@ -167,15 +167,11 @@ class Learner:
   def _learn_if_due(self):
     """Begins the updates that are due by the number of steps."""
     self._check_stop()
-    due, step = 0, self.step
+    step = self.step
     if self._team.workers > 1:  # each surely acts at this step, or a later one
       agents = self._c.envs * self._team.workers
       step = min(step, self._c.steps - agents * self._c.action_repeat)
-    with self._lock:  # a checkpoint holds both the schedule and what is due
-      while self._should_train(step):
-        first = self._should_pretrain()
-        due += self._c.pretrain if first else self._c.train_steps
-      self._pending.assign_add(due)
+    due = self.count_due(step)
     if due or not self._learning or self._learning.done():
       self.catch_up()
       count = int(self._pending)
@@ -185,6 +181,16 @@ class Learner:
         self._learning = self._thread.submit(self._make_updates, count)
     if self._should_log(self.step):
       self._write_summaries()
+
+  def count_due(self, step):
+    """Counts the updates that are due at a step, once; returns their number."""
+    due = 0
+    with self._lock:  # a checkpoint holds both the schedule and what is due
+      while self._should_train(step):
+        first = self._should_pretrain()
+        due += self._c.pretrain if first else self._c.train_steps
+      self._pending.assign_add(due)
+    return due
 
   def learn(self, count):
     """Makes updates without acting; steps follow (`OfflineRun`)."""
@@ -235,7 +241,8 @@ class Learner:
     with self._lock:
       for name, value in metrics.items():
         if np.isfinite(value):
-          self._metrics.setdefault(name, []).append(value)
+          total, count = self._sums.get(name, (0.0, 0))
+          self._sums[name] = total + value, count + 1
     self._run.logger.progress(self.step, self.updates)
     if first:
       self._run.say('First update done.')
@@ -292,23 +299,23 @@ class Learner:
 
   # Logging
 
-  def unlogged(self, metrics=None):
-    """Metrics since the last log entry: {name: [values]}; or sets them."""
+  def unlogged(self, sums=None):
+    """{name: (sum, updates)} of metrics since the last entry; or sets it."""
     with self._lock:
-      if metrics is not None:
-        self._metrics = metrics
-      return {k: list(v) for k, v in self._metrics.items()}
+      if sums is not None:
+        self._sums = sums
+      return dict(self._sums)
 
   def finish(self):
     """Logs what came since the last log entry."""
-    if self._metrics:
+    if self._sums:
       self._write_summaries(images=False)
 
   def _write_summaries(self, images=True):
     now, step = time.monotonic(), self.step
     with self._lock:
-      metrics = {k: np.mean(v) for k, v in self._metrics.items()}
-      self._metrics.clear()
+      metrics = {k: total / n for k, (total, n) in self._sums.items()}
+      self._sums = {}
     metrics = metrics if self._c.log_scalars else {}
     mark = dict(now=now, step=step, updates=self.updates)
     if self._last_log:

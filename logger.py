@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import sys
 
@@ -167,6 +168,15 @@ _GROUPED = {
 }
 
 
+# What may be wrong with a line of metrics.jsonl.
+# fmt: off
+NO_RECORD = (
+  ValueError, TypeError, AttributeError, KeyError, OverflowError,
+  RecursionError,
+)
+# fmt: on
+
+
 class Logger:
   """Writes `metrics.jsonl` and TensorBoard events, and talks to the user.
 
@@ -186,7 +196,7 @@ class Logger:
   def __init__(self, logdir, total, step=0, worker=0):
     logdir = pathlib.Path(logdir)
     self._worker = worker
-    self._metrics = logdir / 'metrics.jsonl'
+    self._metrics = pathlib.Path(os.path.realpath(logdir / 'metrics.jsonl'))
     self.resumes = self.size() > 0
     self._writer = tf.summary.create_noop_writer()
     if not worker:
@@ -205,14 +215,22 @@ class Logger:
     )
 
   def _cut_half_line(self):
-    """A run killed while writing leaves half a line; the next cuts it off."""
+    """A run killed while writing leaves half a line; the next cuts it off.
+
+    To a whole line it adds the end that an editor has left out.
+    """
     if not self._metrics.exists():
       return
     content = self._metrics.read_bytes()
-    whole = content[: content.rfind(b'\n') + 1]
-    if len(whole) < len(content):
-      with atomic_write(self._metrics) as file:
-        file.write(whole)
+    last = content[content.rfind(b'\n') + 1 :]
+    if not last:
+      return
+    whole = content.removesuffix(last)
+    with contextlib.suppress(ValueError, RecursionError):
+      if isinstance(json.loads(last), dict):
+        whole = content + b'\n'
+    with atomic_write(self._metrics) as file:
+      file.write(whole)
 
   def size(self):
     """Bytes of metrics.jsonl."""
@@ -233,13 +251,15 @@ class Logger:
     return [int(step) for step, _ in self._read(name)]
 
   def _read(self, name):
-    """Yields (step, value) of a name in metrics.jsonl."""
+    """Yields (step, value) of a name in metrics.jsonl, finite numbers."""
     if not self._metrics.exists():
       return
     for line in self._metrics.read_text(errors='replace').splitlines():
-      with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+      with contextlib.suppress(*NO_RECORD):
         record = json.loads(line)
-        yield float(record['step']), float(record[name])
+        pair = float(record['step']), float(record[name])
+        if np.isfinite(pair).all():
+          yield pair
 
   def say(self, line):
     line = f'[worker {self._worker}] {line}' if self._worker else line

@@ -162,15 +162,23 @@ def has_ffmpeg():
     return False
 
 
+def encode_mp4(frames, **options):
+  """Bytes of a video of uint8 frames [T, H, W, 3]; ValueError if refused."""
+  # Bytes, as imageio finds more than a file's name in some names.
+  data = imageio.imwrite(
+    '<bytes>', frames, extension='.mp4', plugin='FFMPEG', **options
+  )
+  if not data:  # ffmpeg has ended with an error
+    size = ' by '.join(map(str, frames.shape[1:3]))
+    raise ValueError(f'ffmpeg makes no video of images of {size} pixels')
+  return data
+
+
 def _mp4(frames, fps, quality):
   """As H.264, which has the colors of two by two pixels: an odd row goes."""
-  height, width = (size // 2 * 2 for size in frames.shape[1:3])
-  frames = frames[:, :height, :width]
-  return imageio.imwrite(
-    '<bytes>',
-    frames,
-    extension='.mp4',
-    plugin='FFMPEG',
+  height, width = (size // 2 * 2 or size for size in frames.shape[1:3])
+  return encode_mp4(
+    frames[:, :height, :width],
     fps=fps,
     codec='libx264',
     quality=None,
@@ -249,7 +257,8 @@ class Gallery:
       yield from self._use(key)
     except Exception as error:  # Pillow and ffmpeg raise all kinds
       if path not in self._failed:
-        cli.warn(f'{path} is left out: {error}')
+        reason = str(error).partition('\n')[0]
+        cli.warn(f'{path} is left out: {reason}')
         self._failed[path] = error
 
   def _import(self, path, data, task, kind, key):

@@ -43,7 +43,7 @@ class Progress:
       steps=self._run.steps(),
       newest=episode_files.newest(self._run.datadir),
       metrics_size=self._run.logger.size(),
-      metrics=self._learner.unlogged(),
+      sums=self._learner.unlogged(),
     )
 
   def portion(self):
@@ -96,7 +96,8 @@ class Progress:
       left = max(0, self._c.eval_episodes - done)
       tools.simulate(self._learner.evaluate, [env], episodes=left)
       self._evaluations += done + left
-    self._should_eval(step)  # or what stops here evaluates when it resumes
+    while self._should_eval(step):  # now, or what stops here would skip it
+      pass  # the same weights need no second evaluation
 
   def _evaluated(self):
     """Episodes of an evaluation that an earlier process was stopped in."""
@@ -119,6 +120,8 @@ class Progress:
     gone = max(0, known - self._learner.step)
     if gone or self._c.offline:  # whose steps follow from flags
       self._go_back()
+    if restored and not self._c.offline:
+      self._learner.count_due(min(known, self._learner.step))
     receive(self._team, self._learner.trackable(), self._c.seed)
     if not restored:
       # From now on, a run without a checkpoint is one that has lost it.
@@ -161,7 +164,9 @@ class Progress:
     trace = self._checkpoints.newest_trace()
     if restored:
       number = int(restored.rpartition('-')[2])
-      anew = self._learner.updates == 0 and trace > number
+      anew = self._learner.updates == 0 and (
+        trace > number + 1 or self._run.logger.largest('updates')
+      )
     else:
       anew = trace or self._run.logger.largest('updates')
     if anew:
@@ -202,7 +207,8 @@ class ExactProgress(Progress):
 
   def _rewind(self, saved):
     names = episode_files.list_episodes(self._run.datadir)
-    later = [name for name in names if name > saved['newest']]
+    stamped = filter(episode_files.is_stamped, names)
+    later = [name for name in stamped if name > saved['newest']]
     self._goes_back = saved['exact'] and all(map(episode_files.is_exact, later))
     if not self._goes_back:
       if later:
@@ -217,7 +223,7 @@ class ExactProgress(Progress):
 
   def _resumed(self, saved):
     if self._goes_back:
-      self._learner.unlogged(saved['metrics'])
+      self._learner.unlogged(saved.get('sums', {}))
     else:
       super()._resumed(saved)
 

@@ -117,14 +117,15 @@ class Replay:
 
   def _nothing(self):
     longest = max([e.length for e in self._episodes.values()], default=0)
-    if not longest:
+    if longest < 2:
       return UserError(
-        f'learning needs episodes, and there are none in {self._directory}'
+        f'learning needs episodes with actions, and there are none in '
+        f'{self._directory}'
       )
     return UserError(
       f'batch_length {self._length} is longer than any episode in '
       f'{self._directory}: the longest has {longest} rows. '
-      f'Choose --batch_length {max(longest, 2)} or less.'
+      f'Choose --batch_length {longest} or less.'
     )
 
   def _set_aside(self, episode, error):
@@ -187,25 +188,20 @@ def describe(directory):
     vectors, 0 if they are numbers.
 
   Raises:
-    UserError: none is whole, or their actions are numbers that no agent can
-      choose, beyond [-1, 1].
+    UserError: none is whole, with actions that an agent can choose.
   """
   why = ''
   for name in list_episodes(directory):
     episode = EpisodeFile(pathlib.Path(directory) / name)
     if episode.length < 2:
-      continue  # it has no action
+      why = f': {name} should end in its number of rows, as in walk-51.npz'
+      continue
     try:
       rows = episode.read(0, episode.length)
     except ValueError as error:
       why = f': {name}: {error}'
       continue
     actions = rows['action'][1:]  # the first is none
-    if np.abs(actions).max(initial=0) > 1.001:
-      raise UserError(
-        f'{episode.path} has actions beyond [-1, 1]: scale them to that range, '
-        'or make choices one-hot vectors'
-      )
     ones = np.unique(actions.sum(-1))
     onehot = np.isin(actions, (0, 1)).all() and len(ones) == 1
     onehot = onehot and actions.shape[-1] > 1

@@ -23,6 +23,8 @@ import datetime
 import io
 import itertools
 import json
+import os
+import pathlib
 import re
 import sys
 import time
@@ -315,7 +317,7 @@ class Report:
 
 
 def _check_place(outdir, runs):
-  place = outdir.resolve()
+  place = pathlib.Path(os.path.realpath(outdir))
   for run in runs:
     if run.folder == place or run.folder in place.parents:
       raise UserError(

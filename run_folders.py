@@ -27,7 +27,7 @@ FREE = (
 # fmt: on
 # Folders of a logdir, in which no other run is looked for.
 OF_A_RUN = ('checkpoints', 'episodes', 'plugins', runfile.ACT)
-LARGEST = 1e100  # of numbers in a metrics.jsonl, whose squares are finite too
+LARGEST = 1e50  # of numbers in a metrics.jsonl: their fourth powers are finite
 
 
 def warn(message):
@@ -225,8 +225,8 @@ def keys_of(folder):
   for file in metrics_files(folder / 'metrics.jsonl'):
     with contextlib.suppress(OSError):
       for line in file.read_bytes().splitlines():
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-          keys |= set(json.loads(line))
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+          keys |= json.loads(line).keys()
   return keys
 
 

@@ -39,7 +39,12 @@ def check_logdir(config):
     UserError: it is not this run.
   """
   logdir, path = config.logdir, config.logdir / 'config.json'
-  if path.exists():
+  if not path.exists():
+    if begun(logdir) and not begins(config):
+      cli.warn(f'{path} is gone; going on with the flags given')
+    else:
+      _check_others(logdir)
+  else:
     try:
       return _check_resume(config, _saved_flags(path))
     except UnreadableError:
@@ -53,8 +58,6 @@ def check_logdir(config):
         f'{path} is not readable and is now {path.name}.broken; going on with '
         'the flags given'
       )
-    return []
-  _check_others(logdir)
   return []
 
 
@@ -286,15 +289,15 @@ def _check_resume(config, saved, path=None):
   A run that has neither episodes nor checkpoints yet may still change all.
   """
   changes, logdir = [], config.logdir
-  made = (logdir.glob(x) for x in ('episodes/*.npz', 'checkpoints/ckpt-*'))
-  begun = any(map(any, made))
+  fixed = begun(logdir)
   for name, flag in all_flags().items():
     old, new = saved[name], config[name]
+    moved = name == 'offline' and old and new  # the same data, at another place
     if name == 'logdir' or old == new:
       continue
     if name in RESOLVED and 'auto' in (old, new):
       continue
-    if flag.fixed and begun:
+    if flag.fixed and fixed and not moved:
       raise UserError(
         f'--logdir {logdir} holds a run with --{name} {_quoted(old)}, not '
         f'{_quoted(new)}. Resume it with the flags that it was started with '
@@ -302,6 +305,12 @@ def _check_resume(config, saved, path=None):
       )
     changes.append(f'--{name} {_quoted(new)} (was {_quoted(old)})')
   return changes
+
+
+def begun(logdir):
+  """Whether a logdir has episodes or checkpoints, of whatever run."""
+  made = (logdir.glob(x) for x in ('episodes/*.npz', 'checkpoints/ckpt-*'))
+  return any(map(any, made))
 
 
 def _quoted(value):

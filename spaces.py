@@ -298,6 +298,9 @@ class BoxMap:
     return np.clip(value.astype(dtype), self._box.low, self._box.high)
 
 
+LARGEST_ACTION = 10**6  # numbers
+
+
 def action_record(space):
   """An action space of the agent as config.json keeps it."""
   if getattr(space, 'discrete', False):
@@ -306,10 +309,15 @@ def action_record(space):
 
 
 def action_space(record):
-  """The space that `action_record` wrote."""
+  """The space that `action_record` wrote; ValueError for what it did not."""
+  sizes = record.get('choices', [record.get('size')])
+  if not sizes or any(type(n) is not int or n < 1 for n in sizes):
+    raise ValueError(f'{record} is no space of actions')
+  if sum(sizes) > LARGEST_ACTION:
+    raise ValueError(f'{record} is more than {LARGEST_ACTION} numbers')
   if 'choices' in record:
-    return OneHotBox(record['choices'])
-  return gym.spaces.Box(-1.0, 1.0, (record['size'],), np.float32)
+    return OneHotBox(sizes)
+  return gym.spaces.Box(-1.0, 1.0, (sizes[0],), np.float32)
 
 
 class OneHotBox(gym.spaces.Box):

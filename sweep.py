@@ -261,6 +261,7 @@ def read_json(path):
 
 def read_progress(path):
   """The newest number of each key in the last 64 KiB of a metrics.jsonl."""
+  # (A line may be cut off at the beginning, and while it is written.)
   newest = {}
   try:
     with path.open('rb') as file:
@@ -269,8 +270,9 @@ def read_progress(path):
   except OSError:
     return newest
   for line in lines:
-    with contextlib.suppress(ValueError, TypeError):  # cut off at an end
-      newest.update(json.loads(line))
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+      record = json.loads(line).items()
+      newest.update({k: v for k, v in record if isinstance(v, (int, float))})
   return newest
 
 

@@ -206,7 +206,7 @@ def setup_logdir(config, team=None):
     else:
       changes = runfile.check_logdir(config)
       locks.enter_context(checkpoints.locked(logdir, config.role))
-      if not (logdir / 'config.json.broken').exists():
+      if (logdir / 'config.json').exists() or not runfile.begun(logdir):
         runfile.write_config(config)  # else when it is known what run this is
       if changes:
         print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)

@@ -98,7 +98,7 @@ def run(argv):
     way, lock = args.one
     print(json.dumps(measure(*way.split(','), args.preset, lock)))
     return
-  cli.make_folders(args.json and args.json.parent)
+  cli.make_outputs(args.json)
   with tempfile.NamedTemporaryFile() as lock:
     command = [sys.executable, __file__, '--preset', args.preset, '--one']
     processes = {

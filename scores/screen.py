@@ -201,7 +201,7 @@ def run(argv):
   if args.costs:
     time_costs(args.episodes[0])
     return
-  cli.make_folders(args.json and args.json.parent)
+  cli.make_outputs(args.json)
   done = read_done(args.json)
   for seed in range(args.seeds):
     for folder in args.episodes:

@@ -129,6 +129,12 @@ def test_flags_of_a_run_come_after_a_dash(part):
   assert 'Traceback' not in result.stderr
 
 
+def test_how_long_it_runs_is_no_flag_of_it(capsys):
+  assert benchmark.main([*SMALL, '--', '--steps=5']) == 2
+  message = '--steps is of runs that benchmark.py does not time'
+  assert message in capsys.readouterr().err
+
+
 def test_split_of_an_update_has_all_heads(tmp_path):
   config = configs.define_config('toy_catch', 'debug')
   config.logdir = tmp_path

@@ -259,6 +259,16 @@ def test_lock_names_its_holder(tmp_path, capsys):
   assert capsys.readouterr().out == ''
 
 
+def test_lock_of_any_bytes(tmp_path, capsys):
+  (tmp_path / 'lock').write_bytes(b'\xff')
+  with checkpoints.locked(tmp_path, 'both'):
+    assert (tmp_path / 'lock').read_text().startswith('process')
+  (tmp_path / 'lock').write_bytes(b'\xff')
+  (tmp_path / 'act').mkdir()
+  with checkpoints.locked(tmp_path, 'act'):
+    pass
+
+
 def test_lock_is_had_though_another_looks_for_a_moment(tmp_path):
   path = tmp_path / 'lock'
   path.touch()

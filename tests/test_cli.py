@@ -118,6 +118,13 @@ def test_json_is_whole_or_goes_through_what_is_no_file(tmp_path):
   assert json.loads(path.read_text()) == dict(b=[2])
 
 
+def test_long_names_and_links_in_a_circle(tmp_path):
+  cli.write_json(tmp_path / ('b' * 255), {})
+  (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+  cli.write_json(tmp_path / 'loop', {})
+  assert json.loads((tmp_path / 'loop').read_text()) == {}
+
+
 def test_attr_dict():
   config = tools.AttrDict(a=1)
   config.b = 2

@@ -577,6 +577,24 @@ def test_a_folder_is_the_same_by_any_name(tmp_path, monkeypatch):
   assert runfile.check_logdir(again) == []
 
 
+def test_a_lost_config_is_written_when_it_is_known_what_run_it_is(
+  tmp_path, capsys
+):
+  """Else flags of another run would be those of this one from then on."""
+  (tmp_path / 'episodes').mkdir()
+  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'checkpoints/ckpt-1.index').write_bytes(b'index')
+  (tmp_path / 'metrics.jsonl').write_text('')
+  config = parse(f'--logdir={tmp_path}', '--task=toy_reach')
+  training.setup_logdir(config).close()
+  assert not (tmp_path / 'config.json').exists()
+  assert 'config.json is gone; going on with' in capsys.readouterr().out
+  (tmp_path / 'checkpoints/ckpt-1.index').unlink()
+  (tmp_path / 'checkpoints').rmdir()
+  with pytest.raises(cli.UserError, match='holds something else'):
+    training.setup_logdir(config)
+
+
 def test_inputs_are_the_same_in_any_order(tmp_path):
   """Of logdirs as well whose run was started before they were put in order."""
   config = parse(f'--logdir={tmp_path}', '--inputs=state,image')

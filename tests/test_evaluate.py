@@ -220,6 +220,8 @@ def test_beside_a_training_run(copy, tmp_path):
     ('no task', 'does not say its task, preset, inputs'),
     ('no episodes', '--episodes takes a whole number from 1'),
     ('unwritable', 'cannot write'),
+    ('one name for two', '/o is a folder; choose another name for the file'),
+    ('all cut short', 'is whole'),
     ('two at once', '--export writes a SavedModel and evaluates nothing'),
   ],
 )
@@ -247,10 +249,32 @@ def test_bad_input(copy, kind, message, capfd):
     words = ['--episodes=0']
   elif kind == 'unwritable':
     words += ['--outdir=/proc/nowhere']
+  elif kind == 'one name for two':
+    words += [f'--outdir={copy}/o', f'--json={copy}/o']
+  elif kind == 'all cut short':
+    for file in copy.glob('checkpoints/ckpt-*.data*'):
+      file.write_bytes(file.read_bytes()[:100])
   elif kind == 'two at once':
     words += [f'--export={copy}/model', f'--outdir={copy}/videos']
   assert evaluate.main([f'--logdir={copy}', *words]) == 2
-  check_error(capfd.readouterr().err, message)
+  out, err = capfd.readouterr()
+  check_error(err, message)
+  warned = [line for line in out.splitlines() if line.startswith('Warning')]
+  assert len(warned) == len(set(warned))
+
+
+def test_a_logdir_that_is_misspelt_is_not_made(tmp_path):
+  words = [f'--logdir={tmp_path}/nix', f'--outdir={tmp_path}/nix/videos']
+  assert evaluate.main(words) == 2
+  assert not (tmp_path / 'nix').exists()
+
+
+def test_a_video_that_ffmpeg_refuses_costs_the_gif_nothing(tmp_path, capsys):
+  frames = np.zeros((3, 300, 1, 3), np.uint8)
+  evaluate.write_video(tmp_path / 'thin', frames)
+  assert [p.name for p in tmp_path.iterdir()] == ['thin.gif']
+  out = capsys.readouterr().out
+  assert 'thin.mp4: ffmpeg makes no video of images of 300 by 1 pixels' in out
 
 
 def check_error(text, message):

@@ -252,6 +252,10 @@ def spoil_config(logdir):
   return 'config.json.broken'
 
 
+def lose_config(logdir):
+  (logdir / 'config.json').unlink()
+
+
 def spoil_checkpoint(logdir):
   paths = logdir.glob('checkpoints/ckpt-*.data*')
   newest = max(paths, key=lambda p: int(p.name.split('.')[0][5:]))
@@ -271,11 +275,12 @@ def spoil_metrics(logdir):
 
 
 @pytest.mark.parametrize('whole', ['toy_reach'], indirect=True)
-def test_run_goes_on_from_what_is_sound(whole, tmp_path):
+@pytest.mark.parametrize('spoil_flags', [spoil_config, lose_config])
+def test_run_goes_on_from_what_is_sound(whole, spoil_flags, tmp_path):
   """All four kinds of damage at once."""
   logdir = tmp_path / 'run'
   shutil.copytree(whole[1], logdir)
-  spoilers = (spoil_config, spoil_checkpoint, spoil_episode, spoil_metrics)
+  spoilers = (spoil_flags, spoil_checkpoint, spoil_episode, spoil_metrics)
   aside = [name for name in (spoil(logdir) for spoil in spoilers) if name]
   result = run(logdir, '--steps=700')
   assert result.returncode == 0, result.stderr

@@ -427,12 +427,20 @@ def test_an_environment_that_changed_is_refused(tmp_path):
   [
     (dict(image=[64, 64, 3], state=[4]), True),
     (dict(image=[64, 64]), False),
+    (dict(state=[4], actions=dict(size=2.5)), False),
+    (dict(state=[4], actions=dict(size='2')), False),
+    (dict(state=[4], actions=dict(size=10**12)), False),
+    (dict(state=[4], actions=dict(size=0)), False),
+    (dict(state=[4], actions=dict(choices=[3, 0])), False),
+    (dict(state=[4], actions=dict(choices=[])), False),
+    (dict(state=[4], actions=dict(choices=[3, 2])), True),
     (dict(image_2=[84, 84, 3]), False),
     ({}, False),
   ],
 )
 def test_what_the_agent_sees_is_told_or_unknown(tmp_path, seen, right):
-  record = dict(config={}, observations=seen, actions=dict(size=2))
+  actions = seen.pop('actions', dict(size=2))
+  record = dict(config={}, observations=seen, actions=actions)
   (tmp_path / 'config.json').write_text(json.dumps(record))
   inputs, actions = runfile.load_spaces(tmp_path)
   assert (inputs is not None) == (actions is not None) == right

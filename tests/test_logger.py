@@ -107,15 +107,33 @@ def test_logger(tmp_path, capsys):
   assert out == 'a line\n' and err == ''
 
 
-@pytest.mark.parametrize('half', ['{"step": 20, "lo', '{"step": 20}'])
-def test_logger_cuts_half_a_line(tmp_path, half):
-  path = tmp_path / 'metrics.jsonl'
-  path.write_text('{"step": 10}\n' + half)
+@pytest.mark.parametrize(
+  'last, kept',
+  [('{"step": 20, "lo', []), ('20', []), ('{"step": 20}', [20])],
+)
+def test_logger_cuts_half_a_line(tmp_path, last, kept):
+  """Not a whole one that an editor left without an end, nor links."""
+  path, real = tmp_path / 'metrics.jsonl', tmp_path / 'real'
+  real.write_text('{"step": 10}\n' + last)
+  path.symlink_to(real)
   log = logger.Logger(tmp_path, total=100, step=10)
   log.scalars(30, {'loss': 1})
   log.close()
   lines = [json.loads(line) for line in path.read_text().splitlines()]
-  assert [line['step'] for line in lines] == [10, 30]
+  assert [line['step'] for line in lines] == [10, *kept, 30]
+  assert path.is_symlink()
+
+
+def test_logger_reads_over_what_is_no_number(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  odd = ('{"step": Infinity, "loss": 1}', f'{{"step": {"9" * 400}, "loss": 1}}')
+  odd += ('[1]', '{"step": 3, "loss": NaN}', '{"step": 3, "loss": null}')
+  path.write_text(
+    '\n'.join([*odd, '{"step": 10, "loss": 2}', '[' * 10**5]) + '\n'
+  )
+  log = logger.Logger(tmp_path, total=100)
+  assert log.steps_of('loss') == [10] and log.largest('loss') == 2
+  log.close()
 
 
 def test_logger_keeps_whole_lines(tmp_path):

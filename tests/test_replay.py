@@ -32,7 +32,7 @@ def make_episode(number, length, dtype=np.float32):
   image[..., 1] = row[:, None, None]
   return {
     'image': image,
-    'action': np.stack([row, 0 * row + number], 1).astype(dtype),
+    'action': np.stack([row, 0 * row + number], 1).astype(dtype) / 1024,
     'reward': (row + 1000 * number).astype(np.float32),
     'discount': np.ones(length, dtype),
     'position': np.stack([row, row + number, row], 1).astype(np.float64),
@@ -46,8 +46,8 @@ def identify(window):
   # One episode and rows in order, none lost and none twice.
   assert np.all(window['image'][..., 0] == number)
   np.testing.assert_array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
-  np.testing.assert_array_equal(window['action'][:, 0], rows)
-  assert np.all(window['action'][:, 1] == number)
+  np.testing.assert_array_equal(1024 * window['action'][:, 0], rows)
+  assert np.all(1024 * window['action'][:, 1] == number)
   np.testing.assert_array_equal(window['reward'], rows + 1000.0 * number)
   if 'position' in window:
     np.testing.assert_array_equal(window['position'][:, 1], rows + number)
@@ -81,16 +81,19 @@ def test_save_and_count_episodes(tmp_path):
   assert tools.count_episodes(tmp_path / 'a') == (0, 0)
 
 
-@pytest.mark.parametrize('compressed', [False, True])
+@pytest.mark.parametrize('kind', ['plain', 'compressed', 'by columns'])
 @pytest.mark.parametrize('balance', [False, True])
-def test_every_row_comes_back_in_order(tmp_path, compressed, balance):
+def test_every_row_comes_back_in_order(tmp_path, kind, balance):
   lengths = {1: 4, 2: 7, 3: 9}
   for number, length in lengths.items():
     episode = make_episode(number, length)
-    if compressed:
-      np.savez_compressed(tmp_path / f'2020-x{number}-{length}.npz', **episode)
-    else:
+    path = tmp_path / f'2020-x{number}-{length}.npz'
+    if kind == 'plain':
       tools.save_episodes(tmp_path, [episode])
+    elif kind == 'compressed':
+      np.savez_compressed(path, **episode)
+    else:  # as of a transposed array: rows are not together in the file
+      np.savez(path, **{k: np.asfortranarray(v) for k, v in episode.items()})
   windows = draw(tmp_path, 400, 100, 4, balance)
   for window in windows:
     name, _, row = window.pop(replay.SOURCE).partition(', row ')
@@ -229,11 +232,14 @@ def broken_scalar(path):
   np.savez(path, **make_episode(9, 6), extra=np.float32(1))
 
 
-def broken_order(path):
-  # Rows are not together in the file: a window read from it would be wrong.
-  episode = make_episode(9, 6)
-  episode['position'] = np.asfortranarray(episode['position'])
-  np.savez(path, **episode)
+def broken_actions(path):
+  # No agent can choose them; the absolute value of -128 is -128 in one byte.
+  action = np.full((6, 2), -128, np.int8)
+  np.savez(path, **dict(make_episode(9, 6), action=action))
+
+
+def broken_pipe(path):
+  os.mkfifo(path)
 
 
 def broken_member(path):
@@ -422,6 +428,12 @@ def test_names_at_the_end_of_time(tmp_path):
   last = '99991231T235959999999-x-3.npz'
   tools.save_episodes(tmp_path, [make_episode(1, 3)])[0].rename(tmp_path / last)
   assert tools.save_episodes(tmp_path, [make_episode(1, 3)])[0].exists()
+
+
+def test_episodes_without_a_step_are_none_to_learn_from(tmp_path):
+  tools.save_episodes(tmp_path, [make_episode(1, 1)])
+  with pytest.raises(cli.UserError, match='needs episodes with actions'):
+    draw(tmp_path, 1, 1, 2)
 
 
 def test_all_broken_is_a_user_error(tmp_path):

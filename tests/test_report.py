@@ -542,6 +542,14 @@ def test_bad_input(tmp_path, words, message, capsys):
   assert {**contents(tmp_path), tmp_path: 0} == {**before, tmp_path: 0}
 
 
+def test_an_outdir_that_is_a_circle_of_links(tmp_path, capsys):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+  words = '--indir', f'{tmp_path}/runs', '--outdir', f'{tmp_path}/loop/a'
+  assert main(*words) == 2
+  assert capsys.readouterr().err.startswith('report.py: error: ')
+
+
 def test_watch_updates_pages_and_leaves_whole_ones(tmp_path):
   indir, site = write_runs(tmp_path / 'runs'), tmp_path / 'site'
   words = ['--indir', indir, '--outdir', site, '--watch', '1']
@@ -655,6 +663,11 @@ def test_videos_are_within_the_limit():
   assert extension == '.mp4' and len(data) <= media.LIMIT
   image = rng.integers(0, 255, (900, 700, 3)).astype(np.uint8)
   assert len(media.encode_still(image)) <= media.LIMIT
+
+
+def test_a_video_that_ffmpeg_refuses_is_none():
+  with pytest.raises(ValueError, match='300 by 1 pixels'):
+    media.encode(np.zeros((3, 300, 1, 3), np.uint8), 20)
 
 
 def test_videos_of_odd_size_lose_a_row(caplog):

@@ -314,6 +314,16 @@ def test_what_a_run_says_is_no_markup_in_the_table(tmp_path):
   assert run.note in screen.getvalue()
 
 
+def test_lines_that_are_no_numbers_are_not_shown(tmp_path):
+  (run,) = runs_of(tmp_path)
+  folder = tmp_path / 'toy_reach/dreamer/0'
+  folder.mkdir(parents=True)
+  lines = ['{"step": 40, "fps": 2}', '{"step": "abc", "fps": [1]}', '[[1, 2]]']
+  (folder / 'metrics.jsonl').write_text('\n'.join(lines))
+  seen = sweep.read_progress(folder / 'metrics.jsonl')
+  assert seen == dict(step=40, fps=2)
+
+
 PACE = '--train_every=1000', '--train_steps=100'
 
 

@@ -245,11 +245,11 @@ def test_evaluations_do_not_explore(make_learner, tmp_path):
 
 def test_logged_numbers_are_means_since_the_last_entry(make_learner, tmp_path):
   agent = make_learner(tmp_path)
-  for values in ([1.0, 2.0, 6.0], [5.0]):
-    agent.unlogged(dict(model_loss=values))
+  for total, updates in ((9.0, 3), (5.0, 1)):
+    agent.unlogged(dict(model_loss=(total, updates)))
     agent.finish()
   agent._c.log_scalars = False
-  agent.unlogged(dict(model_loss=[7.0]))
+  agent.unlogged(dict(model_loss=(7.0, 1)))
   agent.finish()
   lines = read_metrics(tmp_path)
   assert [x.get('model_loss') for x in lines] == [3.0, 5.0, None]
@@ -281,6 +281,53 @@ def test_portions_and_pauses_between_checkpoints(make_learner, tmp_path):
   agent._agent.updates.assign(7)
   made.after_portion()
   assert saves == [0, 7]
+
+
+def test_updates_that_were_due_before_a_kill_are_made_up_for(
+  make_learner, tmp_path
+):
+  """Where only the checkpoint is left that a run makes at its beginning."""
+  pace = dict(train_every=10, train_steps=4, pretrain=3)
+  first = make_learner(tmp_path, **pace)
+  steps = first._run.steps()
+  progress.Progress(first._run, first).resume()
+  episode = random_episode(np.random.default_rng(1), 26, 2)
+  episode_files.save_episodes(first._run.datadir, [episode])
+  again = make_learner(tmp_path, **pace)
+  progress.Progress(again._run, again).resume()
+  assert again.step == steps + 50
+  due = int(again._pending) + again.count_due(again.step)
+  assert due == 3 + 5 * 4  # at first, and after 10, 20, ... steps
+
+
+def test_weights_are_evaluated_once_at_a_step(make_learner, tmp_path):
+  """Though several evaluations may be due when an episode ends."""
+  agent = make_learner(tmp_path, eval_every=10)
+  made = progress.Progress(agent._run, agent)
+  for step, due in ((100, True), (135, True), (135, False), (142, True)):
+    agent.step = step
+    assert made._should_eval.due(step) == due
+    made.evaluate_if_due(None)
+  assert not made._should_eval.due(149) and made._should_eval.due(150)
+
+
+def test_a_run_that_never_learned_goes_on_without_its_newest_checkpoint(
+  make_learner, tmp_path
+):
+  agent = make_learner(tmp_path)
+  made = progress.Progress(agent._run, agent)
+  made.save()
+
+  def save_in_vain():
+    made.save()
+    next((tmp_path / 'checkpoints').glob('ckpt-1.data*0001')).write_bytes(b'')
+
+  save_in_vain()
+  progress.Progress(agent._run, agent).resume()
+  save_in_vain()
+  agent._run.logger.scalars(10, dict(updates=3))  # which are lost
+  with pytest.raises(cli.UserError, match='holds a run that has learned'):
+    progress.Progress(agent._run, agent).resume()
 
 
 def test_runs_of_several_environments_are_not_exact(make_learner, tmp_path):
@@ -337,8 +384,12 @@ def test_exact_run_keeps_what_its_checkpoint_knew(make_learner, tmp_path):
   later = random_episode(np.random.default_rng(1), 12, 2)
   tools.save_episodes(run.datadir, [later], exact=True)
   known[0].rename(known[0].with_suffix('.broken'))
+  other = run.datadir / 'walk-12.npz'  # of the user, whatever its name
+  np.savez(other, **later)
+  assert made._collect()['newest'] > saved['newest']
   made._rewind(saved)
-  assert sorted(run.datadir.glob('*.npz')) == known[1:]
+  assert sorted(run.datadir.glob('*.npz')) == [*known[1:], other]
+  other.unlink()
   tools.save_episodes(run.datadir, [later], exact=True)
   tools.save_episodes(run.datadir, [later])  # of another run
   made._rewind(saved)

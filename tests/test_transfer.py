@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -268,12 +269,19 @@ ROWS = dict(
       r'image in \S+ has shape \[64, 64, 1\], and an agent sees \[64, 64, 3\]',
     ),
     (dict(reward=np.full(9, 1e39)), 'reward is not finite, as float32'),
+    (dict(name='walk'), 'walk.npz should end in its number of rows, as in'),
+    (dict(name='walk-1'), 'walk-1.npz should end in its number of rows, as in'),
   ],
 )
 def test_episodes_that_no_agent_learns_from(tmp_path, changes, message, capsys):
   """Of other programs, without an environment that says what is right."""
   rows = {**ROWS, **changes}
-  episode_files.save_episodes(tmp_path / 'data', [rows] * 2)
+  name = rows.pop('name', None)
+  first, _ = episode_files.save_episodes(tmp_path / 'data', [rows] * 2)
+  if name:
+    shutil.rmtree(tmp_path / 'data')
+    first.parent.mkdir()
+    np.savez(first.with_name(name), **rows)
   inputs = 'image' if 'image' in rows else 'state'
   words = [f'--offline={tmp_path / "data"}', '--task=custom_robot']
   assert run(tmp_path / 'run', *words, f'--inputs={inputs}', '--updates=1') == 2
@@ -311,6 +319,19 @@ def test_other_updates_a_step_take_no_episodes_away(reach, tmp_path, capsys):
   text = capsys.readouterr().out
   assert 'Resumed at' in text
   assert 'are gone' not in text and 'dropped' not in text
+
+
+def test_data_may_move(reach, tmp_path, capsys):
+  shutil.copytree(reach / 'episodes', tmp_path / 'data')
+  words = ['--task=toy_reach', '--inputs=state']
+  first = [*words, f'--offline={tmp_path / "data"}', '--updates=2']
+  assert run(tmp_path / 'run', *first) == 0
+  (tmp_path / 'data').rename(tmp_path / 'moved')
+  again = [*words, f'--offline={tmp_path / "moved"}', '--updates=3']
+  assert run(tmp_path / 'run', *again) == 0
+  text = capsys.readouterr().out
+  assert re.search(r'other flags: --offline \S+/moved \(was \S+/data\)', text)
+  assert 'Finished at step' in text and ' 3 updates' in text
 
 
 def test_collects_or_not_for_good(reach, tmp_path, capsys):
