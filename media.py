@@ -164,11 +164,13 @@ def has_ffmpeg():
 
 def encode_mp4(frames, **options):
   """Bytes of a video of uint8 frames [T, H, W, 3]; ValueError if refused."""
-  # Bytes, as imageio finds more than a file's name in some names.
-  data = imageio.imwrite(
-    '<bytes>', frames, extension='.mp4', plugin='FFMPEG', **options
-  )
-  if not data:  # ffmpeg has ended with an error
+  data = b''
+  with contextlib.suppress(OSError):  # a pipe to ffmpeg that has ended
+    # Bytes, as imageio finds more than a file's name in some names.
+    data = imageio.imwrite(
+      '<bytes>', frames, extension='.mp4', plugin='FFMPEG', **options
+    )
+  if not data:
     size = ' by '.join(map(str, frames.shape[1:3]))
     raise ValueError(f'ffmpeg makes no video of images of {size} pixels')
   return data

@@ -270,11 +270,11 @@ def test_a_logdir_that_is_misspelt_is_not_made(tmp_path):
 
 
 def test_a_video_that_ffmpeg_refuses_costs_the_gif_nothing(tmp_path, capsys):
-  frames = np.zeros((3, 300, 1, 3), np.uint8)
-  evaluate.write_video(tmp_path / 'thin', frames)
-  assert [p.name for p in tmp_path.iterdir()] == ['thin.gif']
+  frames = np.zeros((3, 16, 20000, 3), np.uint8)
+  evaluate.write_video(tmp_path / 'wide', frames)
+  assert [p.name for p in tmp_path.iterdir()] == ['wide.gif']
   out = capsys.readouterr().out
-  assert 'thin.mp4: ffmpeg makes no video of images of 300 by 1 pixels' in out
+  assert 'wide.mp4: ffmpeg makes no video of images of 16 by 20000 pix' in out
 
 
 def check_error(text, message):
