@@ -335,7 +335,8 @@ class Lock:
     try:
       self._take()
     except BlockingIOError:
-      age = datetime.timedelta(seconds=int(time.time() - path.stat().st_mtime))
+      seconds = max(0, time.time() - path.stat().st_mtime)  # clocks go back
+      age = datetime.timedelta(seconds=int(seconds))
       self._file.close()
       raise UserError(
         f'--logdir {directory} is in use by {holder or "another process"}, '

@@ -254,6 +254,9 @@ def test_lock_names_its_holder(tmp_path, capsys):
   lock = checkpoints.Lock(tmp_path)
   with pytest.raises(cli.UserError, match=f'use by process {os.getpid()} on'):
     checkpoints.Lock(tmp_path)
+  os.utime(tmp_path / 'lock', (2e9, 2e9))
+  with pytest.raises(cli.UserError, match='for 0:00:00: stop that'):
+    checkpoints.Lock(tmp_path)
   lock.release()
   checkpoints.Lock(tmp_path).release()
   assert capsys.readouterr().out == ''
