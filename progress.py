@@ -164,9 +164,10 @@ class Progress:
     trace = self._checkpoints.newest_trace()
     if restored:
       number = int(restored.rpartition('-')[2])
-      anew = self._learner.updates == 0 and (
-        trace > number + 1 or self._run.logger.largest('updates')
+      lost = trace > number + 1 or (
+        trace > number and self._run.logger.largest('updates')
       )
+      anew = self._learner.updates == 0 and lost
     else:
       anew = trace or self._run.logger.largest('updates')
     if anew:

@@ -1,6 +1,7 @@
 """Runs: acting beside learning, then whole ones in real processes."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -311,22 +312,20 @@ def test_weights_are_evaluated_once_at_a_step(make_learner, tmp_path):
   assert not made._should_eval.due(149) and made._should_eval.due(150)
 
 
-def test_a_run_that_never_learned_goes_on_without_its_newest_checkpoint(
-  make_learner, tmp_path
-):
+@pytest.mark.parametrize('learned', [False, True])
+def test_a_run_whose_newest_checkpoint_is_lost(make_learner, tmp_path, learned):
+  """Where it had none with weights, nothing of them is lost."""
   agent = make_learner(tmp_path)
   made = progress.Progress(agent._run, agent)
   made.save()
-
-  def save_in_vain():
-    made.save()
-    next((tmp_path / 'checkpoints').glob('ckpt-1.data*0001')).write_bytes(b'')
-
-  save_in_vain()
-  progress.Progress(agent._run, agent).resume()
-  save_in_vain()
-  agent._run.logger.scalars(10, dict(updates=3))  # which are lost
-  with pytest.raises(cli.UserError, match='holds a run that has learned'):
+  if learned:
+    agent._run.logger.scalars(10, dict(updates=3))
+  progress.Progress(agent._run, agent).resume()  # killed before it saved these
+  made.save()
+  (newest,) = (tmp_path / 'checkpoints').glob('ckpt-1.data*')
+  newest.write_bytes(b'')
+  lost = pytest.raises(cli.UserError, match='holds a run that has learned')
+  with lost if learned else contextlib.nullcontext():
     progress.Progress(agent._run, agent).resume()
 
 
