@@ -55,6 +55,21 @@ def env_spec(config, env):
   return Spec(input_shapes(config, shapes), env.action_space, env.about)
 
 
+def common_spec(config, envs):
+  """`Spec` of an agent for all environments of a run.
+
+  Raises:
+    TaskError: they show or take something else than the first.
+  """
+  first, *others = envs
+  spec = env_spec(config, first)
+  for env in others:
+    env.expect(spaces.outline(first.observation_space, first.action_space))
+    with contextlib.suppress(WorkerLost):  # which its first reset replaces
+      _ = env.about
+  return spec
+
+
 # --- Making them ------------------------------------------------------------
 
 
@@ -116,7 +131,8 @@ def running(run):
   """Yields training environments, and one for evaluations (the chief's).
 
   Their episodes are stored and logged. A run that does not collect has none of
-  the first kind, and of the second only if its task can run here.
+  the first kind, and of the second only if its task can run here. Without
+  `--eval_episodes` there is none of the second.
   """
   config, team, envs = run.config, run.team, []
   log = open_log(run.home / f'workers{team.suffix}.log')
@@ -143,7 +159,7 @@ def running(run):
       number = team.index * config.envs + index
       env = make(number, 'train', [*store, ended])
       envs.append(Deadlines(env, run, 'missed'))
-    if team.chief and run.evaluates:
+    if team.chief and run.evaluates and config.eval_episodes:
       test = make(0, 'test', [functools.partial(summarize, prefix='test')])
       test = Deadlines(test, run, 'test_missed')
       if not envs:

@@ -312,6 +312,20 @@ def action_space(record):
   return gym.spaces.Box(-1.0, 1.0, (record['size'],), np.float32)
 
 
+def outline(shown, actions):
+  """What environments of one run have in common, as text.
+
+  Args:
+    shown: space of observations, a Dict.
+    actions: space of actions.
+  """
+  names = sorted(getattr(shown, 'spaces', {}).items())
+  parts = [f'{name} {list(space.shape)}' for name, space in names]
+  choices = getattr(actions, 'choices', None)
+  size = list(choices or getattr(actions, 'shape', None) or ())
+  return ', '.join([*parts, f'{"choices" if choices else "actions"} {size}'])
+
+
 class OneHotBox(gym.spaces.Box):
   """Space of one-hot vectors, or of several side by side, float32.
 

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -813,6 +814,39 @@ def test_environment_that_cannot_be_made_again_saves_the_run(main, tmp_path):
   )
   assert code == 2, text
   assert re.search(r'Stopped at step \d+, 2 updates; saved to', text), text
+
+
+@pytest.mark.slow
+def test_what_exists_once_is_trained_on_without_evaluations(main):
+  with socket.create_server(('127.0.0.1', 0)) as free:
+    args = json.dumps({'port': free.getsockname()[1]})
+  flags = [f'--env_args={args}', '--prefill=20', '--steps=40', *FEW]
+  task = 'gym_test_users:OnePort-v0'
+  code, text = main(*flags, '--eval_episodes=1', task=task)
+  assert code == 2 and 'Address already in use' in text
+  flags += ['--eval_every=10', '--batch_length=8']
+  code, text = main(*flags, '--eval_episodes=0', task=task)
+  assert code == 0 and 'Finished at step 40' in text, text
+  assert 'Evaluation' not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('envs', [0, 1])
+def test_environments_that_differ(main, tmp_path, envs):
+  """The one for evaluations, and one that takes over beside learning."""
+  path, flags = tmp_path / 'made', ['--pretrain=2', '--train_steps=0']
+  code, text = main(
+    *('--steps=100', '--prefill=10', '--inputs=state', '--batch_length=4'),
+    *(f'--eval_episodes={1 - envs}', *flags),
+    *('--env_args', json.dumps({'path': str(path)})),
+    task='gym_test_users:Growing-v0',
+  )
+  assert code == 2 and 'Traceback' not in text.split('Warning')[0], text
+  assert re.search(r'error: environment t\w+ 0 shows .*state \[2\]', text)
+  made = list(tmp_path.glob('run/episodes/*'))
+  assert len(made) == 3 * envs and all(x.suffix == '.npz' for x in made)
+  saved = re.search(r'Stopped at step \d+, 2 updates; saved to', text)
+  assert bool(saved) == bool(envs)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import sys
 import time
 
@@ -535,6 +536,36 @@ class Gone(Base):
     return super().step(action)
 
 
+class OnePort(Base):
+  """Takes a port of its host, as a robot does."""
+
+  length = 10
+
+  def __init__(self, port, render_mode=None):
+    super().__init__(render_mode)
+    self.server = socket.create_server(('127.0.0.1', port))
+
+
+class Growing(Base):
+  """Shows one number more each time it is made, and fails after 3 episodes."""
+
+  length = 5
+  count = 0
+
+  def __init__(self, path, render_mode=None):
+    super().__init__(render_mode)
+    with open(path, 'a') as file:
+      file.write('.')
+      size = file.tell()
+    self.observation_space = S.Box(-99, 99, (size,), np.float32)
+
+  def step(self, action):
+    self.count += 1
+    if self.count > 3 * self.length:
+      raise RuntimeError('the device is gone')
+    return super().step(action)
+
+
 class Flaky(Base):
   """Raises an error at every step whose number is in a file."""
 
@@ -861,7 +892,11 @@ def test_an_id_without_its_package_gets_the_right_form():
     gym_env.make('no_such_module_of_mine:X-v0', {})
 
 
-for _kind in (Changing, Chatty, Flaky, Gone, Slow, SlowStart):
+# fmt: off
+for _kind in (
+  Changing, Chatty, Flaky, Gone, Growing, OnePort, Slow, SlowStart,
+):
+  # fmt: on
   register(_kind)
 
 
