@@ -135,16 +135,32 @@ class GymEnv:
   def advance(self, action):
     """Steps like `step`, but spares the image; see `observe`."""
     result = self._env.step(self._own_action(action))
+    if not isinstance(result, tuple | list) or len(result) not in (4, 5):
+      raise ValueError(
+        f'{self._task}: step() gave no tuple of five (observation, reward, '
+        'terminated, truncated, info) or, as Gym had it, of four values.'
+      )
     self._obs, reward, ended, *truncated, info = result
-    if not truncated:
-      truncated = [(info or {}).get('TimeLimit.truncated', False)]
-      ended = ended and not truncated[0]
+    info = info or {}
+    ended = self._truth('terminated', ended)
+    cut = truncated[0] if truncated else info.get('TimeLimit.truncated', False)
+    cut = self._truth('truncated', cut)
+    ended = ended and not (cut and not truncated)
     self._steps += 1
-    done = bool(ended or truncated[0] or self._steps == self._limit)
+    done = ended or cut or self._steps == self._limit
     about = {'discount': np.float32(0 if ended else 1)}
-    if isinstance((info or {}).get('missed'), (int, np.integer)):
-      about['missed'] = int(info['missed'])
-    return self._number(reward), done, about
+    return self._number(reward), done, {**about, **self._missed(info)}
+
+  def _missed(self, info):
+    """What `info` says of missed ticks, where that is a whole number."""
+    missed = info.get('missed')
+    if isinstance(missed, bool) or not isinstance(missed, (int, np.integer)):
+      return {}
+    if missed < 0:
+      raise ValueError(
+        f"{self._task} gave info['missed'] {missed}; it counts ticks, from 0."
+      )
+    return {'missed': int(missed)}
 
   def observe(self):
     """Returns the observation of the present state."""
@@ -317,6 +333,14 @@ class GymEnv:
     if _is(space, 'MultiDiscrete'):
       action = action + getattr(space, 'start', 0)
     return action.astype(space.dtype)
+
+  def _truth(self, name, value):
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in 'biuf' or array not in (0, 1):
+      raise ValueError(
+        f'{self._task} gave {name} {value!r}; it is True or False.'
+      )
+    return bool(array.reshape(()))
 
   def _number(self, reward):
     array = np.asarray(reward)
@@ -529,18 +553,19 @@ def _array_name(path):
 
 def _vector(space):
   """The Box of a space as float32, and the function to it; (None, None)."""
-  if _is(space, 'Discrete') and space.n <= MOST_CHOICES:
-    box = spaces.OneHotBox(space.n)
-    start = int(getattr(space, 'start', 0))
-    return box, lambda value: box.encode([int(value) - start])
-  if _is(space, 'MultiDiscrete') and np.sum(space.nvec) <= MOST_CHOICES:
-    box = spaces.OneHotBox(space.nvec)
-    start = np.ravel(getattr(space, 'start', 0))
-    return box, lambda value: box.encode(np.ravel(value) - start)
+  for kind, count in (('Discrete', 'n'), ('MultiDiscrete', 'nvec')):
+    if _is(space, kind) and np.sum(getattr(space, count)) <= MOST_CHOICES:
+      box = spaces.OneHotBox(getattr(space, count))
+      start = np.ravel(getattr(space, 'start', 0))
+      return box, functools.partial(_one_hot, box=box, start=start)
   if _is(space, 'Box') or _is(space, 'MultiBinary'):
     box = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
     return box, functools.partial(_array, shape=space.shape)
   return None, None
+
+
+def _one_hot(value, box, start):
+  return box.encode(np.ravel(value) - start)
 
 
 def _array(value, shape):

@@ -352,6 +352,36 @@ def test_images_of_all_layouts(array, high, expected, words):
   assert words in str(layout)
 
 
+FLOATS = IMAGE.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  'dtype, high, array, expected',
+  [
+    (np.uint8, 255, UNIT, None),
+    (np.uint8, 255, IMAGE > 127, None),
+    (np.uint8, 255, FLOATS, IMAGE),
+    (np.uint8, 255, 0 * FLOATS, 0 * IMAGE),
+    (np.uint8, 255, IMAGE.astype(np.int64), IMAGE),
+    (np.float32, 1, IMAGE, None),
+    (np.uint8, 1, IMAGE, None),
+    (np.float32, 1, IMAGE > 127, 255 * (IMAGE > 127)),
+    (np.float32, 1, IMAGE // 128, 255 * (IMAGE // 128)),
+    (np.float32, 255, FLOATS, IMAGE),
+    (np.float32, 255, FLOATS / 2, np.rint(FLOATS / 2)),
+    (np.float32, 255, IMAGE, IMAGE),
+  ],
+)
+def test_images_of_other_types_than_announced(dtype, high, array, expected):
+  layout = spaces.image_layout(array.shape, dtype, 0, high)
+  if expected is None:
+    words = f'is {array.dtype}, .*says {np.dtype(dtype)}, up to {high}'
+    with pytest.raises(ValueError, match=words):
+      layout.read(array)
+  else:
+    np.testing.assert_array_equal(layout.read(array), expected)
+
+
 @pytest.mark.parametrize(
   'shape, dtype, low, high',
   [
@@ -996,6 +1026,24 @@ def test_a_choice_that_there_is_not_is_an_error(choice):
     env.reset()
 
 
+@pytest.mark.parametrize(
+  'space', [S.Discrete(3, start=5), S.MultiDiscrete([3], start=[5])]
+)
+@pytest.mark.parametrize('choice', [np.nan, np.inf, 5.5, [5, 6]])
+def test_what_is_no_number_of_a_choice_is_an_error(space, choice):
+  kind = variant(observation_space=space, obs=lambda self: choice)
+  env = make(kind, inputs='state')
+  with pytest.raises(ValueError, match='choices'):
+    env.reset()
+
+
+@pytest.mark.parametrize('choice', [6, 6.0, np.uint8(6), [6], np.array([[6]])])
+def test_choices_of_all_types(choice):
+  space = S.Discrete(3, start=5)
+  kind = variant(observation_space=space, obs=lambda self: choice)
+  assert make(kind, inputs='state').reset()['state'].tolist() == [0, 1, 0]
+
+
 def test_a_module_of_the_current_folder_without_a_worker(tmp_path, monkeypatch):
   (tmp_path / 'bare_module.py').write_text(
     'import gymnasium\n'
@@ -1047,6 +1095,57 @@ def test_what_is_missed_may_be_something_else(missed):
   env = make(kind)
   env.reset()
   assert 'missed' not in env.step(np.zeros(2, np.float32))[3]
+
+
+@pytest.mark.parametrize(
+  'missed, taken', [(0, 0), (np.int8(3), 3), (True, None)]
+)
+def test_what_is_missed_is_a_whole_number(missed, taken):
+  assert stepping(info={'missed': missed})[3].get('missed') == taken
+
+
+def stepping(*, five=True, info=None, **changes):
+  """What a step gives of an environment that says such things."""
+  said = list({'terminated': False, 'truncated': False, **changes}.values())
+  said = said if five else said[:1]
+  kind = variant(
+    step=lambda self, action: (self.obs(), 1.0, *said, info or {})
+  )
+  env = make(kind)
+  env.reset()
+  return env.step(np.zeros(2, np.float32))
+
+
+def test_fewer_ticks_than_none_are_an_error():
+  with pytest.raises(ValueError, match=r"Variant.* gave info\['missed'\] -1"):
+    stepping(info={'missed': -1})
+
+
+@pytest.mark.parametrize(
+  'value, done', [(np.bool_(True), True), (1, True), (np.zeros(1), False)]
+)
+def test_what_says_that_an_episode_has_ended(value, done):
+  assert stepping(terminated=value)[2] is done
+  assert stepping(truncated=value)[2] is done
+  cut = {'TimeLimit.truncated': value}
+  assert stepping(five=False, info=cut, terminated=True)[3] == {
+    'discount': float(done)
+  }
+
+
+@pytest.mark.parametrize('value', ['False', np.nan, 2, None, [1, 0]])
+@pytest.mark.parametrize('name', ['terminated', 'truncated'])
+def test_what_is_no_truth_is_an_error(name, value):
+  with pytest.raises(ValueError, match=f'gave {name} .*; it is True or False'):
+    stepping(**{name: value})
+
+
+@pytest.mark.parametrize('result', [None, (1, 2.0, False), (PIXELS,) * 6])
+def test_steps_of_other_numbers_of_values_are_errors(result):
+  env = make(variant(step=lambda self, action: result))
+  env.reset()
+  with pytest.raises(ValueError, match=r'Variant.*step\(\) gave no tuple of f'):
+    env.step(np.zeros(2, np.float32))
 
 
 def test_no_info_is_an_empty_one():
