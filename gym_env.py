@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import json
@@ -21,7 +22,8 @@ import typing
 import numpy as np
 
 import spaces
-from cli import nearest
+import wrappers
+from cli import UserError, nearest
 from spaces import gym
 from worker_calls import TaskError
 
@@ -243,24 +245,28 @@ class GymEnv:
     space, text = spaces.image_space(self._size), source.text
     if name not in wanted:
       return spaces.Offer(space, f'{text} ({name})')
-    with self._drawing():
+    with self._drawing(source):
       image, layout = self._image(source)
+      shape = layout.read(image).shape
     text = f'{text}, {layout}'
-    if layout.read(image).shape[:2] != self._size:
+    if shape[:2] != self._size:
       text += f'; resized to {"x".join(map(str, self._size))}'
     return spaces.Offer(space, text)
 
   @contextlib.contextmanager
-  def _drawing(self):
+  def _drawing(self, source):
+    """Turns what is wrong with the first image into a TaskError."""
     try:
-      yield
-    except (
-      TypeError,
-      ValueError,
-      AttributeError,
-      NotImplementedError,
-    ) as error:
-      raise self._no_images(error) from error
+      with wrappers.graphics_errors():
+        yield
+    except UserError:
+      raise
+    except Exception as error:
+      if not source.layout:
+        raise self._no_images(error) from error
+      if not isinstance(error, ValueError):
+        raise
+      raise TaskError(f'{self._task}, {source.text}: {error}') from error
 
   def _render(self):
     """What the environment draws, of any version of Gym."""
@@ -289,10 +295,13 @@ class GymEnv:
     return layout
 
   def _no_images(self, reason):
+    vectors = any(source.convert for source in self._sources.values())
+    others = '--inputs state needs none; else ' if vectors else ''
     return TaskError(
       f'{self._task} has no images. Its observations are '
       f'{self._env.observation_space}, and what it renders cannot be used: '
-      f'{str(reason).rstrip(".") or type(reason).__name__}.'
+      f'{str(reason).rstrip(".") or type(reason).__name__}. {others}render() '
+      "must give an image, made with render_mode='rgb_array'."
     )
 
   def _describe(self, about, others):
@@ -417,6 +426,21 @@ def _import(name, module):
     if error.name in PACKAGES.values():
       hint = f'pip install {error.name}'
     raise TaskError(f'gym_{name}: {error}; {hint}.') from error
+  _check_whose(name, module.partition('.')[0])
+
+
+def _check_whose(name, module):
+  """TaskError where a module of ours came in the place of the user's."""
+  own = os.path.dirname(os.path.abspath(__file__))
+  file = getattr(sys.modules[module], '__file__', None) or ''
+  rest = [path for path in map(os.path.abspath, sys.path) if path != own]
+  ours = os.path.dirname(os.path.abspath(file)) == own
+  if ours and importlib.machinery.PathFinder.find_spec(module, rest):
+    raise TaskError(
+      f"gym_{name}: {module} is the name of one of this program's own modules, "
+      'which has taken the place of yours: rename yours, or leave it to '
+      '--parallel process'
+    )
 
 
 def _unknown(key, names):
@@ -436,7 +460,7 @@ def _construct(library, spec, args, draws):
   make = functools.partial(library.make, bare, disable_env_checker=True)
   try:
     env = _render_arrays(make, args) if draws else make(**args)
-    return env, spec.max_episode_steps
+    return env, None if 'max_episode_steps' in args else spec.max_episode_steps
   except TypeError as error:
     if 'argument' not in str(error):
       raise
@@ -452,8 +476,11 @@ def _render_arrays(make, args):
   try:
     return make(render_mode='rgb_array', **args)
   except Exception as error:  # of what does not know the argument, or the mode
-    with contextlib.suppress(Exception):
+    try:
       return make(**args)
+    except Exception:
+      if 'render_mode' in str(error):
+        raise
     raise error
 
 
@@ -518,6 +545,7 @@ class Source:
 
 
 MOST_CHOICES = 10_000  # of a discrete observation, as each is a number
+LONGEST = 60_000  # bytes of a name; the file of an episode holds a few more
 # What episodes hold besides, and what `numpy.savez` takes for itself.
 RESERVED = ('action', 'reward', 'discount', 'file', 'allow_pickle')
 
@@ -545,6 +573,7 @@ def _array_name(path):
   """What the part of an observation is called as a flag and in a file."""
   name = '/'.join(map(str, path)).replace('\\', '/')
   name = re.sub(r'[\0-\x1f\x7f]', ' ', name)  # a name in a file ends at \0
+  name = name.encode('utf8', 'replace')[:LONGEST].decode('utf8', 'ignore')
   name = re.sub(r'\.{2,}', '.', name).strip('/ ') or 'state'
   if name in RESERVED or spaces.is_image(name) or ',' in name:
     name = f'obs/{name.replace(",", "/")}'

@@ -225,11 +225,7 @@ def image_layout(shape, dtype, low, high):
       raise ValueError(f'it has shape {shape}; {EXPECTED}')
     return None
   stacked, first, count = found
-  if (
-    count is None
-    and np.dtype(dtype) != np.uint8
-    and not (high <= 1 or high == 255)
-  ):
+  if count is None and not (high <= 1 or high == 255):
     return None  # a matrix: a map of what is where, perhaps
   if low < 0 or high > 255:
     if count is None or stacked:  # a matrix of features, perhaps

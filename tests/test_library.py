@@ -491,14 +491,14 @@ def test_a_module_that_trains_makes_environments(
     env.close()
 
 
-def test_exported_names_begin_with_a_letter(tmp_path):
+def test_exported_names_are_those_of_arguments(tmp_path):
   config = dreamer.define_config('toy_reach', 'debug', 'state')
-  inputs = {'0': (2,), '_pose': (3,), 'ä b': ()}
+  inputs = {'0': (2,), '_pose': (3,), 'ä b': (), 'self': (), 'from': (1,)}
   space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
   library.export(dreamer.Dreamer(config, space, inputs=inputs), tmp_path)
   act = tf.saved_model.load(str(tmp_path)).signatures['act']
   names = {n for n in act.structured_input_signature[1] if n[:6] != 'memory'}
-  assert names == {'obs_0', 'obs_pose', 'obs_b'}
+  assert names == {'obs_0', 'obs_pose', 'obs_b', 'obs_self', 'obs_from'}
 
 
 def test_a_function_that_holds_what_cannot_be_sent(tmp_path):

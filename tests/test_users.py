@@ -157,6 +157,26 @@ class PlainRender(Base):
     super().__init__()
 
 
+class NoCamera(PlainRender):
+  def render(self):
+    raise RuntimeError('no camera is attached')
+
+
+class NoFrames(PlainRender):
+  def render(self):
+    return []
+
+
+@pytest.mark.parametrize(
+  'kind, why', [(NoCamera, 'no camera is att'), (NoFrames, 'list index out')]
+)
+def test_what_cannot_draw_has_no_images_and_says_what_to_do(kind, why):
+  words = f'has no images.*cannot be used: {why}.*--inputs state .*rgb_array'
+  with pytest.raises(wrappers.TaskError, match=words):
+    make(kind)
+  assert make(kind, inputs='state').reset()['state'].shape == (5,)
+
+
 class OldRender(PlainRender):
   def render(self, mode='human'):
     return super().render() if mode == 'rgb_array' else None
@@ -389,6 +409,7 @@ def test_images_of_other_types_than_announced(dtype, high, array, expected):
     ((7, 7, 3), np.uint8, 0, 255),  # MiniGrid's, which are no pixels
     ((20, 30), np.float32, -np.inf, np.inf),
     ((20, 30), np.int64, 0, 10),  # a map of what is where
+    ((19, 19), np.uint8, 0, 2),  # a board
     ((20, 30), np.float32, 0, 5),
     ((5, 3), np.float32, 0, 1),
   ],
@@ -458,7 +479,8 @@ def test_images_within_dictionaries_and_tuples():
 
 def test_an_image_of_another_shape_than_announced_is_an_error():
   kind = variant(obs=lambda self: np.zeros((32, 64, 3), np.uint8))
-  with pytest.raises(ValueError, match=r'\(32, 64, 3\), not \(64, 64, 3\)'):
+  words = r'the observation: An image .*\(32, 64, 3\), not \(64, 64, 3\)'
+  with pytest.raises(wrappers.TaskError, match=words):
     make(kind)
 
 
@@ -879,6 +901,32 @@ def test_arguments_of_the_constructor():
       make(Map, args=args)
 
 
+class NoMode(Base):
+  """Does not know how to render."""
+
+  def __init__(self, size=3):
+    super().__init__()
+
+
+def test_a_wrong_argument_is_named_where_there_is_no_render_mode():
+  assert make(NoMode, args={'size': 4}).reset()['image'].shape == (64, 64, 3)
+  with pytest.raises(wrappers.TaskError, match="argument 'sise'"):
+    make(NoMode, args={'sise': 4})
+
+
+@pytest.mark.parametrize('steps', [5, 20])
+def test_another_limit_than_the_registered_one(steps):
+  task = f'gym_{Endless.__name__}Limited-v0'
+  if task[4:] not in gymnasium.registry:
+    gymnasium.register(task[4:], entry_point=Endless, max_episode_steps=10)
+  for args, expected in (({}, 10), ({'max_episode_steps': steps}, steps)):
+    env = suites.make_task(task, 1, 100, args=args)
+    env.reset()
+    ends = [env.step(np.zeros(2, np.float32))[2:] for _ in range(expected)]
+    assert [done for done, _ in ends] == [False] * (expected - 1) + [True]
+    assert ends[-1][1]['discount'] == 1
+
+
 class Broken(Base):
   def __init__(self, render_mode=None):
     raise TypeError('unsupported operand')
@@ -963,6 +1011,8 @@ def test_an_array_that_is_used_again_is_copied(strategy):
     (['/'], ['state']),
     (['a/b', 'b', ('a', 'b')], ['a/b', 'a/b_', 'b']),
     (['a\0b', 'a\nb', ' c '], ['a b', 'a b_', 'c']),
+    (['a\udcff', 'a?'], ['a?', 'a?_']),
+    (['ä' * 40_000], ['ä' * 30_000]),
   ],
 )
 def test_any_key_is_the_name_of_an_array_in_a_file(tmp_path, keys, names):
@@ -1054,6 +1104,35 @@ def test_a_module_of_the_current_folder_without_a_worker(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, 'path', list(sys.path))
   env = suites.make_task('gym_bare_module:Bare-v0', inputs='state')
   assert env.reset()['state'].shape == (4,)
+
+
+def test_a_module_of_our_name_is_refused_without_a_worker(tmp_path):
+  from test_wrappers import run_script
+
+  (tmp_path / 'arguments.py').write_text(
+    'import gymnasium\n'
+    "gymnasium.register('Other-v0', entry_point=\n"
+    "  'gymnasium.envs.classic_control:CartPoleEnv')\n"
+  )
+  code = """
+    import functools
+    import sys
+    import suites
+    import worker_calls
+    import workers
+    make = functools.partial(
+      suites.make_task, 'gym_arguments:Other-v0', inputs='state')
+    env = workers.Async(make, sys.argv[1])
+    try:
+      print(env.reset()['state'].shape)
+    except worker_calls.TaskError as error:
+      print(error)
+    env.close()
+  """
+  env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+  done = run_script(code, 'thread', env=env)
+  assert 'arguments is the name of one of this program' in done.stdout
+  assert run_script(code, 'process', env=env).stdout == '(4,)\n'
 
 
 @pytest.mark.parametrize('module', ['./mine', '../mine', '/mine', '.mine'])
