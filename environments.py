@@ -50,8 +50,16 @@ def input_shapes(config, shapes):
 
 
 def env_spec(config, env):
-  """`Spec` of an agent for an environment."""
-  shapes = {k: v.shape for k, v in env.observation_space.spaces.items()}
+  """`Spec` of an agent for an environment; TaskError for images of others."""
+  shown = env.observation_space.spaces
+  shapes = {k: v.shape for k, v in shown.items()}
+  for name in filter(spaces.is_image, shown):
+    kind = shown[name].dtype, shapes[name]
+    if kind != (np.uint8, spaces.IMAGE_SHAPE):
+      raise TaskError(
+        f'{config.task} shows {name} as {kind[0]} {list(kind[1])}; its class '
+        f'must make images uint8 {list(spaces.IMAGE_SHAPE)}'
+      )
   return Spec(input_shapes(config, shapes), env.action_space, env.about)
 
 
@@ -81,15 +89,20 @@ def make_env(
   lost=None,
   log=None,
   function=None,
+  proven=None,
 ):
   """Environment number `index` in its worker, recording episodes.
 
-  `lost` is called with the error of a worker that had to be replaced; for the
-  rest see `make_worker`.
+  `lost` is called with the error of a worker that had to be replaced, and for
+  `proven` see `replay.Collect`; for the rest see `make_worker`.
   """
-  env = make_worker(config, index, prefix, log, function)
-  tolerant = config.env_errors == 'drop'
-  return replay.Collect(env, list(callbacks), lost=lost, tolerant=tolerant)
+  return replay.Collect(
+    make_worker(config, index, prefix, log, function),
+    callbacks,
+    lost=lost,
+    tolerant=config.env_errors == 'drop',
+    proven=proven,
+  )
 
 
 def make_worker(config, index=0, prefix='train', log=None, function=None):
@@ -137,7 +150,12 @@ def running(run):
   config, team, envs = run.config, run.team, []
   log = open_log(run.home / f'workers{team.suffix}.log')
   make = functools.partial(
-    make_env, config, lost=Replacements(run), log=log, function=run.function
+    make_env,
+    config,
+    lost=Replacements(run),
+    log=log,
+    function=run.function,
+    proven=lambda: _collected(run),
   )
   summarize = functools.partial(
     summarize_episode,
@@ -169,6 +187,11 @@ def running(run):
     for env in [*envs, test] if test else envs:
       env.close()
     log.close()
+
+
+def _collected(run):
+  """Whether the environments of a run have made whole episodes."""
+  return run.collects and episode_files.count_episodes(run.datadir)[0] > 0
 
 
 def if_it_runs(env, say):

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 
+import gym
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -39,6 +40,7 @@ import progress
 import replay
 import run_folders
 import run_kinds
+import suites
 import tools
 import training
 
@@ -554,6 +556,20 @@ def test_all_environments_of_a_run_are_closed(tmp_path):
       env.reset()
 
 
+# fmt: off
+@pytest.mark.parametrize('kind', [
+  ((32, 32, 3), np.uint8), ((64, 64, 1), np.uint8), ((64, 64, 3), np.float32),
+])
+# fmt: on
+def test_images_of_a_suite_are_as_the_agent_sees_them(tmp_path, kind):
+  run = make_run(tmp_path / 'run')
+  env = suites.make_task('toy_reach')
+  env.observation_space.spaces['image'] = gym.spaces.Box(0, 255, *kind)
+  words = rf'toy_reach shows image as {kind[1].__name__} \[.*must make images'
+  with pytest.raises(cli.UserError, match=words):
+    environments.env_spec(run.config, env)
+
+
 @pytest.mark.parametrize('rows, said', [(9, True), (10, False)])
 def test_which_episodes_are_short(tmp_path, capsys, rows, said):
   run = make_run(tmp_path / 'run', '--prefill=1')  # --batch_length 10
@@ -814,6 +830,18 @@ def test_environment_that_cannot_be_made_again_saves_the_run(main, tmp_path):
   )
   assert code == 2, text
   assert re.search(r'Stopped at step \d+, 2 updates; saved to', text), text
+
+
+@pytest.mark.slow
+def test_an_error_in_the_first_evaluation_drops_its_episode(main, tmp_path):
+  code, text = main(
+    *('--steps=20', '--prefill=10', '--batch_length=4', *FEW),
+    *('--env_args', json.dumps({'path': str(tmp_path / 'used')})),
+    task='gym_test_users:FlakyEvaluation-v0',
+  )
+  assert code == 0, text
+  assert text.count('The environment failed: the motor is hot') == 1
+  assert 'Evaluation: return 5.0' in text
 
 
 @pytest.mark.slow

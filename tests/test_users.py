@@ -642,7 +642,7 @@ def bounds(path):
   return json.loads(open(f'{path}.bounds').read())
 
 
-def collect(tmp_path, bounds, episodes, tolerant=True, number=0):
+def collect(tmp_path, bounds, episodes, tolerant=True, number=0, proven=None):
   """Runs episodes of `Flaky`; returns them and what was reported."""
   path = tmp_path / 'steps'
   (tmp_path / 'steps.bounds').write_text(json.dumps(bounds))
@@ -658,6 +658,7 @@ def collect(tmp_path, bounds, episodes, tolerant=True, number=0):
     [finished.append],
     lost=errors.append,
     tolerant=tolerant,
+    proven=proven,
   )
   env.number(number)
   try:
@@ -703,6 +704,33 @@ def test_episodes_of_earlier_runs_count(tmp_path):
   """A run that resumes is not at its first whole episode."""
   finished, errors = collect(tmp_path, [3, 4], 2, number=4)
   assert len(finished) == 2 and 'unstable at 3' in str(errors[0])
+
+
+def test_episodes_of_other_environments_count(tmp_path):
+  """Those of training, for an error in the first evaluation."""
+  finished, errors = collect(tmp_path, [3, 4], 1, proven=lambda: True)
+  assert len(finished) == len(errors) == 1
+  with pytest.raises(wrappers.WorkerError, match='unstable at'):
+    collect(tmp_path, [0, 99], 1, proven=lambda: False)
+
+
+class FlakyEvaluation(Base):
+  """The second that is used fails in its first episode, once."""
+
+  length = 5
+
+  def __init__(self, path, render_mode=None):
+    super().__init__(render_mode)
+    self.path, self.turn = pathlib.Path(path), None
+
+  def step(self, action):
+    if self.turn is None:
+      with self.path.open('a') as file:
+        file.write('.')
+        self.turn = file.tell()
+    if self.turn == 2:
+      raise RuntimeError('the motor is hot')
+    return super().step(action)
 
 
 class Changing(Base):
@@ -972,7 +1000,8 @@ def test_an_id_without_its_package_gets_the_right_form():
 
 # fmt: off
 for _kind in (
-  Changing, Chatty, Flaky, Gone, Growing, OnePort, Slow, SlowStart,
+  Changing, Chatty, Flaky, FlakyEvaluation, Gone, Growing, OnePort, Slow,
+  SlowStart,
 ):
   # fmt: on
   register(_kind)
