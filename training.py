@@ -322,8 +322,8 @@ def _train(run, make_agent, envs, test_env):
   """
   config = run.config
   run.wait()
-  spec = _prepare(run, envs, test_env)
   with run.stop.immediate():
+    spec = _prepare(run, envs, test_env)
     agent = make_agent(config, spec.actions, run.team, spec.inputs)
     for name, count in agent.count_parameters().items():
       run.say(f'Found {count} {name} parameters.')

@@ -25,6 +25,7 @@ from test_dreamer import (
   run_here,
   weights,
 )
+from test_wrappers import alive
 
 import checkpoints
 import cli
@@ -842,6 +843,46 @@ def test_an_error_in_the_first_evaluation_drops_its_episode(main, tmp_path):
   assert code == 0, text
   assert text.count('The environment failed: the motor is hot') == 1
   assert 'Evaluation: return 5.0' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_environments_start_ends_a_run_that_resumes(
+  main, tmp_path, number
+):
+  seconds, pid = tmp_path / 'seconds', tmp_path / 'seconds.pid'
+  args = ['--env_args', json.dumps({'path': str(seconds)}), *FEW]
+  args += ['--prefill=20', '--batch_length=8', '--eval_episodes=0']
+  task = 'gym_test_users:SlowAgain-v0'
+  seconds.write_text('0')
+  assert main('--steps=40', *args, task=task)[0] == 0
+  before = {p: p.stat().st_size for p in tmp_path.glob('run/*/*')}
+  pid.unlink()
+  seconds.write_text('600')
+  args += ['--steps=60', '--preset=debug', '--time_limit=50', f'--task={task}']
+  path = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+  process = subprocess.Popen(
+    command(tmp_path / 'run', *args, '--precision=32'),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, 'PYTHONPATH': path},
+  )
+  try:
+    wait_for(lambda: pid.exists() and pid.read_text(), process)
+    time.sleep(1)  # until it is waited for
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+  finally:
+    process.kill()
+    process.wait()
+  assert (process.returncode, err) == (0, ''), out
+  assert 'Stopped at once; the same command resumes' in out
+  assert not alive(int(pid.read_text()))
+  assert {p: p.stat().st_size for p in tmp_path.glob('run/*/*')} == before
+  seconds.write_text('0')
+  code, text = main('--steps=60', *args, task=task)
+  assert code == 0 and 'Resumed at step 40, ' in text, text
 
 
 @pytest.mark.slow

@@ -880,6 +880,19 @@ class SlowStart(Base):
     time.sleep(seconds)
 
 
+class SlowAgain(Base):
+  """Takes the seconds in a file to start, and writes its process there."""
+
+  length = 10
+
+  def __init__(self, path, render_mode=None):
+    super().__init__(render_mode)
+    path = pathlib.Path(path)
+    seconds = float(path.read_text())
+    path.with_suffix('.pid').write_text(str(os.getpid()))
+    time.sleep(seconds)
+
+
 @pytest.mark.parametrize('strategy', ['process', 'ray'])
 def test_starting_has_a_limit_of_its_own(strategy):
   task = 'gym_test_users:SlowStart-v0'
@@ -1001,7 +1014,7 @@ def test_an_id_without_its_package_gets_the_right_form():
 # fmt: off
 for _kind in (
   Changing, Chatty, Flaky, FlakyEvaluation, Gone, Growing, OnePort, Slow,
-  SlowStart,
+  SlowAgain, SlowStart,
 ):
   # fmt: on
   register(_kind)
