@@ -6,7 +6,9 @@ Each lives in a worker of its own (`workers.Async`), records its episodes
 
 import contextlib
 import functools
+import threading
 import typing
+import weakref
 
 import numpy as np
 
@@ -148,13 +150,18 @@ def running(run):
   `--eval_episodes` there is none of the second.
   """
   config, team, envs = run.config, run.team, []
+  count = config.envs if run.collects else 0
+  evaluates = team.chief and run.evaluates and config.eval_episodes > 0
+  function = run.function
+  if function and config.parallel in ('none', 'thread'):
+    function = Distinct(function, count + evaluates)
   log = open_log(run.home / f'workers{team.suffix}.log')
   make = functools.partial(
     make_env,
     config,
     lost=Replacements(run),
     log=log,
-    function=run.function,
+    function=function,
     proven=lambda: _collected(run),
   )
   summarize = functools.partial(
@@ -172,12 +179,12 @@ def running(run):
   ]
   test = None
   try:
-    for index in range(config.envs if run.collects else 0):
+    for index in range(count):
       ended = functools.partial(run.episode_ended, index)
       number = team.index * config.envs + index
       env = make(number, 'train', [*store, ended])
       envs.append(Deadlines(env, run, 'missed'))
-    if team.chief and run.evaluates and config.eval_episodes:
+    if evaluates:
       test = make(0, 'test', [functools.partial(summarize, prefix='test')])
       test = Deadlines(test, run, 'test_missed')
       if not envs:
@@ -187,6 +194,33 @@ def running(run):
     for env in [*envs, test] if test else envs:
       env.close()
     log.close()
+
+
+class Distinct:
+  """A user's function, whose first calls must make different environments.
+
+  In one process the episodes of one that is given twice would mix.
+
+  Args:
+    function: without arguments.
+    count: of environments that a run has.
+  """
+
+  def __init__(self, function, count):
+    self._function, self._count = function, count
+    self._made, self._lock = weakref.WeakSet(), threading.Lock()
+
+  def __call__(self):
+    env = self._function()
+    # What cannot be remembered is not compared.
+    with self._lock, contextlib.suppress(TypeError):
+      if len(self._made) < self._count and env in self._made:
+        raise TaskError(
+          'make_env gave one environment twice: it must make another at each '
+          'call, or be called once (--envs 1 --eval_episodes 0)'
+        )
+      self._made.add(env)
+    return env
 
 
 def _collected(run):

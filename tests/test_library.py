@@ -20,6 +20,7 @@ import tensorflow as tf
 
 import cli
 import dreamer
+import environments
 import evaluate
 import library
 import runfile
@@ -338,6 +339,27 @@ def test_lambdas_reach_the_workers():
     assert env.reset()['state'].shape == (4,)
   finally:
     env.close()
+
+
+ONE = gymnasium.make('CartPole-v1')
+
+
+def the_one():
+  return ONE
+
+
+@pytest.mark.parametrize('flags', [dict(envs=2, eval_episodes=0), dict(envs=1)])
+@pytest.mark.parametrize('parallel', ['none', 'thread'])
+def test_one_environment_is_not_given_twice(tmp_path, flags, parallel):
+  flags = dict(SMALL, inputs='state', parallel=parallel, **flags)
+  with pytest.raises(cli.UserError, match='gave one environment twice'):
+    dreamer.train(the_one, tmp_path / 'run', **flags)
+  assert not list(tmp_path.glob('run/episodes/*'))
+
+
+def test_the_one_environment_is_given_again_where_it_failed():
+  make_env = environments.Distinct(the_one, 1)
+  assert make_env() is make_env() is ONE
 
 
 @pytest.mark.parametrize(
