@@ -225,10 +225,13 @@ class GymEnv:
 
   def _read(self, source):
     """The observation of a source at the present state."""
-    if source.convert:
-      return source.convert(source.find(self._obs))
-    image, layout = self._image(source)
-    return spaces.resize(layout.read(image), self._size)
+    try:
+      if source.convert:
+        return source.convert(source.find(self._obs))
+      image, layout = self._image(source)
+      return spaces.resize(layout.read(image), self._size)
+    except ValueError as error:
+      raise ValueError(f'{self._task}, {source.text}: {error}') from error
 
   def _image(self, source):
     """The image of the present state, and its layout."""

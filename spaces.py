@@ -201,7 +201,7 @@ class Layout:
     if wrong:
       raise ValueError(
         f'An image is {array.dtype}, up to {top:g}; its space says '
-        f'{self.dtype}, up to {255 // self.scale}.'
+        f'{self.dtype}, up to {255 // self.scale}: both must be alike.'
       )
 
 

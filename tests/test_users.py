@@ -1114,7 +1114,8 @@ def test_too_many_choices_are_no_input():
 def test_a_choice_that_there_is_not_is_an_error(choice):
   kind = variant(observation_space=S.Discrete(3), obs=lambda self: choice)
   env = make(kind, inputs='state')
-  with pytest.raises(ValueError, match=f'{choice} is none of the choices'):
+  words = rf'the observation \(one of 3\): {choice} is none of the choices'
+  with pytest.raises(ValueError, match=words):
     env.reset()
 
 
