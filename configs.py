@@ -115,8 +115,9 @@ FLAGS = {
          'of a run with --offline; 0: as many as --steps would bring'),
     Flag('eval_every', POSITIVE, 10_000,
          'environment steps between evaluations', 'release'),
-    Flag('eval_episodes', Whole(1, 1000), 1,
-         'episodes of an evaluation, each with a line of metrics', 'release'),
+    Flag('eval_episodes', Whole(0, 1000), 1,
+         'episodes of an evaluation, each with a line of metrics; 0: no '
+         'evaluations, and no environment for them', 'release'),
     Flag('log_every', POSITIVE, 1000,
          'environment steps between log lines', 'release'),
     Flag('log_scalars', Truth(), True, 'log losses and norms', 'release'),

@@ -6,7 +6,9 @@ Each lives in a worker of its own (`workers.Async`), records its episodes
 
 import contextlib
 import functools
+import threading
 import typing
+import weakref
 
 import numpy as np
 
@@ -50,9 +52,32 @@ def input_shapes(config, shapes):
 
 
 def env_spec(config, env):
-  """`Spec` of an agent for an environment."""
-  shapes = {k: v.shape for k, v in env.observation_space.spaces.items()}
+  """`Spec` of an agent for an environment; TaskError for images of others."""
+  shown = env.observation_space.spaces
+  shapes = {k: v.shape for k, v in shown.items()}
+  for name in filter(spaces.is_image, shown):
+    kind = shown[name].dtype, shapes[name]
+    if kind != (np.uint8, spaces.IMAGE_SHAPE):
+      raise TaskError(
+        f'{config.task} shows {name} as {kind[0]} {list(kind[1])}; its class '
+        f'must make images uint8 {list(spaces.IMAGE_SHAPE)}'
+      )
   return Spec(input_shapes(config, shapes), env.action_space, env.about)
+
+
+def common_spec(config, envs):
+  """`Spec` of an agent for all environments of a run.
+
+  Raises:
+    TaskError: they show or take something else than the first.
+  """
+  first, *others = envs
+  spec = env_spec(config, first)
+  for env in others:
+    env.expect(spaces.outline(first.observation_space, first.action_space))
+    with contextlib.suppress(WorkerLost):  # which its first reset replaces
+      _ = env.about
+  return spec
 
 
 # --- Making them ------------------------------------------------------------
@@ -66,15 +91,20 @@ def make_env(
   lost=None,
   log=None,
   function=None,
+  proven=None,
 ):
   """Environment number `index` in its worker, recording episodes.
 
-  `lost` is called with the error of a worker that had to be replaced; for the
-  rest see `make_worker`.
+  `lost` is called with the error of a worker that had to be replaced, and for
+  `proven` see `replay.Collect`; for the rest see `make_worker`.
   """
-  env = make_worker(config, index, prefix, log, function)
-  tolerant = config.env_errors == 'drop'
-  return replay.Collect(env, list(callbacks), lost=lost, tolerant=tolerant)
+  return replay.Collect(
+    make_worker(config, index, prefix, log, function),
+    callbacks,
+    lost=lost,
+    tolerant=config.env_errors == 'drop',
+    proven=proven,
+  )
 
 
 def make_worker(config, index=0, prefix='train', log=None, function=None):
@@ -116,12 +146,23 @@ def running(run):
   """Yields training environments, and one for evaluations (the chief's).
 
   Their episodes are stored and logged. A run that does not collect has none of
-  the first kind, and of the second only if its task can run here.
+  the first kind, and of the second only if its task can run here. Without
+  `--eval_episodes` there is none of the second.
   """
   config, team, envs = run.config, run.team, []
+  count = config.envs if run.collects else 0
+  evaluates = team.chief and run.evaluates and config.eval_episodes > 0
+  function = run.function
+  if function and config.parallel in ('none', 'thread'):
+    function = Distinct(function, count + evaluates)
   log = open_log(run.home / f'workers{team.suffix}.log')
   make = functools.partial(
-    make_env, config, lost=Replacements(run), log=log, function=run.function
+    make_env,
+    config,
+    lost=Replacements(run),
+    log=log,
+    function=function,
+    proven=lambda: _collected(run),
   )
   summarize = functools.partial(
     summarize_episode,
@@ -138,12 +179,12 @@ def running(run):
   ]
   test = None
   try:
-    for index in range(config.envs if run.collects else 0):
+    for index in range(count):
       ended = functools.partial(run.episode_ended, index)
       number = team.index * config.envs + index
       env = make(number, 'train', [*store, ended])
       envs.append(Deadlines(env, run, 'missed'))
-    if team.chief and run.evaluates:
+    if evaluates:
       test = make(0, 'test', [functools.partial(summarize, prefix='test')])
       test = Deadlines(test, run, 'test_missed')
       if not envs:
@@ -153,6 +194,38 @@ def running(run):
     for env in [*envs, test] if test else envs:
       env.close()
     log.close()
+
+
+class Distinct:
+  """A user's function, whose first calls must make different environments.
+
+  In one process the episodes of one that is given twice would mix.
+
+  Args:
+    function: without arguments.
+    count: of environments that a run has.
+  """
+
+  def __init__(self, function, count):
+    self._function, self._count = function, count
+    self._made, self._lock = weakref.WeakSet(), threading.Lock()
+
+  def __call__(self):
+    env = self._function()
+    # What cannot be remembered is not compared.
+    with self._lock, contextlib.suppress(TypeError):
+      if len(self._made) < self._count and env in self._made:
+        raise TaskError(
+          'make_env gave one environment twice: it must make another at each '
+          'call, or be called once (--envs 1 --eval_episodes 0)'
+        )
+      self._made.add(env)
+    return env
+
+
+def _collected(run):
+  """Whether the environments of a run have made whole episodes."""
+  return run.collects and episode_files.count_episodes(run.datadir)[0] > 0
 
 
 def if_it_runs(env, say):

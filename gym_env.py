@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import json
@@ -21,7 +22,8 @@ import typing
 import numpy as np
 
 import spaces
-from cli import nearest
+import wrappers
+from cli import UserError, nearest
 from spaces import gym
 from worker_calls import TaskError
 
@@ -135,16 +137,32 @@ class GymEnv:
   def advance(self, action):
     """Steps like `step`, but spares the image; see `observe`."""
     result = self._env.step(self._own_action(action))
+    if not isinstance(result, tuple | list) or len(result) not in (4, 5):
+      raise ValueError(
+        f'{self._task}: step() gave no tuple of five (observation, reward, '
+        'terminated, truncated, info) or, as Gym had it, of four values.'
+      )
     self._obs, reward, ended, *truncated, info = result
-    if not truncated:
-      truncated = [(info or {}).get('TimeLimit.truncated', False)]
-      ended = ended and not truncated[0]
+    info = info or {}
+    ended = self._truth('terminated', ended)
+    cut = truncated[0] if truncated else info.get('TimeLimit.truncated', False)
+    cut = self._truth('truncated', cut)
+    ended = ended and not (cut and not truncated)
     self._steps += 1
-    done = bool(ended or truncated[0] or self._steps == self._limit)
+    done = ended or cut or self._steps == self._limit
     about = {'discount': np.float32(0 if ended else 1)}
-    if isinstance((info or {}).get('missed'), (int, np.integer)):
-      about['missed'] = int(info['missed'])
-    return self._number(reward), done, about
+    return self._number(reward), done, {**about, **self._missed(info)}
+
+  def _missed(self, info):
+    """What `info` says of missed ticks, where that is a whole number."""
+    missed = info.get('missed')
+    if isinstance(missed, bool) or not isinstance(missed, (int, np.integer)):
+      return {}
+    if missed < 0:
+      raise ValueError(
+        f"{self._task} gave info['missed'] {missed}; it counts ticks, from 0."
+      )
+    return {'missed': int(missed)}
 
   def observe(self):
     """Returns the observation of the present state."""
@@ -207,10 +225,13 @@ class GymEnv:
 
   def _read(self, source):
     """The observation of a source at the present state."""
-    if source.convert:
-      return source.convert(source.find(self._obs))
-    image, layout = self._image(source)
-    return spaces.resize(layout.read(image), self._size)
+    try:
+      if source.convert:
+        return source.convert(source.find(self._obs))
+      image, layout = self._image(source)
+      return spaces.resize(layout.read(image), self._size)
+    except ValueError as error:
+      raise ValueError(f'{self._task}, {source.text}: {error}') from error
 
   def _image(self, source):
     """The image of the present state, and its layout."""
@@ -227,24 +248,28 @@ class GymEnv:
     space, text = spaces.image_space(self._size), source.text
     if name not in wanted:
       return spaces.Offer(space, f'{text} ({name})')
-    with self._drawing():
+    with self._drawing(source):
       image, layout = self._image(source)
+      shape = layout.read(image).shape
     text = f'{text}, {layout}'
-    if layout.read(image).shape[:2] != self._size:
+    if shape[:2] != self._size:
       text += f'; resized to {"x".join(map(str, self._size))}'
     return spaces.Offer(space, text)
 
   @contextlib.contextmanager
-  def _drawing(self):
+  def _drawing(self, source):
+    """Turns what is wrong with the first image into a TaskError."""
     try:
-      yield
-    except (
-      TypeError,
-      ValueError,
-      AttributeError,
-      NotImplementedError,
-    ) as error:
-      raise self._no_images(error) from error
+      with wrappers.graphics_errors():
+        yield
+    except UserError:
+      raise
+    except Exception as error:
+      if not source.layout:
+        raise self._no_images(error) from error
+      if not isinstance(error, ValueError):
+        raise
+      raise TaskError(f'{self._task}, {source.text}: {error}') from error
 
   def _render(self):
     """What the environment draws, of any version of Gym."""
@@ -273,10 +298,13 @@ class GymEnv:
     return layout
 
   def _no_images(self, reason):
+    vectors = any(source.convert for source in self._sources.values())
+    others = '--inputs state needs none; else ' if vectors else ''
     return TaskError(
       f'{self._task} has no images. Its observations are '
       f'{self._env.observation_space}, and what it renders cannot be used: '
-      f'{str(reason).rstrip(".") or type(reason).__name__}.'
+      f'{str(reason).rstrip(".") or type(reason).__name__}. {others}render() '
+      "must give an image, made with render_mode='rgb_array'."
     )
 
   def _describe(self, about, others):
@@ -317,6 +345,14 @@ class GymEnv:
     if _is(space, 'MultiDiscrete'):
       action = action + getattr(space, 'start', 0)
     return action.astype(space.dtype)
+
+  def _truth(self, name, value):
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in 'biuf' or array not in (0, 1):
+      raise ValueError(
+        f'{self._task} gave {name} {value!r}; it is True or False.'
+      )
+    return bool(array.reshape(()))
 
   def _number(self, reward):
     array = np.asarray(reward)
@@ -393,6 +429,21 @@ def _import(name, module):
     if error.name in PACKAGES.values():
       hint = f'pip install {error.name}'
     raise TaskError(f'gym_{name}: {error}; {hint}.') from error
+  _check_whose(name, module.partition('.')[0])
+
+
+def _check_whose(name, module):
+  """TaskError where a module of ours came in the place of the user's."""
+  own = os.path.dirname(os.path.abspath(__file__))
+  file = getattr(sys.modules[module], '__file__', None) or ''
+  rest = [path for path in map(os.path.abspath, sys.path) if path != own]
+  ours = os.path.dirname(os.path.abspath(file)) == own
+  if ours and importlib.machinery.PathFinder.find_spec(module, rest):
+    raise TaskError(
+      f"gym_{name}: {module} is the name of one of this program's own modules, "
+      'which has taken the place of yours: rename yours, or leave it to '
+      '--parallel process'
+    )
 
 
 def _unknown(key, names):
@@ -412,7 +463,7 @@ def _construct(library, spec, args, draws):
   make = functools.partial(library.make, bare, disable_env_checker=True)
   try:
     env = _render_arrays(make, args) if draws else make(**args)
-    return env, spec.max_episode_steps
+    return env, None if 'max_episode_steps' in args else spec.max_episode_steps
   except TypeError as error:
     if 'argument' not in str(error):
       raise
@@ -428,8 +479,11 @@ def _render_arrays(make, args):
   try:
     return make(render_mode='rgb_array', **args)
   except Exception as error:  # of what does not know the argument, or the mode
-    with contextlib.suppress(Exception):
+    try:
       return make(**args)
+    except Exception:
+      if 'render_mode' in str(error):
+        raise
     raise error
 
 
@@ -494,6 +548,7 @@ class Source:
 
 
 MOST_CHOICES = 10_000  # of a discrete observation, as each is a number
+LONGEST = 60_000  # bytes of a name; the file of an episode holds a few more
 # What episodes hold besides, and what `numpy.savez` takes for itself.
 RESERVED = ('action', 'reward', 'discount', 'file', 'allow_pickle')
 
@@ -521,6 +576,7 @@ def _array_name(path):
   """What the part of an observation is called as a flag and in a file."""
   name = '/'.join(map(str, path)).replace('\\', '/')
   name = re.sub(r'[\0-\x1f\x7f]', ' ', name)  # a name in a file ends at \0
+  name = name.encode('utf8', 'replace')[:LONGEST].decode('utf8', 'ignore')
   name = re.sub(r'\.{2,}', '.', name).strip('/ ') or 'state'
   if name in RESERVED or spaces.is_image(name) or ',' in name:
     name = f'obs/{name.replace(",", "/")}'
@@ -529,18 +585,19 @@ def _array_name(path):
 
 def _vector(space):
   """The Box of a space as float32, and the function to it; (None, None)."""
-  if _is(space, 'Discrete') and space.n <= MOST_CHOICES:
-    box = spaces.OneHotBox(space.n)
-    start = int(getattr(space, 'start', 0))
-    return box, lambda value: box.encode([int(value) - start])
-  if _is(space, 'MultiDiscrete') and np.sum(space.nvec) <= MOST_CHOICES:
-    box = spaces.OneHotBox(space.nvec)
-    start = np.ravel(getattr(space, 'start', 0))
-    return box, lambda value: box.encode(np.ravel(value) - start)
+  for kind, count in (('Discrete', 'n'), ('MultiDiscrete', 'nvec')):
+    if _is(space, kind) and np.sum(getattr(space, count)) <= MOST_CHOICES:
+      box = spaces.OneHotBox(getattr(space, count))
+      start = np.ravel(getattr(space, 'start', 0))
+      return box, functools.partial(_one_hot, box=box, start=start)
   if _is(space, 'Box') or _is(space, 'MultiBinary'):
     box = gym.spaces.Box(-np.inf, np.inf, space.shape, np.float32)
     return box, functools.partial(_array, shape=space.shape)
   return None, None
+
+
+def _one_hot(value, box, start):
+  return box.encode(np.ravel(value) - start)
 
 
 def _array(value, shape):

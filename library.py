@@ -9,6 +9,7 @@ Letters in shapes: E environments, A action, H steps of imagination.
 """
 
 import json
+import keyword
 import pathlib
 import re
 import shutil
@@ -458,6 +459,8 @@ def _prefixed(state):
 
 
 def _plain(name):
-  """The name of an observation as one of a tensor."""
+  """The name of an observation as one of a tensor, and of an argument."""
   name = re.sub(r'\W+', '_', name, flags=re.ASCII)
-  return name if name[:1].isalpha() else f'obs_{name.lstrip("_")}'
+  taken = keyword.iskeyword(name) or name == 'self'
+  plain = name[:1].isalpha() and not taken
+  return name if plain else f'obs_{name.lstrip("_")}'

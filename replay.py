@@ -300,9 +300,9 @@ class Collect(workers.Wrapper):
 
   A worker that died or hangs is restarted. Its episode is dropped: the step
   then returns done, with `info['lost']`, and no callback is called. So is one
-  in which the environment raised an error, if `tolerant`, unless it has not
-  made a whole episode yet. After `LOSSES` losses without a whole episode
-  between them the last error is raised.
+  in which the environment raised an error, if `tolerant`, unless there is no
+  whole episode yet. After `LOSSES` losses without a whole episode between them
+  the last error is raised.
 
   Args:
     env: an `Async` or an environment.
@@ -311,14 +311,23 @@ class Collect(workers.Wrapper):
     lost: function of one argument, called with the error of a lost worker or
       of an environment.
     tolerant: replace environments that raise errors, as lost workers.
+    proven: function without arguments that says whether others of its kind have
+      made whole episodes.
   """
 
   LOSSES = 5
 
   def __init__(
-    self, env, callbacks=None, precision=32, lost=None, tolerant=False
+    self,
+    env,
+    callbacks=None,
+    precision=32,
+    lost=None,
+    tolerant=False,
+    proven=None,
   ):
     super().__init__(env)
+    self._others_proven = proven or (lambda: False)
     self._lost = lost or (lambda error: None)
     self._losses = 0
     self._tolerant = tolerant
@@ -346,7 +355,8 @@ class Collect(workers.Wrapper):
     while True:
       own = not isinstance(error, worker_calls.WorkerLost)  # of the environment
       self._losses += 1
-      if own and not (self._tolerant and self._proven):
+      proven = self._proven or self._others_proven()
+      if own and not (self._tolerant and proven):
         raise error
       gone = isinstance(error, worker_calls.WorkersLost)
       if gone or self._losses >= self.LOSSES:
@@ -400,8 +410,14 @@ class Collect(workers.Wrapper):
         promise = self._begin()
     space = self._env.action_space
     action = np.zeros(space.shape, space.dtype)
-    self._rows = [{**obs, 'action': action, 'reward': 0.0, 'discount': 1.0}]
+    self._rows = []
+    self._record(obs, action=action, reward=0.0, discount=1.0)
     return obs
+
+  def _record(self, obs, **rest):
+    """Adds a row, with copies of arrays that may be written over later."""
+    obs = {k: np.array(v) for k, v in obs.items()}
+    self._rows.append({**obs, **rest})
 
   def _record_step(self, action, promise):
     try:
@@ -411,10 +427,9 @@ class Collect(workers.Wrapper):
       row, self._rows = self._rows[-1], None
       obs = {k: v for k, v in row.items() if k not in ('action', 'discount')}
       return obs, 0.0, True, {'lost': True}
+    info = {k: v for k, v in info.items() if k != 'lost'}  # that is ours
     discount = info.get('discount', 1.0 - float(done))
-    self._rows.append(
-      {**obs, 'action': action, 'reward': reward, 'discount': discount}
-    )
+    self._record(obs, action=action, reward=reward, discount=discount)
     if done:
       episode = self._stack(self._rows)
       self._rows, self._losses, self._proven = None, 0, True

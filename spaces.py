@@ -150,6 +150,7 @@ class Layout:
 
   Attributes:
     shape: of the array.
+    dtype: of the array, as its space says.
     stacked: the first axis is time, the newest frame last.
     first: channels come before height and width.
     start, stop: the channels to take.
@@ -158,6 +159,7 @@ class Layout:
   """
 
   shape: tuple
+  dtype: np.dtype
   stacked: bool
   first: bool
   start: int
@@ -185,7 +187,22 @@ class Layout:
       return array
     if not np.isfinite(array).all():
       raise FloatingPointError('An image has numbers that are not finite.')
+    self._check_scale(array)
     return np.clip(np.rint(array * float(self.scale)), 0, 255).astype(np.uint8)
+
+  def _check_scale(self, array):
+    """ValueError where an array of another type may have another scale, too."""
+    whole, top = array.dtype.kind in 'iu', array.max()
+    if self.scale == 255:
+      wrong = whole and top > 1
+    else:
+      wrong = self.dtype.kind in 'iu' and not whole
+      wrong = wrong and (top == 1 or (array != np.floor(array)).any())
+    if wrong:
+      raise ValueError(
+        f'An image is {array.dtype}, up to {top:g}; its space says '
+        f'{self.dtype}, up to {255 // self.scale}: both must be alike.'
+      )
 
 
 def image_layout(shape, dtype, low, high):
@@ -208,11 +225,7 @@ def image_layout(shape, dtype, low, high):
       raise ValueError(f'it has shape {shape}; {EXPECTED}')
     return None
   stacked, first, count = found
-  if (
-    count is None
-    and np.dtype(dtype) != np.uint8
-    and not (high <= 1 or high == 255)
-  ):
+  if count is None and not (high <= 1 or high == 255):
     return None  # a matrix: a map of what is where, perhaps
   if low < 0 or high > 255:
     if count is None or stacked:  # a matrix of features, perhaps
@@ -226,7 +239,8 @@ def image_layout(shape, dtype, low, high):
   scale = 255 if high <= 1 else 1
   if scale == 255:
     about.append('from 0 to 1')
-  return Layout(shape, stacked, first, start, stop, scale, tuple(about))
+  dtype = np.dtype(dtype)
+  return Layout(shape, dtype, stacked, first, start, stop, scale, tuple(about))
 
 
 def _find_channels(shape):
@@ -320,6 +334,20 @@ def action_space(record):
   return gym.spaces.Box(-1.0, 1.0, (sizes[0],), np.float32)
 
 
+def outline(shown, actions):
+  """What environments of one run have in common, as text.
+
+  Args:
+    shown: space of observations, a Dict.
+    actions: space of actions.
+  """
+  names = sorted(getattr(shown, 'spaces', {}).items())
+  parts = [f'{name} {list(space.shape)}' for name, space in names]
+  choices = getattr(actions, 'choices', None)
+  size = list(choices or getattr(actions, 'shape', None) or ())
+  return ', '.join([*parts, f'{"choices" if choices else "actions"} {size}'])
+
+
 class OneHotBox(gym.spaces.Box):
   """Space of one-hot vectors, or of several side by side, float32.
 
@@ -339,10 +367,15 @@ class OneHotBox(gym.spaces.Box):
     """One-hot vectors [..., A] for the numbers of choices [..., K].
 
     Raises:
-      ValueError: there is no such choice.
+      ValueError: there is no such choice, or another number of them.
     """
     indices = np.asarray(indices)
-    wrong = (indices < 0) | (indices >= self.choices)
+    if indices.shape[-1] != len(self.choices):
+      raise ValueError(
+        f'There are {indices.shape[-1]} choices, not {len(self.choices)}.'
+      )
+    within = (indices >= 0) & (indices < self.choices)
+    wrong = ~(within & (indices == np.floor(indices)))  # as NaN is, too
     if wrong.any():
       raise ValueError(
         f'{indices[wrong][0]} is none of the choices, which count from 0: '

@@ -16,7 +16,7 @@ class Toy:
   """A task without a simulator: a drawing, and the numbers that it shows.
 
   Observations are `image`, uint8 [64, 64, 3], and `state`. A subclass draws
-  with `_draw` and has `state`.
+  with `_draw` and has `TASK`, its name, and `state`.
 
   Args:
     seed: int or None.
@@ -32,7 +32,7 @@ class Toy:
       image=spaces.Offer(spaces.image_space(), 'a drawing, 64x64'),
       state=spaces.Offer(box, f'state {list(state.shape)}'),
     )
-    view = spaces.View('this task', offers, inputs, record)
+    view = spaces.View(self.TASK, offers, inputs, record)
     self._names, self.about = view.names, view.about
     self.observation_space = view.space
 
@@ -56,6 +56,7 @@ class ToyReach(Toy):
   episode takes 50 steps and then ends by time, with discount 1.
   """
 
+  TASK = 'toy_reach'
   LENGTH = 50
   # Places lie in [-1, 1]^2; the way to the target takes about ten steps.
   SPEED = 0.12
@@ -119,6 +120,7 @@ class ToyRobot(ToyReach):
   Their rewards are lost. Between episodes the clock stands still.
   """
 
+  TASK = 'toy_robot'
   PERIOD = 0.05  # seconds
 
   def reset(self):
@@ -148,6 +150,7 @@ class ToyCatch(Toy):
   ends. All other rewards are 0.
   """
 
+  TASK = 'toy_catch'
   LENGTH = 16
   SPEED = 4  # Pixels per step.
 

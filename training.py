@@ -322,8 +322,8 @@ def _train(run, make_agent, envs, test_env):
   """
   config = run.config
   run.wait()
-  spec = _prepare(run, envs, test_env)
   with run.stop.immediate():
+    spec = _prepare(run, envs, test_env)
     agent = make_agent(config, spec.actions, run.team, spec.inputs)
     for name, count in agent.count_parameters().items():
       run.say(f'Found {count} {name} parameters.')
@@ -426,9 +426,9 @@ def _prepare(run, envs, test_env):
   policy = setup_precision(config.precision)
   if config.offline:
     replay.describe(run.datadir)  # or an error that says what is wrong there
-  env = envs[0] if envs else test_env
-  if env:
-    spec = environments.env_spec(config, env)
+  everything = [*envs, test_env] if test_env else envs
+  if everything:
+    spec = environments.common_spec(config, everything)
   else:
     spec = _replay_spec(run) if config.offline else _told_spec(run)
   if config.offline:

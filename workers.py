@@ -13,7 +13,15 @@ what makes the environment, and never TensorFlow. Nor does this module.
 import concurrent.futures
 import functools
 
-from worker_calls import Output, WorkerError, attempt, describe, resolve
+import spaces
+from worker_calls import (
+  Output,
+  TaskError,
+  WorkerError,
+  attempt,
+  describe,
+  resolve,
+)
 from worker_process import ProcessWorker
 
 
@@ -55,6 +63,9 @@ class Async:
   Every use raises WorkerError if the environment failed and WorkerLost if its
   worker died or was killed, but TaskError and RenderError arrive as what they
   are. All of them carry the worker's traceback as text in `traceback`.
+
+  The environment of a replaced worker must show and take what that of the first
+  did, see `spaces.outline`; else every use but `step` raises TaskError.
   """
 
   def __init__(
@@ -73,6 +84,7 @@ class Async:
     self._constructor, self._strategy = constructor, strategy
     self._limits = timeout, start_timeout
     self._log = log, name
+    self._outline = None
     self._worker = self._start()
 
   def _start(self):
@@ -84,24 +96,42 @@ class Async:
     self._worker.close()
     self._worker = self._start()
 
+  def expect(self, outline):
+    """Refuses environments with another `spaces.outline` than this."""
+    self._outline = outline
+
+  def _told(self):
+    """What the environment says of itself, if it is like the first."""
+    told = self._worker.about()
+    outline = spaces.outline(*told[:2])
+    self._outline = self._outline or outline
+    if outline != self._outline:
+      raise TaskError(
+        f'environment {self._log[1]} shows and takes '
+        f'{outline}, and the first of this run {self._outline}: all must be '
+        'alike, made again and for evaluations too'
+      )
+    return told
+
   @property
   def observation_space(self):
-    return self._worker.about()[0]
+    return self._told()[0]
 
   @property
   def action_space(self):
-    return self._worker.about()[1]
+    return self._told()[1]
 
   @property
   def about(self):
     """What the environment says of itself, a list of sentences."""
-    return self._worker.about()[2]
+    return self._told()[2]
 
   def reset(self, blocking=True, number=None):
     """Returns obs, or without blocking a function without arguments for it.
 
     The `number` of the episode is for environments that take one.
     """
+    self._told()
     promise = self._worker.call('reset', *([] if number is None else [number]))
     return promise() if blocking else promise
 

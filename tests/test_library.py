@@ -20,6 +20,7 @@ import tensorflow as tf
 
 import cli
 import dreamer
+import environments
 import evaluate
 import library
 import runfile
@@ -340,6 +341,27 @@ def test_lambdas_reach_the_workers():
     env.close()
 
 
+ONE = gymnasium.make('CartPole-v1')
+
+
+def the_one():
+  return ONE
+
+
+@pytest.mark.parametrize('flags', [dict(envs=2, eval_episodes=0), dict(envs=1)])
+@pytest.mark.parametrize('parallel', ['none', 'thread'])
+def test_one_environment_is_not_given_twice(tmp_path, flags, parallel):
+  flags = dict(SMALL, inputs='state', parallel=parallel, **flags)
+  with pytest.raises(cli.UserError, match='gave one environment twice'):
+    dreamer.train(the_one, tmp_path / 'run', **flags)
+  assert not list(tmp_path.glob('run/episodes/*'))
+
+
+def test_the_one_environment_is_given_again_where_it_failed():
+  make_env = environments.Distinct(the_one, 1)
+  assert make_env() is make_env() is ONE
+
+
 @pytest.mark.parametrize(
   'make_env, flags, message',
   [
@@ -499,14 +521,14 @@ def test_a_module_that_trains_makes_environments(
     env.close()
 
 
-def test_exported_names_begin_with_a_letter(tmp_path):
+def test_exported_names_are_those_of_arguments(tmp_path):
   config = dreamer.define_config('toy_reach', 'debug', 'state')
-  inputs = {'0': (2,), '_pose': (3,), 'ä b': ()}
+  inputs = {'0': (2,), '_pose': (3,), 'ä b': (), 'self': (), 'from': (1,)}
   space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
   library.export(dreamer.Dreamer(config, space, inputs=inputs), tmp_path)
   act = tf.saved_model.load(str(tmp_path)).signatures['act']
   names = {n for n in act.structured_input_signature[1] if n[:6] != 'memory'}
-  assert names == {'obs_0', 'obs_pose', 'obs_b'}
+  assert names == {'obs_0', 'obs_pose', 'obs_b', 'obs_self', 'obs_from'}
 
 
 def test_a_function_that_holds_what_cannot_be_sent(tmp_path):

@@ -570,5 +570,7 @@ def test_resizing_to_height_and_width():
 
 @pytest.mark.parametrize('task', ['atari_pong', 'toy_reach'])
 def test_an_observation_to_record_that_is_not_there(task):
-  with pytest.raises(wrappers.TaskError, match='--record rewrad: .*; it has'):
+  with pytest.raises(
+    wrappers.TaskError, match=f'--record rewrad: {task} .*; it has'
+  ):
     suites.make_task(task, inputs='image', record='rewrad')

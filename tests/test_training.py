@@ -8,11 +8,13 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 
+import gym
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -24,6 +26,7 @@ from test_dreamer import (
   run_here,
   weights,
 )
+from test_wrappers import alive
 
 import checkpoints
 import cli
@@ -39,6 +42,7 @@ import progress
 import replay
 import run_folders
 import run_kinds
+import suites
 import tools
 import training
 
@@ -603,6 +607,20 @@ def test_all_environments_of_a_run_are_closed(tmp_path):
       env.reset()
 
 
+# fmt: off
+@pytest.mark.parametrize('kind', [
+  ((32, 32, 3), np.uint8), ((64, 64, 1), np.uint8), ((64, 64, 3), np.float32),
+])
+# fmt: on
+def test_images_of_a_suite_are_as_the_agent_sees_them(tmp_path, kind):
+  run = make_run(tmp_path / 'run')
+  env = suites.make_task('toy_reach')
+  env.observation_space.spaces['image'] = gym.spaces.Box(0, 255, *kind)
+  words = rf'toy_reach shows image as {kind[1].__name__} \[.*must make images'
+  with pytest.raises(cli.UserError, match=words):
+    environments.env_spec(run.config, env)
+
+
 @pytest.mark.parametrize('rows, said', [(9, True), (10, False)])
 def test_which_episodes_are_short(tmp_path, capsys, rows, said):
   run = make_run(tmp_path / 'run', '--prefill=1')  # --batch_length 10
@@ -863,6 +881,91 @@ def test_environment_that_cannot_be_made_again_saves_the_run(main, tmp_path):
   )
   assert code == 2, text
   assert re.search(r'Stopped at step \d+, 2 updates; saved to', text), text
+
+
+@pytest.mark.slow
+def test_an_error_in_the_first_evaluation_drops_its_episode(main, tmp_path):
+  code, text = main(
+    *('--steps=20', '--prefill=10', '--batch_length=4', *FEW),
+    *('--env_args', json.dumps({'path': str(tmp_path / 'used')})),
+    task='gym_test_users:FlakyEvaluation-v0',
+  )
+  assert code == 0, text
+  assert text.count('The environment failed: the motor is hot') == 1
+  assert 'Evaluation: return 5.0' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_environments_start_ends_a_run_that_resumes(
+  main, tmp_path, number
+):
+  seconds, pid = tmp_path / 'seconds', tmp_path / 'seconds.pid'
+  args = ['--env_args', json.dumps({'path': str(seconds)}), *FEW]
+  args += ['--prefill=20', '--batch_length=8', '--eval_episodes=0']
+  task = 'gym_test_users:SlowAgain-v0'
+  seconds.write_text('0')
+  assert main('--steps=40', *args, task=task)[0] == 0
+  before = {p: p.stat().st_size for p in tmp_path.glob('run/*/*')}
+  pid.unlink()
+  seconds.write_text('600')
+  args += ['--steps=60', '--preset=debug', '--time_limit=50', f'--task={task}']
+  path = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+  process = subprocess.Popen(
+    command(tmp_path / 'run', *args, '--precision=32'),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, 'PYTHONPATH': path},
+  )
+  try:
+    wait_for(lambda: pid.exists() and pid.read_text(), process)
+    time.sleep(1)  # until it is waited for
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+  finally:
+    process.kill()
+    process.wait()
+  assert (process.returncode, err) == (0, ''), out
+  assert 'Stopped at once; the same command resumes' in out
+  assert not alive(int(pid.read_text()))
+  assert {p: p.stat().st_size for p in tmp_path.glob('run/*/*')} == before
+  seconds.write_text('0')
+  code, text = main('--steps=60', *args, task=task)
+  assert code == 0 and 'Resumed at step 40, ' in text, text
+
+
+@pytest.mark.slow
+def test_what_exists_once_is_trained_on_without_evaluations(main):
+  with socket.create_server(('127.0.0.1', 0)) as free:
+    args = json.dumps({'port': free.getsockname()[1]})
+  flags = [f'--env_args={args}', '--prefill=20', '--steps=40', *FEW]
+  task = 'gym_test_users:OnePort-v0'
+  code, text = main(*flags, '--eval_episodes=1', task=task)
+  assert code == 2 and 'Address already in use' in text
+  flags += ['--eval_every=10', '--batch_length=8']
+  code, text = main(*flags, '--eval_episodes=0', task=task)
+  assert code == 0 and 'Finished at step 40' in text, text
+  assert 'Evaluation' not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('envs', [0, 1])
+def test_environments_that_differ(main, tmp_path, envs):
+  """The one for evaluations, and one that takes over beside learning."""
+  path, flags = tmp_path / 'made', ['--pretrain=2', '--train_steps=0']
+  code, text = main(
+    *('--steps=100', '--prefill=10', '--inputs=state', '--batch_length=4'),
+    *(f'--eval_episodes={1 - envs}', *flags),
+    *('--env_args', json.dumps({'path': str(path)})),
+    task='gym_test_users:Growing-v0',
+  )
+  assert code == 2 and 'Traceback' not in text.split('Warning')[0], text
+  assert re.search(r'error: environment t\w+ 0 shows .*state \[2\]', text)
+  made = list(tmp_path.glob('run/episodes/*'))
+  assert len(made) == 3 * envs and all(x.suffix == '.npz' for x in made)
+  saved = re.search(r'Stopped at step \d+, 2 updates; saved to', text)
+  assert bool(saved) == bool(envs)
 
 
 @pytest.mark.slow

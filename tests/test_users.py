@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import sys
 import time
 
@@ -154,6 +155,26 @@ class PlainRender(Base):
 
   def __init__(self):
     super().__init__()
+
+
+class NoCamera(PlainRender):
+  def render(self):
+    raise RuntimeError('no camera is attached')
+
+
+class NoFrames(PlainRender):
+  def render(self):
+    return []
+
+
+@pytest.mark.parametrize(
+  'kind, why', [(NoCamera, 'no camera is att'), (NoFrames, 'list index out')]
+)
+def test_what_cannot_draw_has_no_images_and_says_what_to_do(kind, why):
+  words = f'has no images.*cannot be used: {why}.*--inputs state .*rgb_array'
+  with pytest.raises(wrappers.TaskError, match=words):
+    make(kind)
+  assert make(kind, inputs='state').reset()['state'].shape == (5,)
 
 
 class OldRender(PlainRender):
@@ -351,6 +372,36 @@ def test_images_of_all_layouts(array, high, expected, words):
   assert words in str(layout)
 
 
+FLOATS = IMAGE.astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  'dtype, high, array, expected',
+  [
+    (np.uint8, 255, UNIT, None),
+    (np.uint8, 255, IMAGE > 127, None),
+    (np.uint8, 255, FLOATS, IMAGE),
+    (np.uint8, 255, 0 * FLOATS, 0 * IMAGE),
+    (np.uint8, 255, IMAGE.astype(np.int64), IMAGE),
+    (np.float32, 1, IMAGE, None),
+    (np.uint8, 1, IMAGE, None),
+    (np.float32, 1, IMAGE > 127, 255 * (IMAGE > 127)),
+    (np.float32, 1, IMAGE // 128, 255 * (IMAGE // 128)),
+    (np.float32, 255, FLOATS, IMAGE),
+    (np.float32, 255, FLOATS / 2, np.rint(FLOATS / 2)),
+    (np.float32, 255, IMAGE, IMAGE),
+  ],
+)
+def test_images_of_other_types_than_announced(dtype, high, array, expected):
+  layout = spaces.image_layout(array.shape, dtype, 0, high)
+  if expected is None:
+    words = f'is {array.dtype}, .*says {np.dtype(dtype)}, up to {high}'
+    with pytest.raises(ValueError, match=words):
+      layout.read(array)
+  else:
+    np.testing.assert_array_equal(layout.read(array), expected)
+
+
 @pytest.mark.parametrize(
   'shape, dtype, low, high',
   [
@@ -358,6 +409,7 @@ def test_images_of_all_layouts(array, high, expected, words):
     ((7, 7, 3), np.uint8, 0, 255),  # MiniGrid's, which are no pixels
     ((20, 30), np.float32, -np.inf, np.inf),
     ((20, 30), np.int64, 0, 10),  # a map of what is where
+    ((19, 19), np.uint8, 0, 2),  # a board
     ((20, 30), np.float32, 0, 5),
     ((5, 3), np.float32, 0, 1),
   ],
@@ -427,7 +479,8 @@ def test_images_within_dictionaries_and_tuples():
 
 def test_an_image_of_another_shape_than_announced_is_an_error():
   kind = variant(obs=lambda self: np.zeros((32, 64, 3), np.uint8))
-  with pytest.raises(ValueError, match=r'\(32, 64, 3\), not \(64, 64, 3\)'):
+  words = r'the observation: An image .*\(32, 64, 3\), not \(64, 64, 3\)'
+  with pytest.raises(wrappers.TaskError, match=words):
     make(kind)
 
 
@@ -535,6 +588,36 @@ class Gone(Base):
     return super().step(action)
 
 
+class OnePort(Base):
+  """Takes a port of its host, as a robot does."""
+
+  length = 10
+
+  def __init__(self, port, render_mode=None):
+    super().__init__(render_mode)
+    self.server = socket.create_server(('127.0.0.1', port))
+
+
+class Growing(Base):
+  """Shows one number more each time it is made, and fails after 3 episodes."""
+
+  length = 5
+  count = 0
+
+  def __init__(self, path, render_mode=None):
+    super().__init__(render_mode)
+    with open(path, 'a') as file:
+      file.write('.')
+      size = file.tell()
+    self.observation_space = S.Box(-99, 99, (size,), np.float32)
+
+  def step(self, action):
+    self.count += 1
+    if self.count > 3 * self.length:
+      raise RuntimeError('the device is gone')
+    return super().step(action)
+
+
 class Flaky(Base):
   """Raises an error at every step whose number is in a file."""
 
@@ -559,7 +642,7 @@ def bounds(path):
   return json.loads(open(f'{path}.bounds').read())
 
 
-def collect(tmp_path, bounds, episodes, tolerant=True, number=0):
+def collect(tmp_path, bounds, episodes, tolerant=True, number=0, proven=None):
   """Runs episodes of `Flaky`; returns them and what was reported."""
   path = tmp_path / 'steps'
   (tmp_path / 'steps.bounds').write_text(json.dumps(bounds))
@@ -575,6 +658,7 @@ def collect(tmp_path, bounds, episodes, tolerant=True, number=0):
     [finished.append],
     lost=errors.append,
     tolerant=tolerant,
+    proven=proven,
   )
   env.number(number)
   try:
@@ -620,6 +704,33 @@ def test_episodes_of_earlier_runs_count(tmp_path):
   """A run that resumes is not at its first whole episode."""
   finished, errors = collect(tmp_path, [3, 4], 2, number=4)
   assert len(finished) == 2 and 'unstable at 3' in str(errors[0])
+
+
+def test_episodes_of_other_environments_count(tmp_path):
+  """Those of training, for an error in the first evaluation."""
+  finished, errors = collect(tmp_path, [3, 4], 1, proven=lambda: True)
+  assert len(finished) == len(errors) == 1
+  with pytest.raises(wrappers.WorkerError, match='unstable at'):
+    collect(tmp_path, [0, 99], 1, proven=lambda: False)
+
+
+class FlakyEvaluation(Base):
+  """The second that is used fails in its first episode, once."""
+
+  length = 5
+
+  def __init__(self, path, render_mode=None):
+    super().__init__(render_mode)
+    self.path, self.turn = pathlib.Path(path), None
+
+  def step(self, action):
+    if self.turn is None:
+      with self.path.open('a') as file:
+        file.write('.')
+        self.turn = file.tell()
+    if self.turn == 2:
+      raise RuntimeError('the motor is hot')
+    return super().step(action)
 
 
 class Changing(Base):
@@ -769,6 +880,19 @@ class SlowStart(Base):
     time.sleep(seconds)
 
 
+class SlowAgain(Base):
+  """Takes the seconds in a file to start, and writes its process there."""
+
+  length = 10
+
+  def __init__(self, path, render_mode=None):
+    super().__init__(render_mode)
+    path = pathlib.Path(path)
+    seconds = float(path.read_text())
+    path.with_suffix('.pid').write_text(str(os.getpid()))
+    time.sleep(seconds)
+
+
 @pytest.mark.parametrize('strategy', ['process', 'ray'])
 def test_starting_has_a_limit_of_its_own(strategy):
   task = 'gym_test_users:SlowStart-v0'
@@ -818,6 +942,32 @@ def test_arguments_of_the_constructor():
       make(Map, args=args)
 
 
+class NoMode(Base):
+  """Does not know how to render."""
+
+  def __init__(self, size=3):
+    super().__init__()
+
+
+def test_a_wrong_argument_is_named_where_there_is_no_render_mode():
+  assert make(NoMode, args={'size': 4}).reset()['image'].shape == (64, 64, 3)
+  with pytest.raises(wrappers.TaskError, match="argument 'sise'"):
+    make(NoMode, args={'sise': 4})
+
+
+@pytest.mark.parametrize('steps', [5, 20])
+def test_another_limit_than_the_registered_one(steps):
+  task = f'gym_{Endless.__name__}Limited-v0'
+  if task[4:] not in gymnasium.registry:
+    gymnasium.register(task[4:], entry_point=Endless, max_episode_steps=10)
+  for args, expected in (({}, 10), ({'max_episode_steps': steps}, steps)):
+    env = suites.make_task(task, 1, 100, args=args)
+    env.reset()
+    ends = [env.step(np.zeros(2, np.float32))[2:] for _ in range(expected)]
+    assert [done for done, _ in ends] == [False] * (expected - 1) + [True]
+    assert ends[-1][1]['discount'] == 1
+
+
 class Broken(Base):
   def __init__(self, render_mode=None):
     raise TypeError('unsupported operand')
@@ -861,7 +1011,12 @@ def test_an_id_without_its_package_gets_the_right_form():
     gym_env.make('no_such_module_of_mine:X-v0', {})
 
 
-for _kind in (Changing, Chatty, Flaky, Gone, Slow, SlowStart):
+# fmt: off
+for _kind in (
+  Changing, Chatty, Flaky, FlakyEvaluation, Gone, Growing, OnePort, Slow,
+  SlowAgain, SlowStart,
+):
+  # fmt: on
   register(_kind)
 
 
@@ -898,6 +1053,8 @@ def test_an_array_that_is_used_again_is_copied(strategy):
     (['/'], ['state']),
     (['a/b', 'b', ('a', 'b')], ['a/b', 'a/b_', 'b']),
     (['a\0b', 'a\nb', ' c '], ['a b', 'a b_', 'c']),
+    (['a\udcff', 'a?'], ['a?', 'a?_']),
+    (['ä' * 40_000], ['ä' * 30_000]),
   ],
 )
 def test_any_key_is_the_name_of_an_array_in_a_file(tmp_path, keys, names):
@@ -957,8 +1114,27 @@ def test_too_many_choices_are_no_input():
 def test_a_choice_that_there_is_not_is_an_error(choice):
   kind = variant(observation_space=S.Discrete(3), obs=lambda self: choice)
   env = make(kind, inputs='state')
-  with pytest.raises(ValueError, match=f'{choice} is none of the choices'):
+  words = rf'the observation \(one of 3\): {choice} is none of the choices'
+  with pytest.raises(ValueError, match=words):
     env.reset()
+
+
+@pytest.mark.parametrize(
+  'space', [S.Discrete(3, start=5), S.MultiDiscrete([3], start=[5])]
+)
+@pytest.mark.parametrize('choice', [np.nan, np.inf, 5.5, [5, 6]])
+def test_what_is_no_number_of_a_choice_is_an_error(space, choice):
+  kind = variant(observation_space=space, obs=lambda self: choice)
+  env = make(kind, inputs='state')
+  with pytest.raises(ValueError, match='choices'):
+    env.reset()
+
+
+@pytest.mark.parametrize('choice', [6, 6.0, np.uint8(6), [6], np.array([[6]])])
+def test_choices_of_all_types(choice):
+  space = S.Discrete(3, start=5)
+  kind = variant(observation_space=space, obs=lambda self: choice)
+  assert make(kind, inputs='state').reset()['state'].tolist() == [0, 1, 0]
 
 
 def test_a_module_of_the_current_folder_without_a_worker(tmp_path, monkeypatch):
@@ -971,6 +1147,35 @@ def test_a_module_of_the_current_folder_without_a_worker(tmp_path, monkeypatch):
   monkeypatch.setattr(sys, 'path', list(sys.path))
   env = suites.make_task('gym_bare_module:Bare-v0', inputs='state')
   assert env.reset()['state'].shape == (4,)
+
+
+def test_a_module_of_our_name_is_refused_without_a_worker(tmp_path):
+  from test_wrappers import run_script
+
+  (tmp_path / 'arguments.py').write_text(
+    'import gymnasium\n'
+    "gymnasium.register('Other-v0', entry_point=\n"
+    "  'gymnasium.envs.classic_control:CartPoleEnv')\n"
+  )
+  code = """
+    import functools
+    import sys
+    import suites
+    import worker_calls
+    import workers
+    make = functools.partial(
+      suites.make_task, 'gym_arguments:Other-v0', inputs='state')
+    env = workers.Async(make, sys.argv[1])
+    try:
+      print(env.reset()['state'].shape)
+    except worker_calls.TaskError as error:
+      print(error)
+    env.close()
+  """
+  env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+  done = run_script(code, 'thread', env=env)
+  assert 'arguments is the name of one of this program' in done.stdout
+  assert run_script(code, 'process', env=env).stdout == '(4,)\n'
 
 
 @pytest.mark.parametrize('module', ['./mine', '../mine', '/mine', '.mine'])
@@ -1012,6 +1217,57 @@ def test_what_is_missed_may_be_something_else(missed):
   env = make(kind)
   env.reset()
   assert 'missed' not in env.step(np.zeros(2, np.float32))[3]
+
+
+@pytest.mark.parametrize(
+  'missed, taken', [(0, 0), (np.int8(3), 3), (True, None)]
+)
+def test_what_is_missed_is_a_whole_number(missed, taken):
+  assert stepping(info={'missed': missed})[3].get('missed') == taken
+
+
+def stepping(*, five=True, info=None, **changes):
+  """What a step gives of an environment that says such things."""
+  said = list({'terminated': False, 'truncated': False, **changes}.values())
+  said = said if five else said[:1]
+  kind = variant(
+    step=lambda self, action: (self.obs(), 1.0, *said, info or {})
+  )
+  env = make(kind)
+  env.reset()
+  return env.step(np.zeros(2, np.float32))
+
+
+def test_fewer_ticks_than_none_are_an_error():
+  with pytest.raises(ValueError, match=r"Variant.* gave info\['missed'\] -1"):
+    stepping(info={'missed': -1})
+
+
+@pytest.mark.parametrize(
+  'value, done', [(np.bool_(True), True), (1, True), (np.zeros(1), False)]
+)
+def test_what_says_that_an_episode_has_ended(value, done):
+  assert stepping(terminated=value)[2] is done
+  assert stepping(truncated=value)[2] is done
+  cut = {'TimeLimit.truncated': value}
+  assert stepping(five=False, info=cut, terminated=True)[3] == {
+    'discount': float(done)
+  }
+
+
+@pytest.mark.parametrize('value', ['False', np.nan, 2, None, [1, 0]])
+@pytest.mark.parametrize('name', ['terminated', 'truncated'])
+def test_what_is_no_truth_is_an_error(name, value):
+  with pytest.raises(ValueError, match=f'gave {name} .*; it is True or False'):
+    stepping(**{name: value})
+
+
+@pytest.mark.parametrize('result', [None, (1, 2.0, False), (PIXELS,) * 6])
+def test_steps_of_other_numbers_of_values_are_errors(result):
+  env = make(variant(step=lambda self, action: result))
+  env.reset()
+  with pytest.raises(ValueError, match=r'Variant.*step\(\) gave no tuple of f'):
+    env.step(np.zeros(2, np.float32))
 
 
 def test_no_info_is_an_empty_one():

@@ -35,6 +35,7 @@ from test_wrappers import (
 )
 
 import runfile
+import spaces
 import suites
 import workers
 import wrappers
@@ -205,6 +206,34 @@ def test_what_is_replaced_is_closed(strategy, tmp_path):
   assert path.read_text() == 'closed once\n'
   assert env.reset()['count'] == 0
   env.close()
+
+
+class Growing(Counting):
+  """Shows one number more each time it is made."""
+
+  def __init__(self, path):
+    super().__init__()
+    with open(path, 'a') as file:
+      file.write('.')
+      box = gym.spaces.Box(-1, 1, (file.tell(),), np.float32)
+    self.observation_space = gym.spaces.Dict(state=box)
+
+
+@pytest.mark.parametrize('strategy', workers.STRATEGIES)
+def test_what_is_made_again_is_like_the_first(strategy, tmp_path):
+  env = wrappers.Async(functools.partial(Growing, tmp_path / 'made'), strategy)
+  env.reset()
+  env.restart()
+  for _ in range(2):
+    with pytest.raises(wrappers.TaskError, match=r'state \[2\].*state \[1\]'):
+      env.reset()
+  env.close()
+
+
+def test_one_hot_actions_are_told_from_others_of_their_size():
+  box = gym.spaces.Box(0, 1, (5,), np.float32)
+  actions = box, spaces.OneHotBox(5), spaces.OneHotBox([2, 3])
+  assert len({spaces.outline(None, action) for action in actions}) == 3
 
 
 def unpicklable():

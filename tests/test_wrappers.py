@@ -122,6 +122,18 @@ class Counting:
     }
 
 
+class Painting(Counting):
+  """Writes each image over the last."""
+
+  canvas = None
+
+  def _observe(self):
+    obs = super()._observe()
+    self.canvas = obs['image'] if self.canvas is None else self.canvas
+    self.canvas[:] = obs['image']
+    return {**obs, 'image': self.canvas}
+
+
 class Faulty:
   """Fails, hangs or dies, as the action says."""
 
@@ -1039,6 +1051,17 @@ class TestCollect:
     assert [x['count'].tolist() for x in episodes] == [[1, 2, 3]]
     with pytest.raises(RuntimeError, match='reset'):
       env.step(np.zeros(2))
+
+  @pytest.mark.parametrize('strategy', [None, 'none', 'thread'])
+  def test_an_image_that_is_written_over_is_copied(self, strategy):
+    env = wrappers.Async(Painting, strategy) if strategy else Painting()
+    episodes, _, _ = collect(env, 7)
+    env.close()
+    assert episodes[0]['image'][:, 0, 0, 0].tolist() == [*range(8)]
+
+  def test_info_of_the_environment_loses_no_episode(self):
+    episodes, _, info = collect(Counting(info={'lost': True}), 7)
+    assert len(episodes) == 1 and 'lost' not in info
 
   def test_one_hot_actions(self):
     env = wrappers.Async(functools.partial(suites.make_task, 'toy_catch', 1))
