@@ -196,8 +196,7 @@ class Layout:
     if self.scale == 255:
       wrong = whole and top > 1
     else:
-      wrong = self.dtype.kind in 'iu' and not whole
-      wrong = wrong and (top == 1 or (array != np.floor(array)).any())
+      wrong = self.dtype.kind in 'iu' and not whole and 0 < top <= 1
     if wrong:
       raise ValueError(
         f'An image is {array.dtype}, up to {top:g}; its space says '

@@ -381,6 +381,7 @@ FLOATS = IMAGE.astype(np.float32)
     (np.uint8, 255, UNIT, None),
     (np.uint8, 255, IMAGE > 127, None),
     (np.uint8, 255, FLOATS, IMAGE),
+    (np.uint8, 255, FLOATS / 2, np.rint(FLOATS / 2)),
     (np.uint8, 255, 0 * FLOATS, 0 * IMAGE),
     (np.uint8, 255, IMAGE.astype(np.int64), IMAGE),
     (np.float32, 1, IMAGE, None),
