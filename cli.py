@@ -237,6 +237,16 @@ def write_json(path, record):
     file.write(data)
 
 
+def records(data):
+  """Yields the JSON objects among lines, bytes; other lines are left out."""
+  for line in data.splitlines():
+    record = None
+    with contextlib.suppress(ValueError, RecursionError):
+      record = json.loads(line)
+    if isinstance(record, dict):
+      yield record
+
+
 @contextlib.contextmanager
 def file_errors():
   """Turns errors of files into a UserError, but not of a closed output."""

@@ -23,8 +23,9 @@ class Flag(typing.NamedTuple):
     default: its value for a control suite task.
     meaning: its unit and meaning.
     source: of the default.
-    fixed: may not change when a run resumes, as it shapes weights or replay,
-      or changes what the weights compute.
+    fixed: function of the value whose result may not change when a run resumes,
+      as it shapes weights or replay, or changes what the weights compute; None
+      for flags that may.
   """
 
   name: str
@@ -32,7 +33,7 @@ class Flag(typing.NamedTuple):
   default: object
   meaning: str
   source: str = ''
-  fixed: bool = False
+  fixed: typing.Callable | None = None
 
 
 class Arm(typing.NamedTuple):
@@ -63,7 +64,7 @@ DREAMER = AttrDict(
   behavior='actor_critic', representation='reconstruction', inputs='image'
 )
 
-FIXED = True
+FIXED = arguments.text  # the value itself
 POSITIVE = Whole(1)
 SIZE = Whole(1, 20_000)  # beyond, a layer has more than a billion weights
 LAYERS = Whole(0, 50)
@@ -109,8 +110,8 @@ FLAGS = {
          'dynamics, reward, pcont, vector, state, actor, value, controller; '
          'the default is all'),
     Flag('offline', arguments.Folder(), '',
-         'folder of episodes to learn from, without collecting any',
-         fixed=FIXED),
+         'folder of episodes to learn from, without collecting any; may move',
+         fixed=bool),
     Flag('updates', Whole(), 0,
          'of a run with --offline; 0: as many as --steps would bring'),
     Flag('eval_every', POSITIVE, 10_000,

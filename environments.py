@@ -73,8 +73,9 @@ def common_spec(config, envs):
   """
   first, *others = envs
   spec = env_spec(config, first)
+  outline = spaces.outline(first.observation_space, first.action_space)
   for env in others:
-    env.expect(spaces.outline(first.observation_space, first.action_space))
+    env.expect(outline)
     with contextlib.suppress(WorkerLost):  # which its first reset replaces
       _ = env.about
   return spec

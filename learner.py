@@ -183,7 +183,7 @@ class Learner:
       self._write_summaries()
 
   def count_due(self, step):
-    """Counts the updates that are due at a step, once; returns their number."""
+    """Adds updates that have become due by a step; returns their number."""
     due = 0
     with self._lock:  # a checkpoint holds both the schedule and what is due
       while self._should_train(step):

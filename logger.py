@@ -12,7 +12,7 @@ import PIL.Image
 import tensorflow as tf
 import tqdm
 
-from cli import atomic_write
+import cli
 
 # --- Pictures ---------------------------------------------------------------
 
@@ -168,15 +168,6 @@ _GROUPED = {
 }
 
 
-# What may be wrong with a line of metrics.jsonl.
-# fmt: off
-NO_RECORD = (
-  ValueError, TypeError, AttributeError, KeyError, OverflowError,
-  RecursionError,
-)
-# fmt: on
-
-
 class Logger:
   """Writes `metrics.jsonl` and TensorBoard events, and talks to the user.
 
@@ -225,12 +216,9 @@ class Logger:
     last = content[content.rfind(b'\n') + 1 :]
     if not last:
       return
-    whole = content.removesuffix(last)
-    with contextlib.suppress(ValueError, RecursionError):
-      if isinstance(json.loads(last), dict):
-        whole = content + b'\n'
-    with atomic_write(self._metrics) as file:
-      file.write(whole)
+    whole = any(cli.records(last))
+    with cli.atomic_write(self._metrics) as file:
+      file.write(content + b'\n' if whole else content.removesuffix(last))
 
   def size(self):
     """Bytes of metrics.jsonl."""
@@ -239,7 +227,7 @@ class Logger:
   def rewind(self, size):
     """Cuts off what metrics.jsonl has beyond `size` bytes."""
     content = self._metrics.read_bytes()
-    with atomic_write(self._metrics) as file:
+    with cli.atomic_write(self._metrics) as file:
       file.write(content[:size])
 
   def largest(self, name):
@@ -254,9 +242,8 @@ class Logger:
     """Yields (step, value) of a name in metrics.jsonl, finite numbers."""
     if not self._metrics.exists():
       return
-    for line in self._metrics.read_text(errors='replace').splitlines():
-      with contextlib.suppress(*NO_RECORD):
-        record = json.loads(line)
+    for record in cli.records(self._metrics.read_bytes()):
+      with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
         pair = float(record['step']), float(record[name])
         if np.isfinite(pair).all():
           yield pair

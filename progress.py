@@ -96,8 +96,9 @@ class Progress:
       left = max(0, self._c.eval_episodes - done)
       tools.simulate(self._learner.evaluate, [env], episodes=left)
       self._evaluations += done + left
-    while self._should_eval(step):  # now, or what stops here would skip it
-      pass  # the same weights need no second evaluation
+    # Not before, or what stops here would skip it. One evaluation of the same
+    # weights is enough, however many are due.
+    self._should_eval.catch_up(step)
 
   def _evaluated(self):
     """Episodes of an evaluation that an earlier process was stopped in."""
@@ -120,7 +121,7 @@ class Progress:
     gone = max(0, known - self._learner.step)
     if gone or self._c.offline:  # whose steps follow from flags
       self._go_back()
-    if restored and not self._c.offline:
+    if restored and not self._c.offline:  # due since then, though none was made
       self._learner.count_due(min(known, self._learner.step))
     receive(self._team, self._learner.trackable(), self._c.seed)
     if not restored:

@@ -15,6 +15,7 @@ import sys
 
 import numpy as np
 
+import cli
 import runfile
 from cli import UserError
 
@@ -224,9 +225,8 @@ def keys_of(folder):
   keys = set()
   for file in metrics_files(folder / 'metrics.jsonl'):
     with contextlib.suppress(OSError):
-      for line in file.read_bytes().splitlines():
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):
-          keys |= json.loads(line).keys()
+      for record in cli.records(file.read_bytes()):
+        keys |= record.keys()
   return keys
 
 

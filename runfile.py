@@ -292,12 +292,11 @@ def _check_resume(config, saved, path=None):
   fixed = begun(logdir)
   for name, flag in all_flags().items():
     old, new = saved[name], config[name]
-    moved = name == 'offline' and old and new  # the same data, at another place
     if name == 'logdir' or old == new:
       continue
     if name in RESOLVED and 'auto' in (old, new):
       continue
-    if flag.fixed and fixed and not moved:
+    if fixed and flag.fixed and flag.fixed(old) != flag.fixed(new):
       raise UserError(
         f'--logdir {logdir} holds a run with --{name} {_quoted(old)}, not '
         f'{_quoted(new)}. Resume it with the flags that it was started with '

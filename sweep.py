@@ -33,7 +33,6 @@ On a cluster, code and Python packages are at the same paths on all nodes, and
 """
 
 import collections
-import contextlib
 import dataclasses
 import json
 import os
@@ -261,18 +260,16 @@ def read_json(path):
 
 def read_progress(path):
   """The newest number of each key in the last 64 KiB of a metrics.jsonl."""
-  # (A line may be cut off at the beginning, and while it is written.)
   newest = {}
   try:
     with path.open('rb') as file:
       file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
-      lines = file.read().splitlines()
+      data = file.read()
   except OSError:
     return newest
-  for line in lines:
-    with contextlib.suppress(ValueError, AttributeError, RecursionError):
-      record = json.loads(line).items()
-      newest.update({k: v for k, v in record if isinstance(v, (int, float))})
+  for record in cli.records(data):  # the first line may be cut off
+    numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+    newest.update(numbers)
   return newest
 
 

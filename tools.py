@@ -50,6 +50,12 @@ class Every(tf.Module):
     self._last.assign(step if last < 0 else last + self._every)
     return True
 
+  def catch_up(self, step):
+    """As if it had been called at `step` until it was false."""
+    if self.due(step):
+      last, every = int(self._last.numpy()), self._every
+      self._last.assign(step if last < 0 else step - (step - last) % every)
+
   def skip(self, step):
     """As if it had been true at `step`."""
     self._last.assign(step)

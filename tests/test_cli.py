@@ -125,6 +125,12 @@ def test_long_names_and_links_in_a_circle(tmp_path):
   assert json.loads((tmp_path / 'loop').read_text()) == {}
 
 
+def test_records_are_the_objects_among_lines():
+  odd = [b'[1]', b'7', b'{"a": 2', b'\xff', b'', b'[' * 10**5]
+  lines = [b'{"a": 1}', *odd, '{"b": "ü"}'.encode()]
+  assert list(cli.records(b'\n'.join(lines))) == [dict(a=1), dict(b='ü')]
+
+
 def test_attr_dict():
   config = tools.AttrDict(a=1)
   config.b = 2

@@ -542,12 +542,16 @@ def test_every():
   assert [every.due(step) for step in (62, 63, 63)] == [False, True, True]
   assert every(63)
   assert not every.due(63)
+  every.catch_up(72)
+  assert every.due(73)
+  every.catch_up(104)  # as after calls at 73, 83, 93 and 103
+  assert [every.due(step) for step in (112, 113)] == [False, True]
 
 
 def test_every_zero_is_only_the_first_call():
   every = tools.Every(0)
   assert every.due(0)
-  assert every(0)
+  every.catch_up(0)
   assert not any(every(step) for step in (0, 1, 1000))
 
 
