@@ -71,8 +71,8 @@ class Behavior:
     """
     return {}, {}
 
-  def before_update(self, waits):
-    """Not compiled; `waits` says that `--actor_delay` is not over."""
+  def before_update(self, delayed):
+    """Not compiled; `delayed` says that `--actor_delay` is not over."""
 
   def after_update(self, metrics):
     """Not compiled; returns the metrics of the update, all of them scalars."""
@@ -81,7 +81,7 @@ class Behavior:
   def before_action(self, reset):
     """In training, not compiled; `reset` [E]: where an episode begins."""
 
-  def hear(self, index, episode):
+  def after_episode(self, index, episode):
     """Called when an episode of training ended, that of environment `index`.
 
     Returns:
@@ -125,7 +125,9 @@ class Planning(Behavior):
       states = self._world.dynamics.imagine(actions, starts, seeds[1:])
       feat = self._world.dynamics.get_feat(states)
       reward = self._world.reward(feat).mean()
-      chance = tf.math.cumprod(self._world.chance(feat), 1, exclusive=True)
+      chance = tf.math.cumprod(
+        self._world.continuation(feat), 1, exclusive=True
+      )
       reward *= chance  # to get there
       # V_R (Eq. 4) of each plan.
       return tf.reshape(tf.reduce_sum(reward, 1), [count, c.plan_candidates])
@@ -216,27 +218,29 @@ class ActorOnly(Behavior):
       state, *_ = carry
       feat = tf.stop_gradient(dynamics.get_feat(state))
       outputs = self.actor.outputs(feat)
-      action = self.actor.dist(outputs).sample(seed=seeds[0])  # Eq. 3
-      return dynamics.img_step(state, action, seeds[1]), outputs, action
+      action, drawn = self.actor.draw(outputs, seeds[0])  # Eq. 3
+      return dynamics.img_step(state, action, seeds[1]), outputs, drawn
 
+    # A scan returns what it carries, so outputs and what was drawn ride along:
+    # the entropy is computed once for all steps.
     count = distribute.dims(start['stoch'])[0]
-    outputs, action = (
+    outputs, drawn = (
       tf.zeros([count, n]) for n in (self.actor.size, self._actions)
     )
-    states, outputs, actions = tools.static_scan(
+    states, outputs, drawn = tools.static_scan(
       step,
       tf.reshape(seeds, [self._c.horizon, 2, 2]),
-      (start, outputs, action),
+      (start, outputs, drawn),
       unroll=dynamics.unroll,
     )
-    entropy = self._entropy(self.actor.dist(outputs), actions)
+    entropy = self._entropy(outputs, drawn)
     return dynamics.get_feat(states), entropy
 
-  def _entropy(self, dist, action):
+  def _entropy(self, outputs, drawn):
     """Of the action model in nats [H, N], by one sample if there is no form."""
     if self._c.action_dist == 'onehot' and self._c.actor_entropy:
-      return dist.entropy()
-    logprob = dist.log_prob(action)
+      return self.actor.dist(outputs).entropy()
+    logprob = self.actor.log_prob(outputs, drawn)
     return -(logprob if self._c.actor_entropy else tf.stop_gradient(logprob))
 
   def actor_loss(self, post, seeds):
@@ -270,6 +274,7 @@ class ActorOnly(Behavior):
     weights = tf.stop_gradient(tf.math.cumprod(weights, 0))
     loss = -tf.reduce_mean(weights * returns)  # Eq. 7
     if self._c.actor_entropy:
+      # s_0 and s_1 are reached for certain, s_2 with g_1, ...
       acted = tf.concat([weights[:1], weights], 0)[: self._c.horizon]
       bonus = tf.reduce_mean(acted * entropy)  # of s_0 to s_{H-1}
       loss -= self._c.actor_entropy * bonus
@@ -323,7 +328,7 @@ class ActorCritic(ActorOnly):
       weights = list(self._slow.weights)
       self.state = dict(slow_value=weights, slow_value_follows=self._follows)
 
-  def before_update(self, waits):
+  def before_update(self, delayed):
     if self._slow and not self._follows.numpy():
       self._follow(tf.constant(1.0))
       self._follows.assign(True)

@@ -153,35 +153,50 @@ def _wait(tensors):
 
 def _pieces(agent, batch, config):
   """The parts of an update as functions, on the same batch."""
-  graph = functools.partial(tf.function, autograph=False, jit_compile=agent.jit)
-  world, behavior, networks = agent.world, agent.behavior, agent.networks()
-  data = world.preprocess(batch)
-  embed, action = world.embed(data), data['action']
-  seeds = agent.seeds(action.shape[1], 0)
-  dream_seeds = agent.seeds(2 * config.horizon, 1)
-  _, _, post = world.losses(data, seeds)
-  feat = world.dynamics.get_feat(post)
+  data = agent.world.preprocess(batch)
+  seeds = agent.seeds(data['action'].shape[1], 0)
+  _, _, post = agent.world.losses(data, seeds)
+  opts = list(agent.optimizers.values())
+  zeros = [[tf.zeros(v.shape) for v in opt.variables] for opt in opts]
+  return {
+    **_world_pieces(agent, data, post, seeds),
+    **_behavior_pieces(agent, post, agent.seeds(2 * config.horizon, 1)),
+    'optimizers': _graph(agent)(
+      lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)]
+    ),
+  }
 
-  def gradient(loss, names, *inputs):
-    """A function for the gradients by the weights of networks and `inputs`."""
-    layers = [networks[name] for name in names if name in networks]
-    variables = [v for layer in layers for v in layer.trainable_variables]
 
-    @graph
-    def run():
-      given = [tf.identity(x) for x in inputs]
-      with Tapes(variables) as tapes:
-        tapes.watch(given)
-        result = loss(*given)
-      return tapes.gradient(result, variables, inputs=given)
+def _graph(agent):
+  return functools.partial(tf.function, autograph=False, jit_compile=agent.jit)
 
-    return run
+
+def _gradient(agent, loss, names, *inputs):
+  """A function for the gradients by the weights of networks and `inputs`."""
+  networks = agent.networks()
+  layers = [networks[name] for name in names if name in networks]
+  variables = [v for layer in layers for v in layer.trainable_variables]
+
+  @_graph(agent)
+  def run():
+    given = [tf.identity(x) for x in inputs]
+    with Tapes(variables) as tapes:
+      tapes.watch(given)
+      result = loss(*given)
+    return tapes.gradient(result, variables, inputs=given)
+
+  return run
+
+
+def _world_pieces(agent, data, post, seeds):
+  world = agent.world
+  embed, feat = world.embed(data), world.dynamics.get_feat(post)
 
   def encode():
     return tf.reduce_sum(tf.cast(world.embed(data), tf.float32))
 
   def observe(embed):
-    states = world.dynamics.observe(embed, action)
+    states = world.dynamics.observe(embed, data['action'])
     return sum(tf.reduce_sum(s[k]) for s in states for k in ('mean', 'std'))
 
   def heads(feat):
@@ -193,29 +208,28 @@ def _pieces(agent, batch, config):
 
   encoders = [name for name in world.networks if name.startswith('encode')]
   decoders = world.networks.keys() - {'dynamics', *encoders}
-  opts = list(agent.optimizers.values())
-  zeros = [[tf.zeros(v.shape) for v in opt.variables] for opt in opts]
-  pieces = {
-    'encoder': gradient(encode, encoders),
-    'observe': gradient(observe, ['dynamics'], embed),
-    'decoder_heads': gradient(heads, decoders, feat),
-    'optimizers': graph(
-      lambda: [o.apply(g) for o, g in zip(opts, zeros, strict=True)]
-    ),
+  return {
+    'encoder': _gradient(agent, encode, encoders),
+    'observe': _gradient(agent, observe, ['dynamics'], embed),
+    'decoder_heads': _gradient(agent, heads, decoders, feat),
   }
-  if 'actor' in networks:
-    pieces['imagination_actor'] = gradient(
-      lambda: behavior.actor_loss(post, dream_seeds)[0], ['actor']
+
+
+def _behavior_pieces(agent, post, seeds):
+  behavior, pieces = agent.behavior, {}
+  if 'actor' in behavior.networks:
+    pieces['imagination_actor'] = _gradient(
+      agent, lambda: behavior.actor_loss(post, seeds)[0], ['actor']
     )
-  if 'value' in networks:
-    imag = behavior.actor_loss(post, dream_seeds)[1]
-    dream, _ = behavior.imagine(post, dream_seeds)
+  if 'value' in behavior.networks:
+    imag = behavior.actor_loss(post, seeds)[1]
+    dream, _ = behavior.imagine(post, seeds)
 
     def value():  # the forward pass is shared with the actor's loss
       given = dict(imag, value=behavior.value(dream)[:-1].mean())
       return behavior.value_loss(**given)[0]
 
-    pieces['value'] = gradient(value, ['value'])
+    pieces['value'] = _gradient(agent, value, ['value'])
   return pieces
 
 

@@ -237,6 +237,15 @@ def write_json(path, record):
     file.write(data)
 
 
+def read_json(path):
+  """The dictionary in a file of JSON, empty where it cannot be read."""
+  with contextlib.suppress(OSError, ValueError, RecursionError):
+    record = json.loads(path.read_text())
+    if isinstance(record, dict):
+      return record
+  return {}
+
+
 def records(data):
   """Yields the JSON objects among lines, bytes; other lines are left out."""
   for line in data.splitlines():

@@ -13,7 +13,7 @@ from configs import FLAGS, START, define_config
 
 
 def parse_flags(argv):
-  """Resolves the command line: defaults < task < inputs < preset < flags.
+  """Parses and checks the command line; returns the configuration.
 
   Raises:
     UserError: unknown flag or task, a value that a flag does not take, values

@@ -32,9 +32,8 @@ import cli
 import run_folders
 from cli import UserError
 
-AXES = 'step', 'test/return'  # keys of metrics.jsonl that the paper has
 PAPER = pathlib.Path(__file__).with_name('scores') / 'paper.json'
-OTHERS = ('planet', 'd4pg', 'a3c')
+BASELINES = ('planet', 'd4pg', 'a3c')
 SCALE = 1000  # the largest return of a control suite task
 MARGIN = 10  # a difference in return that does not matter
 LEAST_SEEDS = 3
@@ -123,48 +122,57 @@ def compare(groups, paper, window):
     paper: from `load_paper`, or None to leave it out.
     window: environment steps.
   """
-  rows = []
-  for (task, method), runs in groups.items():
-    logged = [run for run in runs if len(run.steps)]
-    lasts = [run.steps[-1] for run in logged]
-    steps = float(min(lasts, default=0))
-    steps = int(steps) if steps.is_integer() else steps
-    if 0 < steps < max(lasts, default=0) / 2:
-      run_folders.warn(
-        f'{task}, {method}: compared at {steps} steps, where the shortest '
-        f'run is; the longest has {max(lasts):.12g}'
-      )
-    scores = {run.seed: score(run, steps, window) for run in logged}
-    scores = {k: v for k, v in scores.items() if np.isfinite(v)}
-    for run in runs:
-      if run.seed not in scores:
-        run_folders.warn(
-          f'{run.folder} is left out: it has nothing in the window of '
-          f'{window:.12g} that ends at {steps}'
-        )
-    values = list(scores.values())
-    reference = paper and published(paper, task, steps)
-    mean = half = None
-    if reference and values and steps >= LEAST_STEPS:
-      mean, half = difference(values, reference)
-    final = (paper or {}).get('final', {}).get(task, {})
-    row = dict(
-      task=task,
-      method=method,
-      steps=steps,
-      seeds=len(values),
-      scores=scores,
-      mean=float(np.mean(values)) if values else None,
-      std=float(np.std(values)) if len(values) > 1 else None,
-      paper=reference,
-      paper_final=final.get('dreamer'),
-      **{name: final.get(name) for name in OTHERS},
-      difference=mean,
-      interval=None if half is None else [mean - half, mean + half],
-      verdict=paper and verdict(steps, len(values), reference, mean, half),
+  return [_row(*key, runs, paper, window) for key, runs in groups.items()]
+
+
+def _row(task, method, runs, paper, window):
+  steps, scores = _scores(task, method, runs, window)
+  values = list(scores.values())
+  reference = paper and published(paper, task, steps)
+  mean = half = None
+  if reference and values and steps >= LEAST_STEPS:
+    mean, half = difference(values, reference)
+  final = (paper or {}).get('final', {}).get(task, {})
+  return dict(
+    task=task,
+    method=method,
+    steps=steps,
+    seeds=len(values),
+    scores=scores,
+    mean=float(np.mean(values)) if values else None,
+    std=float(np.std(values)) if len(values) > 1 else None,
+    paper=reference,
+    paper_final=final.get('dreamer'),
+    **{name: final.get(name) for name in BASELINES},
+    difference=mean,
+    interval=None if half is None else [mean - half, mean + half],
+    verdict=paper and verdict(steps, len(values), reference, mean, half),
+  )
+
+
+def _scores(task, method, runs, window):
+  """The last step that all runs reached, and {seed: score} there.
+
+  Warns of runs that are left out, and where the others are much longer.
+  """
+  logged = [run for run in runs if len(run.steps)]
+  lasts = [run.steps[-1] for run in logged]
+  steps = float(min(lasts, default=0))
+  steps = int(steps) if steps.is_integer() else steps
+  if 0 < steps < max(lasts, default=0) / 2:
+    run_folders.warn(
+      f'{task}, {method}: compared at {steps} steps, where the shortest '
+      f'run is; the longest has {max(lasts):.12g}'
     )
-    rows.append(row)
-  return rows
+  scores = {run.seed: score(run, steps, window) for run in logged}
+  scores = {k: v for k, v in scores.items() if np.isfinite(v)}
+  for run in runs:
+    if run.seed not in scores:
+      run_folders.warn(
+        f'{run.folder} is left out: it has nothing in the window of '
+        f'{window:.12g} that ends at {steps}'
+      )
+  return steps, scores
 
 
 def summarize(rows):
@@ -246,7 +254,7 @@ def cells(rows):
     line = [row['task'], row['method'], str(row['steps']), str(row['seeds'])]
     at = f'{paper["mean"]:.0f}, {brief(paper["steps"])}' if paper else '-'
     line += [result, at, gap, row['verdict'] or '-', number(row['paper_final'])]
-    lines.append(line + [number(row[name]) for name in OTHERS])
+    lines.append(line + [number(row[name]) for name in BASELINES])
   return lines
 
 
@@ -324,7 +332,7 @@ def rule(axes, window):
   """What is compared, and by which rule: a list in Markdown."""
   text = __doc__.partition('by which rule:')[2].strip()
   text = text.replace('`--window`', f'{window:,.12g}')
-  if axes == AXES:
+  if axes == run_folders.AXES:
     return text
   first = text.partition('\n- ')[0]  # the others are of the paper
   first = first.replace('evaluation returns', axes[1])
@@ -333,15 +341,13 @@ def rule(axes, window):
 
 def plot(groups, paper, outdir, xaxis, yaxis, bins):
   """Writes curves.png and curves.pdf, one panel a task; returns the paths."""
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   tasks = sorted({task for task, _ in groups})
   columns = min(4, len(tasks))
-  rows = -(-len(tasks) // columns)
+  rows = math.ceil(len(tasks) / columns)
   size = 3.6 * columns, 2.8 * rows + 0.7
   figure = Figure(figsize=size, layout='constrained')
-  FigureCanvasAgg(figure)
   panels = figure.subplots(rows, columns, squeeze=False).ravel()
   methods = sorted({method for _, method in groups})
   for panel, task in zip(panels, tasks, strict=False):
@@ -359,22 +365,27 @@ def plot(groups, paper, outdir, xaxis, yaxis, bins):
     panel.remove()
   figure.supxlabel('environment steps' if xaxis == 'step' else _plain(xaxis))
   figure.supylabel(_plain(yaxis))
+  _add_legend(figure, panels[: len(tasks)], max(1, int(1.6 * columns)))
+  paths = [outdir / 'curves.png', outdir / 'curves.pdf']
+  for path in paths:
+    figure.savefig(path, dpi=100)
+  return paths
+
+
+def _add_legend(figure, panels, columns):
+  """One legend above all panels, with each label once."""
   entries = {}
-  for panel in panels[: len(tasks)]:
+  for panel in panels:
     handles, labels = panel.get_legend_handles_labels()
     entries.update(zip(labels, handles, strict=True))
   figure.legend(
     entries.values(),
     entries,
     loc='outside upper center',
-    ncols=max(1, int(1.6 * columns)),
+    ncols=columns,
     frameon=False,
     fontsize='small',
   )
-  paths = [outdir / 'curves.png', outdir / 'curves.pdf']
-  for path in paths:
-    figure.savefig(path, dpi=100)
-  return paths
 
 
 def _plain(text):
@@ -449,14 +460,7 @@ def _draw_paper(panel, paper, task):
 
 def parse_flags(argv):
   parser = arguments.Parser(__doc__)
-  several = dict(nargs='+')
-  parser.flag(
-    '--indir',
-    arguments.Path(),
-    help='folders of runs',
-    required=True,
-    **several,
-  )
+  add_run_flags(parser)
   parser.flag('--outdir', arguments.Path(), help='folder for the curves')
   parser.flag('--json', arguments.File(), help='file for the figures')
   parser.flag(
@@ -466,12 +470,19 @@ def parse_flags(argv):
   parser.flag('--yaxis', arguments.Text(), 'test/return', text)
   text = 'width of a point of the curves (by the steps)'
   parser.flag('--bins', arguments.Number(0, 1e15, above=True), -1, text)
-  add_choice(parser)
   return parser.parse(argv)
 
 
-def add_choice(parser):
+def add_run_flags(parser):
   """Adds the flags of which runs are compared, and over how many steps."""
+  several = dict(nargs='+')
+  parser.flag(
+    '--indir',
+    arguments.Path(),
+    help='folders of runs',
+    required=True,
+    **several,
+  )
   text = 'environment steps averaged (1e5)'
   parser.flag('--window', arguments.Number(0, 1e15, above=True), 1e5, text)
   for name in ('tasks', 'methods'):
@@ -485,7 +496,7 @@ def run(argv):
   with cli.file_errors():
     groups = _find_groups(args)
   axes = args.xaxis, args.yaxis
-  paper = load_paper() if axes == AXES else None
+  paper = load_paper() if axes == run_folders.AXES else None
   rows = compare(groups, paper, args.window)
   summary = summarize(rows)
   print(table(rows), end='\n\n')
@@ -514,7 +525,7 @@ def _find_groups(args):
 
 def _why(runs, xaxis, yaxis):
   """Why no run has one key by another, as a message goes on."""
-  if (xaxis, yaxis) == AXES:
+  if (xaxis, yaxis) == run_folders.AXES:
     return ': no evaluation has finished'
   keys = set().union(*(run_folders.keys_of(run.folder) for run in runs))
   for flag, key in (('--xaxis', xaxis), ('--yaxis', yaxis)):

@@ -1,5 +1,6 @@
 """What may be set: flags (Appendix A), presets, arms. No TensorFlow."""
 
+import math
 import pathlib
 import re
 import typing
@@ -36,28 +37,28 @@ class Flag(typing.NamedTuple):
   fixed: typing.Callable | None = None
 
 
-class Arm(typing.NamedTuple):
+class Method(typing.NamedTuple):
   """A way to choose actions, or what states are learned from.
 
   Attributes:
-    network: its class, as module.name.
-    method: its part of the method's name in tables.
+    path: its class, as module.name.
+    name: its part of the method's name in tables.
   """
 
-  network: str
-  method: str
+  path: str
+  name: str
 
 
 BEHAVIORS = dict(
-  actor_critic=Arm('behaviors.ActorCritic', 'dreamer'),
-  actor=Arm('behaviors.ActorOnly', 'dreamer-actor'),
-  planning=Arm('behaviors.Planning', 'planet'),
-  evolution=Arm('evolution.Evolution', 'world-models'),
+  actor_critic=Method('behaviors.ActorCritic', 'dreamer'),
+  actor=Method('behaviors.ActorOnly', 'dreamer-actor'),
+  planning=Method('behaviors.Planning', 'planet'),
+  evolution=Method('evolution.Evolution', 'world-models'),
 )
 REPRESENTATIONS = dict(
-  reconstruction=Arm('representations.Reconstruction', ''),
-  contrastive=Arm('representations.Contrastive', 'contrastive'),
-  reward=Arm('representations.RewardOnly', 'reward'),
+  reconstruction=Method('representations.Reconstruction', ''),
+  contrastive=Method('representations.Contrastive', 'contrastive'),
+  reward=Method('representations.RewardOnly', 'reward'),
 )
 
 DREAMER = AttrDict(
@@ -402,8 +403,8 @@ STATE_PRESETS = {
 
 def method_name(config):
   """What a run is called: dreamer, dreamer-contrastive, planet-state, ..."""
-  arms = BEHAVIORS[config.behavior], REPRESENTATIONS[config.representation]
-  parts = [arm.method for arm in arms]
+  methods = BEHAVIORS[config.behavior], REPRESENTATIONS[config.representation]
+  parts = [method.name for method in methods]
   if config.get('offline'):
     parts.append('offline')
   if config.get('learner') == 'free':
@@ -416,10 +417,9 @@ def method_name(config):
 def methods():
   """Methods that differ from Dreamer in one arm: {name: flags}."""
   found = {method_name(DREAMER): ()}
-  for flag, arms in dict(
-    behavior=BEHAVIORS, representation=REPRESENTATIONS
-  ).items():
-    for name in arms:
+  choices = dict(behavior=BEHAVIORS, representation=REPRESENTATIONS)
+  for flag, names in choices.items():
+    for name in names:
       if name != DREAMER[flag]:
         method = method_name(AttrDict(DREAMER, **{flag: name}))
         found[method] = f'--{flag}', name
@@ -445,6 +445,11 @@ def define_config(task='dmc_walker_walk', preset='release', inputs='image'):
 def steps_of(config, updates):
   """Environment steps in which a run that collects has as many updates."""
   return updates * config.train_every // config.train_steps
+
+
+def updates_of(config, steps):
+  """Updates that a run makes in as many environment steps, rounded up."""
+  return math.ceil(steps * config.train_steps / config.train_every)
 
 
 def last_step(config):

@@ -83,7 +83,7 @@ def some_rows(tensors, wanted, seed):
     The same with [wanted / replicas, ...].
   """
   count = next(iter(tensors.values())).shape[0]
-  wanted = -(-wanted // replica()[1])
+  wanted = math.ceil(wanted / replica()[1])
   if not 0 < wanted < count:
     return tensors
   chance = uniform([count], seed)  # other rows in each replica

@@ -51,7 +51,6 @@ from configs import define_config as define_config
 from environments import make_env as make_env
 from environments import summarize_episode as summarize_episode
 from layers import Tapes
-from replay import IMAGE
 from replay import count_steps as count_steps
 from replay import load_dataset as load_dataset
 from world_model import WorldModel
@@ -78,7 +77,7 @@ class Dreamer:
     step, updates: environment steps and updates so far, variables int64.
   """
 
-  def __init__(self, config, actspace, team=None, inputs=IMAGE):
+  def __init__(self, config, actspace, team=None, inputs=spaces.IMAGE_ONLY):
     configs.resolve_actions(config, actspace)
     self.config = self._c = config
     self.action_space = actspace
@@ -91,8 +90,8 @@ class Dreamer:
     with self._team.scope():
       self.updates = counter()  # seeds the noise of updates, too
       self.world = WorldModel(config, self.actions, inputs)
-      arm = configs.BEHAVIORS[config.behavior]
-      self.behavior = pkgutil.resolve_name(arm.network)(
+      method = configs.BEHAVIORS[config.behavior]
+      self.behavior = pkgutil.resolve_name(method.path)(
         config, self.world, self.actions, self._choices
       )
       self.behavior.build(self.world.example)
@@ -253,8 +252,8 @@ class Dreamer:
   def set_learning_rates(self):
     """As the flags say, which a resumed run may change."""
     for name, opt in self.optimizers.items():
-      waits = name == 'actor' and self._delayed
-      opt.set_learning_rate(0.0 if waits else self._c[f'{name}_lr'])
+      delayed = name == 'actor' and self._delayed
+      opt.set_learning_rate(0.0 if delayed else self._c[f'{name}_lr'])
 
   def update(self, data):
     """As `train`, with what a behavior learns by other ways than gradients."""

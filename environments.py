@@ -46,7 +46,7 @@ class Spec(typing.NamedTuple):
 
 def input_shapes(config, shapes):
   """{name: shape} of what the agent sees, of all observations'."""
-  offers = {k: v for k, v in shapes.items() if k not in episode_files.OTHERS}
+  offers = {k: v for k, v in shapes.items() if k not in spaces.TRANSITION_KEYS}
   names = spaces.choose(config.task, offers, config.inputs)
   return {name: offers[name] for name in names}
 
@@ -165,19 +165,7 @@ def running(run):
     function=function,
     proven=lambda: _collected(run),
   )
-  summarize = functools.partial(
-    summarize_episode,
-    config=config,
-    datadir=run.datadir,
-    logger=run.logger,
-    folders=team.folders,
-    count=run.steps,
-  )
-  store = [
-    lambda x: episode_files.save_episodes(run.datadir, [x], run.exact),
-    functools.partial(summarize, prefix='train'),
-    ShortEpisodes(run),
-  ]
+  store, summarize = _callbacks(run)
   test = None
   try:
     for index in range(count):
@@ -186,7 +174,7 @@ def running(run):
       env = make(number, 'train', [*store, ended])
       envs.append(Deadlines(env, run, 'missed'))
     if evaluates:
-      test = make(0, 'test', [functools.partial(summarize, prefix='test')])
+      test = make(0, 'test', [summarize])
       test = Deadlines(test, run, 'test_missed')
       if not envs:
         test = if_it_runs(test, lambda x: run.say(f'No evaluations: {x}'))
@@ -195,6 +183,24 @@ def running(run):
     for env in [*envs, test] if test else envs:
       env.close()
     log.close()
+
+
+def _callbacks(run):
+  """Functions of whole episodes: a list in training, and one of evaluations."""
+  summarize = functools.partial(
+    summarize_episode,
+    config=run.config,
+    datadir=run.datadir,
+    logger=run.logger,
+    folders=run.team.folders,
+    count=run.steps,
+  )
+  store = [
+    lambda x: episode_files.save_episodes(run.datadir, [x], run.exact),
+    functools.partial(summarize, prefix='train'),
+    ShortEpisodes(run),
+  ]
+  return store, functools.partial(summarize, prefix='test')
 
 
 class Distinct:

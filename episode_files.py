@@ -20,8 +20,8 @@ import numpy as np
 
 import spaces
 from cli import atomic_write
+from spaces import TRANSITION_KEYS
 
-OTHERS = ('action', 'reward', 'discount')  # what is no observation
 EXACT = '0' * 32
 # Errors of the system that come of what a file is; others come of the machine.
 OF_THE_FILE = (None, errno.EINVAL, errno.EISDIR, errno.ENOENT)
@@ -148,7 +148,7 @@ class EpisodeFile:
             key: self._read(file, start, stop, *member)
             for key, member in self._members.items()
           }
-      for key in (*OTHERS, *self._shapes):
+      for key in (*TRANSITION_KEYS, *self._shapes):
         if not spaces.is_image(key) and not _finite(rows[key]):
           raise ValueError(f'{key} is not finite, as float32')
       first = 1 if start == 0 else 0  # before it there was no action
@@ -224,7 +224,7 @@ class EpisodeFile:
     wanted = {**self._shapes, 'reward': (), 'discount': ()}
     missing = {'action', *wanted} - set(arrays)
     if missing:
-      kind = ValueError if missing & {*OTHERS} else OtherShape
+      kind = ValueError if missing & {*TRANSITION_KEYS} else OtherShape
       raise kind(f'it lacks {", ".join(sorted(missing))}')
     for key, (shape, _) in arrays.items():
       if not shape or shape[0] != self.length:

@@ -39,7 +39,7 @@ import spaces
 import tools
 import training
 from cli import UserError
-from episode_files import OTHERS, episode_return
+from episode_files import episode_return
 from world_model import CONTEXT
 
 LENGTH = 50  # rows of a prediction, the context included
@@ -87,7 +87,7 @@ class Recorder:
   def batch(self, inputs):
     """Sequences for `WorldModel.open_loop`, [B, T, ...], of equal length."""
     length = min(len(window['reward']) for window in self.windows)
-    keys = (*inputs, *OTHERS)
+    keys = (*inputs, *spaces.TRANSITION_KEYS)
     return {k: np.stack([w[k][:length] for w in self.windows]) for k in keys}
 
 
@@ -220,13 +220,11 @@ def write_strips(path, video):
     video: uint8 [B, T, 3 * 64, W, 3], truth, model and difference below each
       other.
   """
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
   count, length, height, width, _ = video.shape
   times = np.arange(0, length, CONTEXT)
   figure = Figure(figsize=(len(times), 3.2 * count), layout='constrained')
-  FigureCanvasAgg(figure)
   for sequence, panel in zip(
     video, figure.subplots(count, squeeze=False)[:, 0], strict=True
   ):

@@ -55,7 +55,7 @@ class Evolution(behaviors.Behavior):
     self._generations = cmaes.Generations(search, population, c.evolve_episodes)
     self._saved = tf.Variable(self._generations.blank(), trainable=False)
     self.state = dict(search=self._saved)
-    self._waits = tf.Variable(False, trainable=False)
+    self._delayed = tf.Variable(False, trainable=False)
     self.population = tf.Variable(
       tf.zeros([population, size]), trainable=False, name='population'
     )
@@ -93,7 +93,7 @@ class Evolution(behaviors.Behavior):
     if self._c.evolve == 'environment':
       return {}, {}
     fitness = tf.cond(
-      self._waits,
+      self._delayed,
       lambda: tf.zeros(self.population.shape[:1]),
       lambda: self.fitness(post, self.population, seeds[: self._c.horizon]),
     )
@@ -119,36 +119,36 @@ class Evolution(behaviors.Behavior):
     c, dynamics, world = self._c, self._world.dynamics, self._world
     starts = self.starts(post, tf.bitwise.invert(seeds[0]))
     count, size = starts['stoch'].shape
-    people = population.shape[0]
+    members = population.shape[0]
 
     def each(tensor):  # [P * N, ...] as [P, N, ...]
-      return tf.reshape(tensor, [people, count, tensor.shape[-1]])
+      return tf.reshape(tensor, [members, count, tensor.shape[-1]])
 
     def step(carry, seed):
       state, chance, total = carry
       action = self._control(population, each(self._inputs(state)))
-      action = tf.reshape(action, [people * count, self._actions])
+      action = tf.reshape(action, [members * count, self._actions])
       state = dynamics.img_step(state, action, seed)
-      noise = tf.tile(distribute.normal([count, size], seed), [people, 1])
+      noise = tf.tile(distribute.normal([count, size], seed), [members, 1])
       spread = c.temperature**0.5 * state['std']  # variance times temperature
       state = dict(state, stoch=state['mean'] + spread * noise)
       feat = dynamics.get_feat(state)
       total += chance * world.reward(feat).mean()  # Eq. 4
-      return state, chance * world.chance(feat), total
+      return state, chance * world.continuation(feat), total
 
-    state = {k: tf.tile(v, [people, 1]) for k, v in starts.items()}
-    zeros = tf.zeros([people * count])
+    state = {k: tf.tile(v, [members, 1]) for k, v in starts.items()}
+    zeros = tf.zeros([members * count])
     _, _, total = tf.foldl(step, seeds, (state, tf.ones_like(zeros), zeros))
-    return tf.reduce_mean(tf.reshape(total, [people, count]), 1)
+    return tf.reduce_mean(tf.reshape(total, [members, count]), 1)
 
-  def before_update(self, waits):
+  def before_update(self, delayed):
     if self._c.evolve == 'imagination':
       self._load_once()
-    self._waits.assign(waits)
+    self._delayed.assign(delayed)
 
   def after_update(self, metrics):
     fitness = metrics.pop('fitness', None)
-    if fitness is None or self._waits.numpy():
+    if fitness is None or self._delayed.numpy():
       return metrics
     fitness = fitness.numpy()
     if np.isfinite(fitness).all():  # else what is logged ends the run
@@ -176,7 +176,7 @@ class Evolution(behaviors.Behavior):
       acting[index] = weights
     self._acting.assign(acting)
 
-  def hear(self, index, episode):
+  def after_episode(self, index, episode):
     if self._acting is None:
       return {}
     score = float(np.sum(episode['reward'], dtype=float))

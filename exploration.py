@@ -50,7 +50,7 @@ def completely_random(action, noise, seed, choices=None):
 
 
 def _fair(action, seed, choices):
-  """Draws from all actions alike, [E, A]."""
+  """Uniformly random actions [E, A]."""
   uniform = tf.random.stateless_uniform(tf.shape(action), seed)
   if not choices:
     return 2.0 * uniform - 1.0

@@ -33,7 +33,7 @@ from progress import Progress
 # --- Acting ------------------------------------------------------------------
 
 
-class Actor:
+class ActingCopy:
   """Acts on a copy of an agent's weights.
 
   Args:
@@ -103,7 +103,7 @@ def _copier(source, target):
 SWITCH = 5e-4  # seconds after which a thread lets another run
 
 
-class Beside:
+class BackgroundLoop:
   """Calls a function again and again in a thread, beside acting.
 
   Threads take turns more often meanwhile, so that no action waits for long.
@@ -155,7 +155,7 @@ class FreeLearner(Learner):
 
   def __init__(self, agent, run, copy=None):
     super().__init__(agent, run)
-    self._actor = copy and Actor(copy, agent)
+    self._actor = copy and ActingCopy(copy, agent)
 
   def begin(self):
     """Makes what an action would wait for, then updates beside acting."""
@@ -163,7 +163,7 @@ class FreeLearner(Learner):
       self.pretrain()
     self._actor.prepare(self._c.envs, self._c.seed + self.step)
     if self.step < self._c.steps:
-      self._beside = Beside(self.learn_on)
+      self._beside = BackgroundLoop(self.learn_on)
 
   def pretrain(self):
     """The first update, which compiles, and those of --pretrain."""
@@ -200,10 +200,6 @@ class FreeLearner(Learner):
     if self._actor:
       self._actor.take()
     self._log_if_due()
-
-  def _log_if_due(self):
-    if self._should_log(self.step):
-      self._write_summaries()
 
   def count_due(self, step):
     return 0  # none is due, all are free
@@ -253,7 +249,7 @@ class Follower:
 
   def __init__(self, agent, run, copy):
     self._agent, self._run, self._c = agent, run, run.config
-    self._actor = Actor(copy, agent)
+    self._actor = ActingCopy(copy, agent)
     folder = self._c.logdir / 'checkpoints'
     self._saved = checkpoints.Checkpoints(folder, **agent.knowledge())
     self._tried = self._number = -1  # of the newest seen, and of the one taken
@@ -278,19 +274,14 @@ class Follower:
       self._load()
     self._actor.prepare(self._c.envs, self._c.seed + self.step)
     if self.step < self._c.steps:
-      self._beside = Beside(self._follow)
+      self._beside = BackgroundLoop(self._follow)
 
   def _wait(self):
-    said = False
-    while not self._ready():
-      if not said:
-        said = True
-        self._run.say(
-          'Waiting for the first weights: the same command with --role learn '
-          'makes them.'
-        )
-      self._run.stop.check()
-      time.sleep(self.LOOK)
+    self._run.wait_until(
+      self._ready,
+      'Waiting for the first weights: the same command with --role learn '
+      'makes them.',
+    )
     self._run.say(f'Acting with the weights of {self.updates} updates.')
 
   def _ready(self):

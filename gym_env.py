@@ -550,7 +550,7 @@ class Source:
 MOST_CHOICES = 10_000  # of a discrete observation, as each is a number
 LONGEST = 60_000  # bytes of a name; the file of an episode holds a few more
 # What episodes hold besides, and what `numpy.savez` takes for itself.
-RESERVED = ('action', 'reward', 'discount', 'file', 'allow_pickle')
+RESERVED = (*spaces.TRANSITION_KEYS, 'file', 'allow_pickle')
 
 
 def _find_vectors(parts, images):

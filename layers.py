@@ -1,10 +1,10 @@
-"""Keras layers with the mathematics of the stock ones, and faster.
+"""Drop-in replacements for Keras layers: same weights and results, faster.
 
-Each layer has the weights of its Keras layer; docs/performance.md says why.
+docs/performance.md says why each is there.
 """
 
+import dataclasses
 import threading
-import typing
 
 import keras
 import tensorflow as tf
@@ -57,11 +57,12 @@ class Tapes:
 
       sum_t x_t^T dy_t  =  [x_1; ...; x_T]^T [dy_1; ...; dy_T]
 
-  So y is a source of gradients there, and the weights are none. It is not so
-  within loops of TensorFlow, whose tensors are of another graph.
+  So within it the outputs y are sources of the tape, and the weights are
+  constants. Loops of TensorFlow, whose tensors are of another graph, use the
+  weights as usual.
 
-  For a persistent tape TensorFlow would also prepare the gradients of the
-  gradients of every loop, in half of the time that tracing takes.
+  There is a tape for each loss, as a persistent one would also trace the second
+  derivatives of every loop, which takes half of the tracing time.
 
   Args:
     groups: lists of Keras variables, one for each loss.
@@ -162,7 +163,8 @@ class Tapes:
     return [*grads.values(), *others]
 
 
-class _Uses(typing.NamedTuple):
+@dataclasses.dataclass
+class _Uses:
   """Calls of `affine` with the same weights, y_t for x_t."""
 
   kernel: keras.Variable

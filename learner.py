@@ -1,4 +1,4 @@
-"""Acting and learning beside each other: which updates are due, their log."""
+"""Acting, and the updates that are due, made in a second thread."""
 
 import concurrent.futures
 import contextlib
@@ -179,8 +179,7 @@ class Learner:
         self._make_updates(count)
       elif count:
         self._learning = self._thread.submit(self._make_updates, count)
-    if self._should_log(self.step):
-      self._write_summaries()
+    self._log_if_due()
 
   def count_due(self, step):
     """Adds updates that have become due by a step; returns their number."""
@@ -198,8 +197,7 @@ class Learner:
       self._pending.assign_add(1)
       self._make_updates(1)
       self.step = self._run.steps()
-      if self._should_log(self.step):
-        self._write_summaries()
+      self._log_if_due()
 
   def _make_updates(self, count):
     for _ in range(count):
@@ -299,17 +297,24 @@ class Learner:
 
   # Logging
 
-  def unlogged(self, sums=None):
-    """{name: (sum, updates)} of metrics since the last entry; or sets it."""
+  def unlogged(self):
+    """{name: (sum, updates)} of metrics since the last entry."""
     with self._lock:
-      if sums is not None:
-        self._sums = sums
       return dict(self._sums)
+
+  def restore_unlogged(self, sums):
+    """Sets what `unlogged` returned before the run was interrupted."""
+    with self._lock:
+      self._sums = dict(sums)
 
   def finish(self):
     """Logs what came since the last log entry."""
     if self._sums:
       self._write_summaries(images=False)
+
+  def _log_if_due(self):
+    if self._should_log(self.step):
+      self._write_summaries()
 
   def _write_summaries(self, images=True):
     now, step = time.monotonic(), self.step

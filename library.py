@@ -8,7 +8,6 @@
 Letters in shapes: E environments, A action, H steps of imagination.
 """
 
-import json
 import keyword
 import pathlib
 import re
@@ -21,6 +20,7 @@ import tensorflow as tf
 
 import arguments
 import checkpoints
+import cli
 import commandline
 import configs
 import environments
@@ -94,12 +94,12 @@ class Policy(tf.Module):
     feat = world.dynamics.get_feat(
       world.dynamics.imagine(actions, latent, steps)
     )
-    told = {k: head(feat).mean() for k, head in world.heads.items()}
-    if 'pcont' in told:
-      told['discount'] = told.pop('pcont')
+    predictions = {k: head(feat).mean() for k, head in world.heads.items()}
+    if 'pcont' in predictions:
+      predictions['discount'] = predictions.pop('pcont')
     for name, decoder in world.representation.decoders.items():
-      told[name] = decoder(feat).mean() + 0.5
-    return told
+      predictions[name] = decoder(feat).mean() + 0.5
+    return predictions
 
   def _observe(self, obs, state, seed):
     return self.agent.observe(obs, _latent(state), state['action'], seed)
@@ -192,12 +192,12 @@ class Agent:
         )
     if obs is None and self._state is None:
       raise ValueError('There is no observation yet: give one, or act first.')
-    told = self._imagine(obs, self._before(len(actions), False), actions)
-    told = {k: v.numpy() for k, v in told.items()}
-    told.update(self._split(told.pop('vector', None)))
-    for name in filter(spaces.is_image, told):
-      told[name] = to_uint8(told[name])
-    return {k: v[0] for k, v in told.items()} if single else told
+    predictions = self._imagine(obs, self._before(len(actions), False), actions)
+    predictions = {k: v.numpy() for k, v in predictions.items()}
+    predictions.update(self._split(predictions.pop('vector', None)))
+    for name in filter(spaces.is_image, predictions):
+      predictions[name] = to_uint8(predictions[name])
+    return {k: v[0] for k, v in predictions.items()} if single else predictions
 
   def _check_actions(self, rows):
     """ValueError unless all of [N, A] are as `act` gives them."""
@@ -389,6 +389,19 @@ def export(agent, folder):
       'one, or one that was exported to before'
     )
   policy = Policy(agent)
+  signatures = _signatures(policy, agent.world.inputs)
+  about = dict(
+    task=agent.config.task,
+    method=configs.method_name(agent.config),
+    action_repeat=agent.config.action_repeat,
+    inputs={k: [_plain(k), list(v)] for k, v in agent.world.inputs.items()},
+    actions=spaces.action_record(agent.action_space),
+  )
+  _save_whole(policy, signatures, about, folder)
+
+
+def _signatures(policy, inputs):
+  """The two functions of `export`, {name: concrete function}."""
   state = policy.start(1, tf.zeros([2], tf.int32))
 
   @tf.function(autograph=False)
@@ -398,12 +411,12 @@ def export(agent, folder):
   @tf.function(autograph=False)
   def act(**tensors):
     before = {k: tensors[f'memory_{k}'] for k in state}
-    obs = {k: tensors[_plain(k)] for k in agent.world.inputs}
+    obs = {k: tensors[_plain(k)] for k in inputs}
     action, after = policy.act(obs, before)
     return dict(_prefixed(after), action=action)
 
   specs = {}
-  for name, shape in agent.world.inputs.items():
+  for name, shape in inputs.items():
     if _plain(name) in {*specs, *_prefixed(state)}:
       raise UserError(f'--export: two inputs would be called {_plain(name)}')
     specs[_plain(name)] = tf.TensorSpec(
@@ -415,18 +428,10 @@ def export(agent, folder):
   start = dict(
     batch=tf.TensorSpec([], tf.int32), seed=tf.TensorSpec([2], tf.int32)
   )
-  signatures = dict(
+  return dict(
     reset=reset.get_concrete_function(**start),
     act=act.get_concrete_function(**specs),
   )
-  about = dict(
-    task=agent.config.task,
-    method=configs.method_name(agent.config),
-    action_repeat=agent.config.action_repeat,
-    inputs={k: [_plain(k), list(v)] for k, v in agent.world.inputs.items()},
-    actions=spaces.action_record(agent.action_space),
-  )
-  _save_whole(policy, signatures, about, folder)
 
 
 def _replaceable(folder):
@@ -442,8 +447,7 @@ def _save_whole(policy, signatures, about, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
       tf.saved_model.save(policy, temporary, signatures)
-      path = pathlib.Path(temporary) / ABOUT
-      path.write_text(json.dumps(about, indent=2) + '\n')
+      pathlib.Path(temporary, ABOUT).write_bytes(cli.to_json(about))
       for made in sorted(pathlib.Path(temporary).iterdir()):
         before = folder / made.name
         if before.is_dir():

@@ -71,7 +71,7 @@ class RSSM(keras.layers.Layer):
     """Posterior and prior states along a sequence.
 
     Args:
-      embed: [B, T, E]; `embed[:, t]` is the image that followed
+      embed: [B, T, embed]; `embed[:, t]` is the image that followed
       action: [B, T, A] at the same index.
       state: the state before the sequence; None is `initial`.
       seed: int32 [T, 2], for each time; None draws them.
@@ -91,7 +91,10 @@ class RSSM(keras.layers.Layer):
     return _map(_swap, post), _map(_swap, prior)
 
   def imagine(self, action, state=None, seed=None):
-    """Prior states [B, T, ...] for actions [B, T, A], without images."""
+    """Prior states [B, T, ...] for actions [B, T, A], without images.
+
+    Never unrolled: planning calls it within a loop of its own.
+    """
     if state is None:
       state = self.initial(tf.shape(action)[0])
     seed = tools.make_seeds(tf.shape(action)[1]) if seed is None else seed
@@ -114,7 +117,7 @@ class RSSM(keras.layers.Layer):
     Args:
       prev_state: state [B, ...].
       prev_action: [B, A], the action that led to
-      embed: [B, E], the encoded image o_t.
+      embed: [B, embed], the encoded image o_t.
       seed: int32 [2]; None draws one.
 
     Returns:
@@ -189,7 +192,7 @@ class DenseEncoder(keras.layers.Layer):
 
   def __init__(self, layers, units, act='elu', **kwargs):
     super().__init__(**kwargs)
-    self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
+    self._hidden = _hidden_layers(layers, units, act)
 
   def call(self, vector):
     return _apply(self._hidden, vector)
@@ -247,6 +250,10 @@ class ConvDecoder(keras.layers.Layer):
     return conv.activation(add_bias(x, read(conv.bias)))
 
 
+def _hidden_layers(count, units, act):
+  return [Dense(units, act, name=f'h{i + 1}') for i in range(count)]
+
+
 def _apply(layers, x):
   """Dense layers on [..., F], as matrices; float32 [..., outputs].
 
@@ -279,7 +286,7 @@ class DenseDecoder(keras.layers.Layer):
       raise ValueError(f"dist is 'normal' or 'binary', not {dist!r}")
     self._shape = shape
     self._dist, self._std = dist, std
-    self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
+    self._hidden = _hidden_layers(layers, units, act)
     self._out = Output(int(np.prod(shape)), name='out')
 
   def call(self, features):
@@ -332,7 +339,7 @@ class ActionDecoder(keras.layers.Layer):
     self._raw_init_std = float(np.log(np.expm1(init_std)))
     self._mean_scale = mean_scale
     self._choices = choices or (size,)
-    self._hidden = [Dense(units, act, name=f'h{i + 1}') for i in range(layers)]
+    self._hidden = _hidden_layers(layers, units, act)
     self.size = size if dist == 'onehot' else 2 * size
     self._out = Output(self.size, name='out')
 
@@ -351,13 +358,34 @@ class ActionDecoder(keras.layers.Layer):
     if self._dist == 'onehot':
       return tools.OneHotDist(logits=x)
     # Eq. 3: a = tanh(mu + sigma * eps)
+    dist = tfd.TransformedDistribution(self._gaussian(x), tools.TanhBijector())
+    return tools.SampleDist(tfd.Independent(dist, 1))
+
+  def _gaussian(self, x):
+    """N(mu, sigma) of Eq. 3, over actions before tanh, for [..., 2 * A]."""
     mean, std = tf.split(x, 2, -1)
     mean = self._mean_scale * tf.tanh(mean / self._mean_scale)
     std = tf.nn.softplus(std + self._raw_init_std) + self._min_std
-    dist = tfd.TransformedDistribution(
-      tools.Normal(mean, std), tools.TanhBijector()
-    )
-    return tools.SampleDist(tfd.Independent(dist, 1))
+    return tools.Normal(mean, std)
+
+  def draw(self, x, seed):
+    """Actions [..., A] for outputs [..., size], and what `log_prob` takes.
+
+    The latter is the action itself, or mu + sigma * eps of Eq. 3, which cannot
+    be told from an action that float32 rounds to 1 or -1.
+    """
+    if self._dist == 'onehot':
+      action = self.dist(x).sample(seed=seed)
+      return action, action
+    before = self._gaussian(x).sample(seed=seed)
+    return tf.tanh(before), before
+
+  def log_prob(self, x, drawn):
+    """Of the second result of `draw`, for outputs [..., size]: [...]."""
+    if self._dist == 'onehot':
+      return self.dist(x).log_prob(drawn)
+    slope = tools.TanhBijector().forward_log_det_jacobian(drawn)
+    return tf.reduce_sum(self._gaussian(x).log_prob(drawn) - slope, -1)
 
 
 class StateModel(keras.layers.Layer):
@@ -376,6 +404,6 @@ class StateModel(keras.layers.Layer):
     self._out = Output(2 * size, name='out')
 
   def call(self, embed):
-    """(mean, std), float32 [..., F] each, for embeddings [..., E]."""
+    """(mean, std), float32 [..., F] each, for embeddings [..., embed]."""
     mean, std = tf.split(_apply([self._hidden, self._out], embed), 2, -1)
     return mean, tf.nn.softplus(std) + 0.1

@@ -10,7 +10,7 @@ import compare
 import run_folders
 from charts import Chart, Level, Line
 
-RETURN = 'test/return'
+RETURN = run_folders.AXES[1]
 COLORS = 8  # of methods, in templates/style.css
 POINTS = 500  # of a curve that are kept in memory
 STYLES = ('', 'dashed', 'dotted')  # of several numbers in one chart

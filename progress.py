@@ -1,5 +1,6 @@
 """When a run saves and evaluates, and what it resumes from."""
 
+import math
 import time
 
 import tensorflow as tf
@@ -51,7 +52,7 @@ class Progress:
     left = self._c.steps - self._run.collected(self._learner.step)
     steps = min(self._c.eval_every, left)
     share = self._c.action_repeat * self._team.workers
-    return dict(steps=-(-steps // share))
+    return dict(steps=math.ceil(steps / share))
 
   def after_portion(self):
     """When a portion was collected; saves, unless nothing has changed."""
@@ -91,7 +92,7 @@ class Progress:
     if not self._team.chief or not self._should_eval.due(step):
       return
     if env:
-      done = self._evaluated()
+      done = self._take_interrupted()
       env.number(self._evaluations + done)
       left = max(0, self._c.eval_episodes - done)
       tools.simulate(self._learner.evaluate, [env], episodes=left)
@@ -100,8 +101,8 @@ class Progress:
     # weights is enough, however many are due.
     self._should_eval.catch_up(step)
 
-  def _evaluated(self):
-    """Episodes of an evaluation that an earlier process was stopped in."""
+  def _take_interrupted(self):
+    """Episodes of an evaluation that an earlier process left; once."""
     if not self._perhaps_begun:
       return 0
     self._perhaps_begun = False
@@ -225,7 +226,7 @@ class ExactProgress(Progress):
 
   def _resumed(self, saved):
     if self._goes_back:
-      self._learner.unlogged(saved.get('sums', {}))
+      self._learner.restore_unlogged(saved.get('sums', {}))
     else:
       super()._resumed(saved)
 

@@ -7,8 +7,8 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+import math
 import pathlib
-import types
 
 import numpy as np
 
@@ -17,7 +17,6 @@ import worker_calls
 import workers
 from cli import UserError, warn
 from episode_files import (
-  OTHERS,
   EpisodeFile,
   OtherShape,
   count_episodes,
@@ -215,9 +214,6 @@ def count_steps(datadir, config, folders=1):
   return count_episodes(datadir)[1] * config.action_repeat * folders
 
 
-IMAGE = types.MappingProxyType(dict(image=spaces.IMAGE_SHAPE))
-
-
 def load_dataset(
   directory,
   config,
@@ -225,7 +221,7 @@ def load_dataset(
   actions=None,
   source=False,
   part=(0, 1),
-  inputs=IMAGE,
+  inputs=spaces.IMAGE_ONLY,
   folders=1,
 ):
   """Yields batches of windows for ever: numpy arrays [B, T, ...].
@@ -246,7 +242,9 @@ def load_dataset(
     folders: of episodes, of all processes, which share the capacity.
   """
   share = config.batch_size // part[1]
-  capacity = -(-config.replay_capacity // (config.action_repeat * folders))
+  capacity = math.ceil(
+    config.replay_capacity / (config.action_repeat * folders)
+  )
   windows = load_episodes(
     directory,
     rescan=share,
@@ -262,7 +260,7 @@ def load_dataset(
   while True:
     batch = [next(windows) for _ in range(share)]
     data = {}
-    for key in (*inputs, *OTHERS):
+    for key in (*inputs, *spaces.TRANSITION_KEYS):
       data[key] = np.stack([x[key] for x in batch])
       if not spaces.is_image(key):
         data[key] = data[key].astype(np.float32)

@@ -58,7 +58,7 @@ COLUMNS = (
   lambda row: row['difference'],
   lambda row: row['verdict'],
   lambda row: row['paper_final'],
-  *(lambda row, name=name: row[name] for name in compare.OTHERS),
+  *(lambda row, name=name: row[name] for name in compare.BASELINES),
 )
 
 
@@ -216,7 +216,9 @@ class Report:
     names = {task: f'tasks/{media.slug(task)}.html' for task in tasks}
     shared = dict(title=self._args.title, names=names)
     summary = compare.summarize(rows)
-    figures = compare.figures(rows, summary, compare.AXES, self._args.window)
+    figures = compare.figures(
+      rows, summary, run_folders.AXES, self._args.window
+    )
     files = {'compare.json': cli.to_json(figures)}
     for name in ('style.css', 'page.js'):
       files[name] = (media.ROOT / 'templates' / name).read_bytes()
@@ -244,7 +246,7 @@ class Report:
           rows,
           summary,
           self._paper,
-          compare.AXES,
+          run_folders.AXES,
           self._args.window,
         )
       ),
@@ -328,7 +330,7 @@ def _check_place(outdir, runs):
 
 def rule(window):
   """Items of `compare.rule`, without Markdown."""
-  text = compare.rule(compare.AXES, window)
+  text = compare.rule(run_folders.AXES, window)
   items = text.replace('`', '').split('- ')[1:]
   return [' '.join(item.split()) for item in items]
 
@@ -395,14 +397,7 @@ def provenance(origins):
 
 def parse_flags(argv):
   parser = arguments.Parser(__doc__)
-  several = dict(nargs='+')
-  parser.flag(
-    '--indir',
-    arguments.Path(),
-    help='folders of runs',
-    required=True,
-    **several,
-  )
+  compare.add_run_flags(parser)
   parser.flag(
     '--outdir', arguments.Path(), help='folder to write', required=True
   )
@@ -413,7 +408,6 @@ def parse_flags(argv):
   parser.flag('--videos', arguments.Truth(), False, text, **bare)
   text = 'seconds between looks for changes, until Ctrl-C (once)'
   parser.flag('--watch', arguments.Whole(1, 86_400), 0, text)
-  compare.add_choice(parser)
   return parser.parse(argv)
 
 

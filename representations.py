@@ -3,7 +3,7 @@
 Each class owns its networks and its term of the world model's objective:
 J_O of Eq. 10, J_S of Eq. 12, or none. configs.REPRESENTATIONS names them.
 
-Letters in shapes: B batch, T time, F feature, E embedding.
+Letters in shapes: B batch, T time, F feature.
 """
 
 import numpy as np
@@ -31,14 +31,14 @@ class RewardOnly:
     self.decoders = {}
 
   def build(self, feat, embed):
-    """Makes the variables, from a feature [1, F] and an embedding [1, E]."""
+    """Makes the variables, from a feature [1, F] and embedding [1, embed]."""
 
   def likes(self, feat, embed, data, seed):
-    """What states should say of images, in nats.
+    """Log-likelihood terms of the world model's objective, in nats.
 
     Args:
       feat: features of the posterior, [B, T, F].
-      embed: embedded images, [B, T, E].
+      embed: embedded images, [B, T, embed].
       data: preprocessed batch.
       seed: int32 [2].
 
@@ -49,7 +49,7 @@ class RewardOnly:
 
 
 class Reconstruction(RewardOnly):
-  """States tell the images that they came from: J_O of Eq. 10."""
+  """Images are reconstructed from states: J_O of Eq. 10."""
 
   def __init__(self, config, images):
     super().__init__(config, images)
@@ -76,7 +76,7 @@ class Reconstruction(RewardOnly):
 
 
 class Contrastive(RewardOnly):
-  """Observations tell which state they led to, of many: J_S of Eq. 12."""
+  """Each state is told by its image, among other images: J_S of Eq. 12."""
 
   def __init__(self, config, images):
     super().__init__(config, images)

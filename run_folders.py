@@ -21,11 +21,12 @@ from cli import UserError
 
 # Flags in which runs of a method may differ.
 # fmt: off
-FREE = (
+MAY_DIFFER = (
   'logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every',
   'strategy', 'worker_timeout', 'start_timeout', 'env_errors', 'role',
 )
 # fmt: on
+AXES = 'step', 'test/return'  # keys of metrics.jsonl that the paper has
 # Folders of a logdir, in which no other run is looked for.
 OF_A_RUN = ('checkpoints', 'episodes', 'plugins', runfile.ACT)
 LARGEST = 1e50  # of numbers in a metrics.jsonl: their fourth powers are finite
@@ -37,7 +38,7 @@ def warn(message):
 
 
 @dataclasses.dataclass
-class Run:
+class RunRecord:
   """One run: `scores[i]` was logged at `steps[i]`, in order of steps."""
 
   task: str
@@ -49,7 +50,7 @@ class Run:
   config: dict
 
 
-def find_runs(folders, xaxis='step', yaxis='test/return', read=None):
+def find_runs(folders, xaxis=AXES[0], yaxis=AXES[1], read=None):
   """All runs below some folders, sorted; one for each task, method and seed.
 
   Args:
@@ -124,7 +125,7 @@ def _read_run(folder, xaxis, yaxis, read):
   steps, scores = read(folder / 'metrics.jsonl', xaxis, yaxis)
   task, method, seed, config = named
   task = paper_name(task)
-  return Run(task, method, seed, folder, steps, scores, config)
+  return RunRecord(task, method, seed, folder, steps, scores, config)
 
 
 def paper_name(task):
@@ -168,7 +169,7 @@ def _read_names(folder):
   return (*names, {})
 
 
-def read_metrics(path, xaxis='step', yaxis='test/return'):
+def read_metrics(path, xaxis=AXES[0], yaxis=AXES[1]):
   """Numbers of one key of a metrics.jsonl, as (x, y) sorted by x."""
   return read_series(path, xaxis, [yaxis])[yaxis]
 
@@ -257,7 +258,7 @@ def group_runs(runs):
     groups[run.task, run.method].append(run)
   for (task, method), group in groups.items():
     configs = [run.config for run in group if run.config]
-    keys = set.intersection(*map(set, configs or [{}])) - set(FREE)
+    keys = set.intersection(*map(set, configs or [{}])) - set(MAY_DIFFER)
     keys = {k for k in keys if k[:4] not in ('log_', 'eval')}
     differ = [k for k in keys if len({str(c.get(k)) for c in configs}) > 1]
     if differ:

@@ -22,13 +22,16 @@ class Run:
   team: distribute.Team
   stop: cli.StopSignal
   logger: Logger
+  make_agent: typing.Callable | None = None  # `dreamer.Dreamer`
   function: typing.Callable | None = None  # makes custom environments
-  hear: typing.Callable = lambda index, episode: {}  # `Behavior.hear`
+  # `Behavior.after_episode`
+  after_episode: typing.Callable = lambda index, episode: {}
 
   # What kinds of runs do.
   collects: typing.ClassVar = True
   evaluates: typing.ClassVar = True
   learns: typing.ClassVar = True
+  LOOK: typing.ClassVar = 1.0  # seconds between looks for what others make
 
   @property
   def datadir(self):
@@ -59,20 +62,28 @@ class Run:
     """
     return acted if self.team.workers > 1 else self.steps()
 
-  def wait(self):
+  def wait_for_other_process(self):
     """Until there is what another process brings."""
 
-  def follow(self, learner):
+  def attach(self, learner):
     """Called when there is a learner."""
 
   def episode_ended(self, index, episode):
     """Of environment `index`, in training."""
-    metrics = self.hear(index, episode)
+    metrics = self.after_episode(index, episode)
     if metrics:
       self.logger.scalars(self.steps(), metrics)
 
   def say(self, line):
     self.logger.say(line)
+
+  def wait_until(self, ready, line):
+    """Until a function returns true; says `line` first if it does not yet."""
+    if not ready():
+      self.say(line)
+    while not ready():
+      self.stop.check()
+      time.sleep(self.LOOK)
 
 
 @dataclasses.dataclass
@@ -91,14 +102,14 @@ class OfflineRun(Run):
   def steps(self):
     return configs.steps_of(self.config, self.updates())
 
-  def follow(self, learner):
+  def attach(self, learner):
     self.updates = lambda: learner.updates
 
   @property
   def total(self):
     """Updates of the whole run."""
     c = self.config
-    return c.updates or -(-c.steps * c.train_steps // c.train_every)
+    return c.updates or configs.updates_of(c, c.steps)
 
 
 @dataclasses.dataclass
@@ -118,7 +129,6 @@ class LearnerRun(Run):
 
   collects: typing.ClassVar = False
   evaluates: typing.ClassVar = False
-  LOOK: typing.ClassVar = 1.0  # seconds between looks for new episodes
   _counted: tuple = (0.0, 0)  # when, and how many
 
   def steps(self):
@@ -126,22 +136,23 @@ class LearnerRun(Run):
       self._counted = time.monotonic(), super().steps()
     return self._counted[1]
 
-  def wait(self):
+  def wait_for_other_process(self):
     """Until the prefill is there."""
-    said = False
-    while True:
-      actor = runfile.load_actor(self.config)
-      prefill = max(1, (actor or self.config).prefill)
-      if self.steps() >= prefill and (actor or not runfile.begins(self.config)):
-        return
-      if not said:
-        said = True
-        self.say(
-          f'Waiting for {prefill} environment steps: the same command with '
-          '--role act makes them.'
-        )
-      self.stop.check()
-      time.sleep(self.LOOK)
+    self.wait_until(
+      self._prefilled,
+      f'Waiting for {self._prefill()} environment steps: the same command with '
+      '--role act makes them.',
+    )
+
+  def _prefill(self):
+    """Environment steps; the process that acts may have other flags."""
+    actor = runfile.load_actor(self.config)
+    return max(1, (actor or self.config).prefill)
+
+  def _prefilled(self):
+    logdir, actor = self.config.logdir, runfile.load_actor(self.config)
+    known = actor or runfile.has_checkpoint(logdir)
+    return known and self.steps() >= self._prefill()
 
 
 def kind_of_run(config):

@@ -7,17 +7,17 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
 import shlex
 
 import numpy as np
 
 import arguments
+import cli
 import commandline
 import configs
 import runfile
 from cli import UserError
-from run_folders import FREE
+from run_folders import MAY_DIFFER
 
 
 @dataclasses.dataclass
@@ -40,7 +40,8 @@ class Origin:
 
 def origin(run):
   """Reads run.json (as scores/runs has them), or else config.json."""
-  record = _json(run.folder / 'run.json') or _json(run.folder / 'config.json')
+  paths = run.folder / 'run.json', run.folder / 'config.json'
+  record = cli.read_json(paths[0]) or cli.read_json(paths[1])
   text = {
     key: str(record.get(key) or '')
     for key in ('command', 'started', 'code', 'machine', 'note')
@@ -50,14 +51,6 @@ def origin(run):
   flags = run.config or _flags(text['command'])
   text['command'] = text['command'] or _command(run, flags)
   return Origin(versions=versions, flags=flags, **text)
-
-
-def _json(path):
-  with contextlib.suppress(OSError, ValueError, RecursionError):
-    record = json.loads(path.read_text())
-    if isinstance(record, dict):
-      return record
-  return {}
 
 
 def _flags(command):
@@ -110,7 +103,7 @@ def differences(runs, origins):
   known = [x.flags for x in origins if isinstance(x.flags.get('task'), str)]
   if not known:
     return None
-  rows, ignored = [], {*FREE, 'logdir', 'task'}
+  rows, ignored = [], {*MAY_DIFFER, 'logdir', 'task'}
   defaults = _defaults(runs[0], known[0]['task'])
   for name in dict.fromkeys(itertools.chain(*known)):
     default = arguments.text(defaults.get(name, 'unknown to this version'))

@@ -1,4 +1,4 @@
-"""config.json, which says whose run a logdir is, and by what it was made.
+"""config.json: whose run a logdir is, and flags, versions and machine of it.
 
 No TensorFlow.
 """
@@ -40,7 +40,7 @@ def check_logdir(config):
   """
   logdir, path = config.logdir, config.logdir / 'config.json'
   if not path.exists():
-    if begun(logdir) and not begins(config):
+    if has_data(logdir) and has_checkpoint(logdir):
       cli.warn(f'{path} is gone; going on with the flags given')
     else:
       _check_others(logdir)
@@ -207,13 +207,13 @@ def check_spaces(logdir, inputs, actions):
   now = shapes, spaces.action_record(actions)
   if then != now:
     raise UserError(
-      f'the environment has changed: it shows {_told(*now)}, and the run in '
-      f'--logdir {logdir} was made with {_told(*then)}. Bring that environment '
-      'back, or choose a new folder.'
+      f'the environment has changed: it shows {_describe_spaces(*now)}, and '
+      f'the run in --logdir {logdir} was made with {_describe_spaces(*then)}. '
+      'Bring that environment back, or choose a new folder.'
     )
 
 
-def _told(inputs, actions):
+def _describe_spaces(inputs, actions):
   shown = ', '.join(f'{k} {list(v)}' for k, v in inputs.items())
   return f'{shown} and takes actions {json.dumps(actions)}'
 
@@ -289,7 +289,7 @@ def _check_resume(config, saved, path=None):
   A run that has neither episodes nor checkpoints yet may still change all.
   """
   changes, logdir = [], config.logdir
-  fixed = begun(logdir)
+  fixed = has_data(logdir)
   for name, flag in all_flags().items():
     old, new = saved[name], config[name]
     if name == 'logdir' or old == new:
@@ -306,7 +306,7 @@ def _check_resume(config, saved, path=None):
   return changes
 
 
-def begun(logdir):
+def has_data(logdir):
   """Whether a logdir has episodes or checkpoints, of whatever run."""
   made = (logdir.glob(x) for x in ('episodes/*.npz', 'checkpoints/ckpt-*'))
   return any(map(any, made))
@@ -327,6 +327,6 @@ def checkpoint_numbers(folder):
   return sorted(numbers)
 
 
-def begins(config):
-  """Whether there is no checkpoint to go on from."""
-  return not any(config.logdir.glob('checkpoints/ckpt-*.index'))
+def has_checkpoint(logdir):
+  """Whether there is a checkpoint to go on from, whole or not."""
+  return any(logdir.glob('checkpoints/ckpt-*.index'))

@@ -7,6 +7,7 @@ take actions from boxes of any bounds and type, or from several sets of choices.
 
 import dataclasses
 import re
+import types
 import typing
 
 import numpy as np
@@ -21,6 +22,8 @@ with quiet_stderr():
 # --- Observations -----------------------------------------------------------
 
 IMAGE_SHAPE = (64, 64, 3)  # as the agent sees them
+IMAGE_ONLY = types.MappingProxyType(dict(image=IMAGE_SHAPE))  # default inputs
+TRANSITION_KEYS = ('action', 'reward', 'discount')  # what is no observation
 
 
 def is_image(name):

@@ -34,7 +34,6 @@ On a cluster, code and Python packages are at the same paths on all nodes, and
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -79,7 +78,7 @@ class Arm:
 
 
 @dataclasses.dataclass(eq=False)
-class Run:
+class SweepRun:
   """One run, and how it is doing."""
 
   task: str
@@ -223,9 +222,9 @@ def make_runs(wanted, args):
       logdir = folder / task / arm.name / str(seed)
       flags = ['--logdir', str(logdir), '--task', task]
       flags += ['--seed', str(seed), *arm.flags, *args.extra]
-      run = Run(task, arm, seed, logdir, config, flags)
+      run = SweepRun(task, arm, seed, logdir, config, flags)
       warn_of_changes(run)
-      step = read_json(logdir / ray_runs.FINISHED).get('step')
+      step = cli.read_json(logdir / ray_runs.FINISHED).get('step')
       done = isinstance(step, int) and step >= run.last_step
       if done and (logdir / 'config.json').exists():
         run.state, run.note = 'done', 'was finished'
@@ -236,10 +235,10 @@ def make_runs(wanted, args):
 
 def warn_of_changes(run):
   """Says which flags a run was started with that are others now."""
-  before = read_json(run.logdir / 'config.json').get('config')
+  before = cli.read_json(run.logdir / 'config.json').get('config')
   before = before if isinstance(before, dict) else {}
   for name, value in run.config.items():
-    if name in run_folders.FREE or name not in before or value == 'auto':
+    if name in run_folders.MAY_DIFFER or name not in before or value == 'auto':
       continue
     if before[name] != value:
       print(
@@ -247,15 +246,6 @@ def warn_of_changes(run):
         f'{value}',
         file=sys.stderr,
       )
-
-
-def read_json(path):
-  """A dictionary, empty without a readable file."""
-  try:
-    record = json.loads(path.read_text())
-  except (OSError, ValueError):
-    return {}
-  return record if isinstance(record, dict) else {}
 
 
 def read_progress(path):

@@ -2,7 +2,9 @@
 
     run                  one call a run: what it needs, then
       _train             begins, resumes and ends it
+        _begin           makes the agent
         prefill          episodes of random actions
+        _resume          restores what learns, and the progress
         _collect         the loop of Algorithm 1
         _learn_offline   updates alone (`--offline`)
         _learn_beside    updates beside a process that acts (`--role learn`)
@@ -13,6 +15,7 @@ Steps are environment steps; gradient steps are called updates. E environments.
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import tempfile
@@ -74,9 +77,11 @@ def prefill(run, envs):
   """Fills the replay with episodes of random actions, to `--prefill` steps."""
   config, team = run.config, run.team
   episodes, _ = episode_files.count_episodes(run.datadir)
-  if episodes and run.exact and not runfile.begins(config):
+  if episodes and run.exact and runfile.has_checkpoint(config.logdir):
     return  # it had its prefill; what came later is regenerated
-  missing = -(-(config.prefill - team.from_chief(run.steps())) // team.workers)
+  missing = math.ceil(
+    (config.prefill - team.from_chief(run.steps())) / team.workers
+  )
   if missing <= 0:
     if not episodes:
       raise UserError(
@@ -94,7 +99,7 @@ def prefill(run, envs):
       run.stop.check()
     return act(*args)
 
-  state, count = None, -(-missing // config.action_repeat)
+  state, count = None, math.ceil(missing / config.action_repeat)
   for begin in range(0, count, PORTION):
     if team.any(run.stop.requested):
       raise cli.Stopped
@@ -206,7 +211,7 @@ def setup_logdir(config, team=None):
     else:
       changes = runfile.check_logdir(config)
       locks.enter_context(checkpoints.locked(logdir, config.role))
-      if (logdir / 'config.json').exists() or not runfile.begun(logdir):
+      if (logdir / 'config.json').exists() or not runfile.has_data(logdir):
         runfile.write_config(config)  # else when it is known what run this is
       if changes:
         print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
@@ -286,11 +291,12 @@ def run(config, make_agent, function=None, stop=None):
       cli.remove_temporary_files(config.logdir / 'episodes')
     stop = stop or cli.StopSignal()
     stop.install()
-    this = run_kinds.kind_of_run(config)(config, team, stop, None, function)
+    kind = run_kinds.kind_of_run(config)
+    this = kind(config, team, stop, None, make_agent, function)
     this.logger = Logger(this.home, config.steps, this.steps(), team.index)
     held.callback(this.logger.close)
     with environments.running(this) as (envs, test_env):
-      _train(this, make_agent, envs, test_env)
+      _train(this, envs, test_env)
 
 
 @contextlib.contextmanager
@@ -314,36 +320,26 @@ def _failures():
     ) from error
 
 
-def _train(run, make_agent, envs, test_env):
+def _train(run, envs, test_env):
   """Begins or resumes a run, and ends it.
 
   Of several processes only the chief evaluates and saves; the updates are made
   together, in which the others wait for it.
   """
-  config = run.config
-  run.wait()
+  run.wait_for_other_process()
   with run.stop.immediate():
-    spec = _prepare(run, envs, test_env)
-    agent = make_agent(config, spec.actions, run.team, spec.inputs)
-    for name, count in agent.count_parameters().items():
-      run.say(f'Found {count} {name} parameters.')
-    if config.init_from and run.learns and runfile.begins(config):
-      _initialize(run, agent, make_agent, spec)
+    agent, spec = _begin(run, envs, test_env)
   if envs:
     prefill(run, envs)
   with run.stop.immediate():
-    learner = _make_learner(run, agent, make_agent, spec)
-    run.follow(learner)
-    run.hear = agent.behavior.hear
-    progress = _make_progress(run, learner)
-    progress.resume()
-    number_episodes(run, envs)
+    learner, progress = _resume(run, agent, spec)
+    number_episodes(run, envs)  # resuming may have deleted some
   before, estimate = (learner.step, learner.updates), Estimate(run, learner)
   learner.after_update = lambda: (estimate(), progress.save_if_due())
   try:
     if envs:
       _collect(run, learner, progress, envs, test_env)
-    elif config.offline:
+    elif run.config.offline:
       _learn_offline(run, learner, progress, test_env)
     else:
       _learn_beside(run, learner)
@@ -372,13 +368,34 @@ def _stop(run, learner, progress):
   run.say(f'{line} saved to {run.config.logdir}. The same command resumes.')
 
 
-def _make_learner(run, agent, make_agent, spec):
+def _begin(run, envs, test_env):
+  """The agent, with weights of another run if it is to have them; a `Spec`."""
+  spec = _prepare(run, envs, test_env)
+  agent = run.make_agent(run.config, spec.actions, run.team, spec.inputs)
+  for name, count in agent.count_parameters().items():
+    run.say(f'Found {count} {name} parameters.')
+  if run.learns and _takes_weights(run.config):
+    _initialize(run, agent, spec)
+  return agent, spec
+
+
+def _resume(run, agent, spec):
+  """What learns, and its progress, as the newest checkpoint has them."""
+  learner = _make_learner(run, agent, spec)
+  run.attach(learner)
+  run.after_episode = agent.behavior.after_episode
+  progress = _make_progress(run, learner)
+  progress.resume()
+  return learner, progress
+
+
+def _make_learner(run, agent, spec):
   """What acts, and makes the updates beside it."""
   if run.config.learner == 'scheduled':
     return Learner(agent, run)
   if not run.collects:
     return free.FreeLearner(agent, run)
-  copy = make_agent(run.config, spec.actions, inputs=spec.inputs)
+  copy = run.make_agent(run.config, spec.actions, inputs=spec.inputs)
   kind = free.FreeLearner if run.learns else free.Follower
   return kind(agent, run, copy)
 
@@ -409,9 +426,9 @@ def _learn_beside(run, learner):
 
 
 def _learn_offline(run, learner, progress, test_env):
-  """The same without collecting: updates alone, as far apart in steps."""
+  """The loop of Algorithm 1 without collecting: updates on stored episodes."""
   c = run.config
-  portion = max(1, -(-c.eval_every * c.train_steps // c.train_every))
+  portion = max(1, configs.updates_of(c, c.eval_every))
   while learner.updates < run.total:
     progress.evaluate_if_due(test_env)
     learner.learn(min(portion, run.total - learner.updates))
@@ -430,13 +447,13 @@ def _prepare(run, envs, test_env):
   if everything:
     spec = environments.common_spec(config, everything)
   else:
-    spec = _replay_spec(run) if config.offline else _told_spec(run)
+    spec = _replay_spec(run) if config.offline else _spec_of_actor(run)
   if config.offline:
     _check_origin(run)
   configs.resolve_actions(config, spec.actions)
-  if config.init_from and runfile.begins(config):
+  if _takes_weights(config):
     runfile.load_config(config.init_from)  # or an error, before the work
-  if not runfile.begins(config):
+  if runfile.has_checkpoint(config.logdir):
     runfile.check_spaces(run.home, spec.inputs, spec.actions)
   shapes = {**spec.inputs, 'action': spec.actions.shape}
   replay.Replay(run.datadir, shapes=shapes, repair=bool(envs)).check()
@@ -499,7 +516,7 @@ def _stored_actions(run):
     return None
 
 
-def _told_spec(run):
+def _spec_of_actor(run):
   """`Spec` that a process with environments has written."""
   home = run.config.logdir
   for folder in (home / runfile.ACT, home):
@@ -516,14 +533,19 @@ def _told_spec(run):
   return environments.Spec(inputs, actions, about)
 
 
-def _initialize(run, agent, make_agent, spec):
+def _takes_weights(config):
+  """Whether the weights of another run are what this one begins with."""
+  return config.init_from and not runfile.has_checkpoint(config.logdir)
+
+
+def _initialize(run, agent, spec):
   """Takes the weights of another run that fit (`--init_from`)."""
   c = run.config
   other = runfile.load_config(c.init_from)
   inputs, actions = runfile.load_spaces(c.init_from)
   actions = actions or spec.actions
   source = checkpoints.load_agent(
-    other, make_agent, actions, inputs or spec.inputs
+    other, run.make_agent, actions, inputs or spec.inputs
   )
   taken, fresh = checkpoints.copy_weights(
     source.networks(), agent.networks(), c.init_only
@@ -558,7 +580,7 @@ def _ending(run, learner, before):
   """What a run says when it has finished.
 
   Args:
-    run: `Run`.
+    run: `run_kinds.Run`.
     learner: as it is at the end.
     before: environment steps and updates that it had at the start.
   """

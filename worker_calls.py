@@ -50,7 +50,7 @@ ERRORS = (TaskError, RenderError, WorkerLost, WorkerError)
 
 
 def fail(error):
-  """A promise that is not kept."""
+  """Raises `error` when called: the promise of a call that cannot be kept."""
   raise error
 
 

@@ -100,10 +100,10 @@ class Async:
     """Refuses environments with another `spaces.outline` than this."""
     self._outline = outline
 
-  def _told(self):
+  def _checked_about(self):
     """What the environment says of itself, if it is like the first."""
-    told = self._worker.about()
-    outline = spaces.outline(*told[:2])
+    about = self._worker.about()
+    outline = spaces.outline(*about[:2])
     self._outline = self._outline or outline
     if outline != self._outline:
       raise TaskError(
@@ -111,27 +111,27 @@ class Async:
         f'{outline}, and the first of this run {self._outline}: all must be '
         'alike, made again and for evaluations too'
       )
-    return told
+    return about
 
   @property
   def observation_space(self):
-    return self._told()[0]
+    return self._checked_about()[0]
 
   @property
   def action_space(self):
-    return self._told()[1]
+    return self._checked_about()[1]
 
   @property
   def about(self):
     """What the environment says of itself, a list of sentences."""
-    return self._told()[2]
+    return self._checked_about()[2]
 
   def reset(self, blocking=True, number=None):
     """Returns obs, or without blocking a function without arguments for it.
 
     The `number` of the episode is for environments that take one.
     """
-    self._told()
+    self._checked_about()
     promise = self._worker.call('reset', *([] if number is None else [number]))
     return promise() if blocking else promise
 

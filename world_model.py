@@ -2,7 +2,7 @@
 
 Symbols of the paper are at the top of dreamer.py.
 
-Letters in shapes: B batch, T time, A action, E embedding, F feature, D numbers
+Letters in shapes: B batch, T time, A action, F feature, D numbers
 of all vectors, N images side by side.
 """
 
@@ -17,13 +17,12 @@ import distribute
 import models
 import spaces
 import tools
-from episode_files import OTHERS
-from replay import IMAGE
+from spaces import IMAGE_ONLY, TRANSITION_KEYS
 
 CONTEXT = 5  # images that a prediction sees
 
 
-def preprocess(obs, config, inputs=IMAGE):
+def preprocess(obs, config, inputs=IMAGE_ONLY):
   """Observations as the model sees them.
 
   Args:
@@ -35,7 +34,7 @@ def preprocess(obs, config, inputs=IMAGE):
     Images in [-0.5, 0.5], all vectors as one, float32 `vector` [..., D], and
     action, reward and discount where they are in `obs`.
   """
-  data = {k: tf.convert_to_tensor(obs[k]) for k in OTHERS if k in obs}
+  data = {k: tf.convert_to_tensor(obs[k]) for k in TRANSITION_KEYS if k in obs}
   if 'reward' in data:
     clip = dict(none=lambda x: x, tanh=tf.tanh)[config.clip_rewards]
     data['reward'] = clip(tf.cast(data['reward'], tf.float32))
@@ -69,7 +68,7 @@ class WorldModel:
     networks: {name in checkpoints: Keras layer}, all of them.
   """
 
-  def __init__(self, config, actions, inputs=IMAGE):
+  def __init__(self, config, actions, inputs=IMAGE_ONLY):
     self._c = c = config
     self.inputs = dict(inputs)
     images = [name for name in inputs if spaces.is_image(name)]
@@ -79,8 +78,8 @@ class WorldModel:
     self.dynamics = models.RSSM(
       c.stoch_size, c.deter_size, c.deter_size, c.dense_act, name='dynamics'
     )
-    arm = configs.REPRESENTATIONS[c.representation]
-    self.representation = pkgutil.resolve_name(arm.network)(c, images)
+    method = configs.REPRESENTATIONS[c.representation]
+    self.representation = pkgutil.resolve_name(method.path)(c, images)
     self.heads = self._make_heads()
     self.networks = dict(
       **{_encoder_name(k): v for k, v in self.encoders.items()},
@@ -125,10 +124,11 @@ class WorldModel:
     """Head of discounts, None if they are not predicted."""
     return self.heads.get('pcont')
 
-  def chance(self, feat):
-    """Chance that an episode goes on from states [..., F]: 1 or pcont / gamma.
+  def continuation(self, feat):
+    """Probability that the episode continues after states [..., F].
 
-    What the discount head predicts discounts as well (Appendix A).
+    That is pcont / discount, as the head predicts their product (Appendix A);
+    1 without it.
     """
     if not self.pcont:
       return tf.ones(tf.shape(feat)[:-1])
@@ -140,7 +140,7 @@ class WorldModel:
     return self.heads.get('vector')
 
   def embed(self, data):
-    """Embeddings [..., E] of preprocessed observations, side by side."""
+    """Embeddings [..., embed] of preprocessed observations, side by side."""
     parts = [encoder(data[name]) for name, encoder in self.encoders.items()]
     if len(parts) == 1:
       return parts[0]
@@ -207,17 +207,16 @@ class WorldModel:
     return dict(model=loss), dict(metrics, model_loss=loss), post
 
   def divergence(self, post, prior):
-    """J_D of Eq. 10 in nats: its value, and what is to be small.
-
-    That is J_D, but at least the free nats. With `--kl_balance` b it is b
-    times that as a function of the prior alone, and 1 - b times that as a
-    function of the posterior alone (Hafner et al., 2021, Algorithm 2).
+    """KL divergence of posterior from prior, in nats, for J_D of Eq. 10.
 
     Args:
       post, prior: states {...: [B, T, ...]}.
 
     Returns:
-      Two scalars.
+      (KL for the log, loss), scalars. The loss is max(KL, free nats); with
+      `--kl_balance` b it is b times that with gradients to the prior alone,
+      plus 1 - b times that with gradients to the posterior alone (Hafner et
+      al., 2021, Algorithm 2).
     """
     balance, free = self._c.kl_balance, self._c.free_nats
 

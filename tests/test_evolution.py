@@ -73,14 +73,14 @@ def test_goes_on_from_an_array_as_if_it_had_not_ended(full, population):
       search = Search(SIZE, population, 0.5, seed=1, full=full)
       search.restore(state)
       assert state.shape == (search.length,) and state.dtype == np.float64
-    people, expected = search.ask(), np.array(whole.ask())
+    members, expected = search.ask(), np.array(whole.ask())
     if straight is not search:
-      np.testing.assert_array_equal(people, straight.ask())
-    np.testing.assert_allclose(people, expected, rtol=1e-6, atol=1e-9)
+      np.testing.assert_array_equal(members, straight.ask())
+    np.testing.assert_allclose(members, expected, rtol=1e-6, atol=1e-9)
     assert search.generation == generation == whole.countiter
-    fitness = [ellipsoid(x) for x in people]
+    fitness = [ellipsoid(x) for x in members]
     for each in {search, straight}:
-      each.tell(people, fitness)
+      each.tell(members, fitness)
     whole.tell(list(expected), [-f for f in fitness])
   assert search.std == pytest.approx(np.mean(whole.stds))
 
@@ -192,13 +192,15 @@ def test_temperature_is_a_factor_of_the_noise(tmp_path):
 
 
 def act_out(behavior, rng, episodes, envs=3):
-  """Yields of each episode its weights, its return by them, and `hear`."""
+  """Yields of each episode its weights, its return and its metrics."""
   behavior.before_action(np.ones(envs, bool))
   for _ in range(episodes):
     index = rng.integers(envs)
     acted = behavior._acting.numpy()[index]
     score = sphere(acted)
-    said = behavior.hear(index, dict(reward=np.array([0.5 * score] * 2)))
+    said = behavior.after_episode(
+      index, dict(reward=np.array([0.5 * score] * 2))
+    )
     yield acted, score, said
     behavior.before_action(np.arange(envs) == index)
 
@@ -269,16 +271,16 @@ def test_generations_wait_as_flags_say_and_for_finite_returns(tmp_path):
   behavior = make_agent(tmp_path, **SMALL).behavior
   returns = tf.range(6.0)
 
-  def end(fitness, waits):
-    behavior.before_update(waits)
+  def end(fitness, delayed):
+    behavior.before_update(delayed)
     metrics = behavior.after_update(dict(fitness=fitness))
     return behavior._generations.search.generation, metrics
 
-  generation, metrics = end(returns, waits=True)  # --actor_delay
+  generation, metrics = end(returns, delayed=True)  # --actor_delay
   assert generation == 0 and 'imag_return' not in metrics
-  generation, metrics = end(returns / 0.0, waits=False)
+  generation, metrics = end(returns / 0.0, delayed=False)
   assert generation == 0 and not np.isfinite(metrics['imag_return'])
-  generation, metrics = end(returns, waits=False)
+  generation, metrics = end(returns, delayed=False)
   assert generation == 1 and metrics['imag_return_best'] == 5
 
 

@@ -71,7 +71,7 @@ def make_agent(tmp_path, *flags):
 def pair(tmp_path):
   """An agent that learns, and an actor on a copy of it."""
   source, copy = make_agent(tmp_path), make_agent(tmp_path)
-  actor = free.Actor(copy, source)
+  actor = free.ActingCopy(copy, source)
   actor.prepare(1, seed=0)
   return source, copy, actor
 
@@ -267,7 +267,7 @@ def test_learner_whom_nobody_told_what_the_agent_sees(tmp_path, text):
     (folder / 'config.json').write_text(text)
   run = types.SimpleNamespace(config=cli.AttrDict(logdir=tmp_path))
   with pytest.raises(cli.UserError, match='with --role act first'):
-    training._told_spec(run)
+    training._spec_of_actor(run)
 
 
 def test_no_update_is_due_after_the_end(learner):
@@ -323,7 +323,7 @@ def test_weights_do_not_change_while_an_action_is_found():
       return float(self.weight)
 
   agent, source = Agent(), Agent()
-  actor = free.Actor(agent, source)
+  actor = free.ActingCopy(agent, source)
   actor.take()
   source.weight.assign(1.0)
   with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -346,7 +346,7 @@ def test_actor_that_resumes_makes_the_rest_of_an_evaluation(learner, pair):
   run = run_kinds.ActorRun(run.config, run.team, run.stop, run.logger)
   made = free.ActorProgress(run, free.Follower(source, run, copy))
   made.resume()
-  assert (made._evaluations, made._evaluated()) == (3, 1)
+  assert (made._evaluations, made._take_interrupted()) == (3, 1)
   assert made._should_eval.due(run.steps())
 
 

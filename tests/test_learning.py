@@ -54,7 +54,7 @@ def test_learns_toy_catch(tmp_path):
   random, learned = np.mean(train[:150]), np.mean(train[-50:])
   print(f'random {random:.2f}, learned {learned:.2f}')
   assert -0.5 < random < -0.15
-  assert learned > 0.3
+  assert learned > 0.5
   # Predicted discounts after training: low where an episode ends only.
   config = runfile.load_config(logdir)
   datadir = logdir / 'episodes'
@@ -94,7 +94,7 @@ def test_learns_toy_reach_from_vectors(tmp_path):
 
 
 def test_learns_toy_reach(tmp_path):
-  """Some 1,100 updates, a minute on an idle core, earn 4 times the random.
+  """Some 1,100 updates, a minute on an idle core, earn 2.5 times the random.
 
   Of 50 at most, a random policy gets 9, the best constant action 7, and the
   best policy 47. Returns rise to 40 within 500 steps, at 4,500 to 6,000 of
@@ -109,5 +109,5 @@ def test_learns_toy_reach(tmp_path):
   random, learned = np.mean(train[:50]), np.mean(train[-20:])
   print(f'random {random:.1f}, learned {learned:.1f} of 50')
   assert 5 < random < 12  # the prefill
-  assert learned > 1.5 * random
-  assert np.mean(test[-2:]) > 1.5 * random
+  assert learned > 2.5 * random
+  assert np.mean(test[-2:]) > 2.5 * random

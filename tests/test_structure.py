@@ -38,7 +38,7 @@ def imports(name):
 def named():
   """Modules that a registry names, and nothing imports."""
   arms = [*configs.BEHAVIORS.values(), *configs.REPRESENTATIONS.values()]
-  return {arm.network.partition('.')[0] for arm in arms}
+  return {arm.path.partition('.')[0] for arm in arms}
 
 
 def reached(*names):

@@ -251,10 +251,10 @@ def test_evaluations_do_not_explore(make_learner, tmp_path):
 def test_logged_numbers_are_means_since_the_last_entry(make_learner, tmp_path):
   agent = make_learner(tmp_path)
   for total, updates in ((9.0, 3), (5.0, 1)):
-    agent.unlogged(dict(model_loss=(total, updates)))
+    agent.restore_unlogged(dict(model_loss=(total, updates)))
     agent.finish()
   agent._c.log_scalars = False
-  agent.unlogged(dict(model_loss=(7.0, 1)))
+  agent.restore_unlogged(dict(model_loss=(7.0, 1)))
   agent.finish()
   lines = read_metrics(tmp_path)
   assert [x.get('model_loss') for x in lines] == [3.0, 5.0, None]

@@ -596,9 +596,16 @@ def test_wrong_task(wrong, near):
     assert repr(wrong) in str(caught.value) and near in str(caught.value)
 
 
-def test_right_tasks():
-  for name in suites.task_names():
-    suites.check_task(name)
+@pytest.mark.parametrize(
+  'task',
+  [
+    *PAPER_TASKS,
+    *('toy_reach', 'toy_catch', 'toy_robot', 'atari_pong', 'gym_Any-v0'),
+    'custom_mine',
+  ],
+)
+def test_right_task(task):
+  suites.check_task(task)
 
 
 def test_rendering_is_refused_beside_tensorflow(monkeypatch):
