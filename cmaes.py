@@ -76,9 +76,8 @@ class Search:
 
   def _normal(self, *shape):
     """Noise of this generation."""
-    return np.random.default_rng([self._seed, self.generation]).normal(
-      size=shape
-    )
+    stream = [self._seed, self.generation, 0, 2]  # another than training.STREAM
+    return np.random.default_rng(stream).normal(size=shape)
 
   def ask(self):
     """The population of this generation, float64 [P, n]."""

@@ -14,6 +14,7 @@ import numpy as np
 
 import episode_files
 import replay
+import runfile
 import spaces
 import suites
 import workers
@@ -273,6 +274,19 @@ def summarize_episode(
   images = sorted(filter(spaces.is_image, episode))
   if prefix == 'test' and config.log_images and images:
     logger.video(steps, 'test/policy', episode[images[0]][None, :VIDEO])
+
+
+def log_missing_episode(run):
+  """Logs the newest episode, if a kill came between its file and its line."""
+  again = run.exact and runfile.has_checkpoint(run.config.logdir)
+  if not run.collects or run.team.workers > 1 or again:
+    return
+  names = episode_files.list_episodes(run.datadir)
+  logged, steps = run.logger.steps_of('train/return'), run.steps()
+  if len(logged) == len(names) - 1 and steps not in logged:
+    with np.load(run.datadir / names[-1]) as file:
+      episode = dict(file)
+    summarize_episode(episode, run.config, run.datadir, run.logger, 'train')
 
 
 def describe_behavior(episode, config):

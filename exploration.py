@@ -27,7 +27,7 @@ def amount(config, step, updates, training=True):
   if c.expl_ramp:
     passed = min(1.0, updates / c.expl_ramp)
     return c.expl_amount + passed * (c.expl_min - c.expl_amount)
-  return c.expl_amount
+  return max(c.expl_min, c.expl_amount)
 
 
 def additive_gaussian(action, noise, seed, choices=None):

@@ -362,6 +362,9 @@ class FreeProgress(Progress):
 
   def after_portion(self):
     self._learner.catch_up()
+    self._save_evaluations()
+
+  def _save_evaluations(self):
     self._saved = -math.inf  # so a checkpoint is due after the update under way
 
 
@@ -402,7 +405,7 @@ class ActorProgress(Progress):
     self._learner.step = self._run.steps()
 
   def save(self):
-    pass
+    pass  # metrics.jsonl has the evaluations
 
   def resume(self):
     run = self._run

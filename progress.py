@@ -50,9 +50,13 @@ class Progress:
   def portion(self):
     """What is collected until the next look at evaluations and checkpoints."""
     left = self._c.steps - self._run.collected(self._learner.step)
-    steps = min(self._c.eval_every, left)
+    steps = min(self.steps_to_evaluation(), left)
     share = self._c.action_repeat * self._team.workers
     return dict(steps=math.ceil(steps / share))
+
+  def steps_to_evaluation(self):
+    """Environment steps until evaluations are due again."""
+    return self._should_eval.until(self._learner.step)
 
   def after_portion(self):
     """When a portion was collected; saves, unless nothing has changed."""
@@ -89,7 +93,7 @@ class Progress:
       env: for evaluations, or None where there is none.
     """
     step = self._learner.step
-    if not self._team.chief or not self._should_eval.due(step):
+    if not self._should_eval.due(step):
       return
     if env:
       done = self._take_interrupted()
@@ -100,6 +104,11 @@ class Progress:
     # Not before, or what stops here would skip it. One evaluation of the same
     # weights is enough, however many are due.
     self._should_eval.catch_up(step)
+    if env:  # or a run that is killed later makes these again
+      self._save_evaluations()
+
+  def _save_evaluations(self):
+    self.save()
 
   def _take_interrupted(self):
     """Episodes of an evaluation that an earlier process left; once."""
@@ -124,7 +133,10 @@ class Progress:
       self._go_back()
     if restored and not self._c.offline:  # due since then, though none was made
       self._learner.count_due(min(known, self._learner.step))
-    receive(self._team, self._learner.trackable(), self._c.seed)
+    schedules = dict(should_eval=self._should_eval)
+    receive(
+      self._team, {**self._learner.trackable(), **schedules}, self._c.seed
+    )
     if not restored:
       # From now on, a run without a checkpoint is one that has lost it.
       self.save()

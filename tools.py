@@ -50,6 +50,11 @@ class Every(tf.Module):
     self._last.assign(step if last < 0 else last + self._every)
     return True
 
+  def until(self, step):
+    """Steps from `step`, where no call would be true, to where one would."""
+    last = int(self._last.numpy())
+    return self._every if last < 0 else max(1, last + self._every - step)
+
   def catch_up(self, step):
     """As if it had been called at `step` until it was false."""
     if self.due(step):

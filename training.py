@@ -46,6 +46,9 @@ from progress import make_progress
 # --- Prefill -----------------------------------------------------------------
 
 
+STREAM = 0, 1  # apart from those of the replay, (seed, block, stream)
+
+
 def random_agent(actspace, seed, number=0):
   """A policy that draws actions uniformly, as `simulate` takes it.
 
@@ -59,7 +62,7 @@ def random_agent(actspace, seed, number=0):
   def act(obs, reset, state=None):
     nonlocal number, rng
     if np.any(reset):
-      rng = np.random.default_rng([seed, number])
+      rng = np.random.default_rng([seed, number, *STREAM])
       number += int(np.sum(reset))
     if getattr(actspace, 'discrete', False):
       size = (len(reset), len(actspace.choices))
@@ -371,6 +374,7 @@ def _stop(run, learner, progress):
 def _begin(run, envs, test_env):
   """The agent, with weights of another run if it is to have them; a `Spec`."""
   spec = _prepare(run, envs, test_env)
+  environments.log_missing_episode(run)
   agent = run.make_agent(run.config, spec.actions, run.team, spec.inputs)
   for name, count in agent.count_parameters().items():
     run.say(f'Found {count} {name} parameters.')
@@ -427,11 +431,10 @@ def _learn_beside(run, learner):
 
 def _learn_offline(run, learner, progress, test_env):
   """The loop of Algorithm 1 without collecting: updates on stored episodes."""
-  c = run.config
-  portion = max(1, configs.updates_of(c, c.eval_every))
   while learner.updates < run.total:
     progress.evaluate_if_due(test_env)
-    learner.learn(min(portion, run.total - learner.updates))
+    updates = configs.updates_of(run.config, progress.steps_to_evaluation())
+    learner.learn(min(max(1, updates), run.total - learner.updates))
     progress.save()
   progress.evaluate_if_due(test_env)
 

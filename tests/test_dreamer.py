@@ -613,6 +613,8 @@ def test_exploration_noise(tmp_path):
   assert np.isclose(agent.noise(True), 0.15)
   agent.step.assign(1000)
   assert np.isclose(agent.noise(True), 0.1)
+  agent._c.update(expl_decay=0.0, expl_amount=0.0)
+  assert np.isclose(agent.noise(True), 0.1)
 
 
 @pytest.mark.slow

@@ -124,6 +124,10 @@ def test_exact_resume(tmp_path, whole):
     places = [('at step 500', signal.SIGKILL)]
   for words, number in places:
     run_until(parts, words, number, *EXACT, '--seed=3', task=task)
+    if words == 'at step 200':  # as if it were killed just before this line
+      path = parts / 'metrics.jsonl'
+      lines = path.read_text().splitlines(keepends=True)
+      path.write_text(''.join(lines[:-1]))
   # One that had ended goes on as if it had not, with updates before and after.
   shorter = [x.replace('600', '500') for x in EXACT]
   assert run(parts, *shorter, '--seed=3', task=task).returncode == 0

@@ -611,6 +611,38 @@ def test_action_decoder_gradient_reaches_through_the_sample():
     assert grad is not None and np.any(grad != 0)
 
 
+def test_entropy_of_saturated_actions_is_exact():
+  """Also where float32 rounds the action to 1, and in its gradient.
+
+  With x = mu + sigma * eps of Eq. 3 the entropy is the mean of
+  -ln N(x) + ln(1 - tanh(x)^2); by mu its slope is the mean of -2 tanh(x), by
+  sigma that of 1 / sigma - 2 tanh(x) * eps.
+  """
+  actor = models.ActionDecoder(1, 0, 1, min_std=0.0)
+  shift = np.log(np.expm1(5.0))
+  outputs = [[5 * np.arctanh(0.9), np.log(np.expm1(4.0)) - shift]]
+  outputs = tf.Variable(np.float32(outputs))
+  with tf.GradientTape() as tape:
+    rows = tf.repeat(outputs, 5000, 0)
+    action, drawn = actor.draw(rows, tf.constant([1, 2]))
+    entropy = -tf.reduce_mean(actor.log_prob(rows, drawn))
+  x = drawn.numpy().astype(np.float64)
+  assert 0.1 < (action.numpy() == 1).mean() < 0.3
+  np.testing.assert_allclose(action, np.tanh(x), rtol=1e-5)
+  np.testing.assert_array_equal(
+    action, actor.dist(rows).sample(seed=tf.constant([1, 2]))
+  )
+  density = scipy.stats.norm(4.5, 4.0).logpdf(x)
+  slope = 2 * (np.log(2) - x - np.log1p(np.exp(-2 * x)))
+  np.testing.assert_allclose(entropy, (slope - density).mean(), rtol=1e-4)
+  eps = (x - 4.5) / 4.0
+  by_mean, by_std = -2 * np.tanh(x), 0.25 - 2 * np.tanh(x) * eps
+  # The outputs' slopes: of 5 tanh(y / 5), and of softplus.
+  expected = by_mean.mean() * (1 - 0.9**2), by_std.mean() * (1 - np.exp(-4.0))
+  grad = tape.gradient(entropy, outputs)
+  np.testing.assert_allclose(grad, [expected], rtol=1e-3)
+
+
 def test_action_decoder_samples_differ_across_the_batch():
   actor, _ = make_head(models.ActionDecoder(2, 1, 5, init_std=1.0))
   dist = actor(tf.repeat(normal(1, 4), 50, 0))

@@ -271,6 +271,11 @@ def test_portions_and_pauses_between_checkpoints(make_learner, tmp_path):
   episode = dict(reward=np.zeros(101, np.float32))
   episode_files.save_episodes(tmp_path / 'episodes', [episode])
   assert made.portion() == dict(steps=15)
+  made._should_eval.skip(agent.step - 80)  # when a run resumes between two
+  agent._c.steps += 1000
+  assert made.portion() == dict(steps=10)
+  made._should_eval.skip(agent.step)
+  agent._c.steps -= 1000
   saved = checkpoints.Checkpoints(tmp_path / 'checkpoints')
   made._saved = time.monotonic() - 50
   made.save_if_due()
@@ -303,6 +308,41 @@ def test_updates_that_were_due_before_a_kill_are_made_up_for(
   assert again.step == steps + 50
   due = int(again._pending) + again.count_due(again.step)
   assert due == 3 + 5 * 4  # at first, and after 10, 20, ... steps
+
+
+@pytest.mark.slow
+def test_evaluations_are_not_made_again_after_a_kill(make_learner, tmp_path):
+  changes = dict(task='toy_reach', time_limit=20, parallel='none')
+  agent = make_learner(tmp_path, eval_every=200, **changes)
+  first = progress.Progress(agent._run, agent)
+  first.resume()
+  with environments.running(agent._run) as (_, env):
+    first.evaluate_if_due(env)
+  episode = random_episode(np.random.default_rng(1), 26, 2)
+  episode_files.save_episodes(agent._run.datadir, [episode])
+  agent = make_learner(tmp_path, eval_every=200, **changes)
+  again = progress.Progress(agent._run, agent)
+  again.resume()
+  assert (again._evaluations, again.steps_to_evaluation()) == (1, 150)
+  assert not again._should_eval.due(agent.step)
+
+
+def test_line_of_an_episode_that_a_kill_came_before(make_learner, tmp_path):
+  agent = make_learner(tmp_path)
+  run, rng = agent._run, np.random.default_rng(1)
+  for name in episode_files.list_episodes(run.datadir):
+    (run.datadir / name).unlink()
+
+  def lines():
+    return [x for x in read_metrics(tmp_path) if 'train/return' in x]
+
+  for count in (1, 2):  # each is saved, and its line is not written
+    episode = random_episode(rng, 26, 2)
+    episode_files.save_episodes(run.datadir, [episode])
+    for _ in range(2):
+      environments.log_missing_episode(run)
+    assert [x['step'] for x in lines()] == [50, 100][:count]
+    assert lines()[-1]['train/return'] == pytest.approx(episode['reward'].sum())
 
 
 def test_weights_are_evaluated_once_at_a_step(make_learner, tmp_path):
@@ -367,6 +407,9 @@ def test_random_episodes_differ_and_follow_from_their_number(small):
   actions = draw(0, 3).reshape(3, -1)
   assert len(np.unique(actions)) == actions.size
   np.testing.assert_array_equal(draw(2, 1).ravel(), actions[2])
+  # Nor are they the numbers that choose the windows of batch 2.
+  other = np.random.default_rng([0, 2, 0]).uniform(-1, 1, 2 * len(space.low))
+  assert (draw(2, 1).ravel() != other.astype(np.float32)).all()
 
 
 def returns_of(logdir):
