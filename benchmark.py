@@ -531,7 +531,7 @@ def run(argv):
   args = parse_flags(argv)
   words = [*args.words, *args.extra]
   cli.make_outputs(args.json)
-  with tempfile.TemporaryDirectory() as folder:
+  with cli.file_errors(), tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
     config = commandline.parse_flags([*words, f'--logdir={logdir}'])
     if args.work:

@@ -66,6 +66,7 @@ def main(name, run, argv=None):
     with contextlib.suppress(AttributeError):
       stream.reconfigure(errors='backslashreplace')
   try:
+    _check_folder()
     code = run(sys.argv[1:] if argv is None else argv) or 0
     print(end='', flush=True)
     return code
@@ -87,6 +88,13 @@ def main(name, run, argv=None):
       text = f'{name}: error: cannot write the output: {error.strerror}'
       print(text, file=sys.stderr)
     return 1
+
+
+def _check_folder():
+  try:
+    os.getcwd()
+  except OSError:
+    raise UserError('the current folder is gone: change to another') from None
 
 
 def end_by_sigterm():
@@ -264,7 +272,8 @@ def file_errors():
   except BrokenPipeError:
     raise
   except OSError as error:
-    raise UserError(f'cannot read or write: {error}') from None
+    kind = Failure if error.errno == errno.ENOSPC else UserError
+    raise kind(f'cannot read or write: {error}') from None
 
 
 def remove_temporary_files(directory):

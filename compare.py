@@ -24,11 +24,13 @@ import math
 import pathlib
 import sys
 
-import numpy as np
-from scipy import stats
+import cli
+
+with cli.interruptible():
+  import numpy as np
+  from scipy import stats
 
 import arguments
-import cli
 import run_folders
 from cli import UserError
 
@@ -368,7 +370,8 @@ def plot(groups, paper, outdir, xaxis, yaxis, bins):
   _add_legend(figure, panels[: len(tasks)], max(1, int(1.6 * columns)))
   paths = [outdir / 'curves.png', outdir / 'curves.pdf']
   for path in paths:
-    figure.savefig(path, dpi=100)
+    with cli.atomic_write(path) as file:
+      figure.savefig(file, dpi=100, format=path.suffix[1:])
   return paths
 
 

@@ -401,14 +401,18 @@ def _wait_for_peers(index, addresses):
 
   Raises:
     OSError: this process cannot listen at its own.
+    UserError: another's address is that of this process.
   """
   missing = dict.fromkeys(addresses[:index] + addresses[index + 1 :])
   port, said = int(addresses[index].rpartition(':')[2]), time.monotonic()
   both = socket.has_dualstack_ipv6()  # IPv4 and IPv6
   family = socket.AF_INET6 if both else socket.AF_INET
-  with socket.create_server(('', port), family=family, dualstack_ipv6=both):
+  with socket.create_server(
+    ('', port), family=family, dualstack_ipv6=both
+  ) as server:
+    server.setblocking(False)
     while missing:
-      missing = {k: why for k in missing if (why := _silence(k))}
+      missing = {k: why for k in missing if (why := _silence(k, server))}
       if missing and time.monotonic() > said + 10:
         said = math.inf
         peers = ', '.join(f'{k} ({why})' for k, why in missing.items())
@@ -416,18 +420,38 @@ def _wait_for_peers(index, addresses):
       time.sleep(0.2)
 
 
-def _silence(address):
+def _silence(address, server):
   """Why nobody answers at an address; '' where somebody does.
 
   A connection to a free port of this host may be one with itself.
+
+  Raises:
+    UserError: it is `server`, the socket of this process, that answers.
   """
   host, _, port = address.rpartition(':')
   try:
     with socket.create_connection((host.strip('[]'), int(port)), 2) as found:
       itself = found.getsockname() == found.getpeername()
+      own = found.getsockname()[:2] in _callers(server)
   except OSError as error:
     return error.strerror or str(error)
+  if own and not itself:
+    raise UserError(
+      f'{address} in TF_CONFIG is another process, and this one answers there: '
+      'give each its own index, and the address of its host'
+    )
   return 'Connection refused' if itself else ''
+
+
+def _callers(server):
+  """Addresses that have connected to a socket since the last look."""
+  callers = set()
+  with contextlib.suppress(BlockingIOError):
+    while True:
+      found, (host, port, *_) = server.accept()
+      found.close()
+      callers.add((host.removeprefix('::ffff:'), port))
+  return callers
 
 
 def _read_cluster():
@@ -444,12 +468,16 @@ def _read_cluster():
       for k in ('chief', 'worker')
       for i, address in enumerate(_addresses(cluster, k))
     }
-    return [*members].index((kind, index)), [*members.values()]
+    index, addresses = [*members].index((kind, index)), [*members.values()]
   except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
     raise UserError(
       f'TF_CONFIG is not a cluster and a task of type chief or worker in it: '
       f'{text[:200]}'
     ) from None
+  for address in addresses:
+    if addresses.count(address) > 1:
+      raise UserError(f'TF_CONFIG gives the address {address} to two processes')
+  return index, addresses
 
 
 def _addresses(cluster, kind):

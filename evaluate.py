@@ -18,6 +18,7 @@ this evaluation, which no model was trained on.
 """
 
 import functools
+import io
 import sys
 
 import quiet  # noqa: F401  (before TensorFlow)
@@ -179,11 +180,12 @@ def write_videos(agent, recorder, outdir):
       return
   for name, picture in logger.curve_pictures(world, batch):
     path = outdir / f'prediction{f"_{name}" if world.vector else ""}.png'
-    path.write_bytes(imageio.imwrite('<bytes>', picture, extension='.png'))
-    _wrote(path)
+    _write(path, imageio.imwrite('<bytes>', picture, extension='.png'))
 
 
-def _wrote(path):
+def _write(path, data):
+  with cli.atomic_write(path) as file:
+    file.write(data)
   print(f'Wrote {path}.')
 
 
@@ -200,14 +202,12 @@ def side_by_side(videos):
 def write_video(path, frames):
   """Writes uint8 [T, H, W, 3] as .gif, and as .mp4 where there is ffmpeg."""
   gif, mp4 = path.with_suffix('.gif'), path.with_suffix('.mp4')
-  gif.write_bytes(logger.encode_gif(frames, FPS))
-  _wrote(gif)
+  _write(gif, logger.encode_gif(frames, FPS))
   if not media.has_ffmpeg():
     print(f'No {mp4}: pip install imageio-ffmpeg, with an ffmpeg that runs.')
     return
   try:
-    mp4.write_bytes(media.encode_mp4(frames, fps=FPS))
-    _wrote(mp4)
+    _write(mp4, media.encode_mp4(frames, fps=FPS))
   except ValueError as error:
     print(f'No {mp4}: {error}.')
 
@@ -236,8 +236,9 @@ def write_strips(path, video):
     for label in panel.get_yticklabels():
       label.set_va('center')
   figure.supxlabel(f'agent steps; images before {CONTEXT} are context')
-  figure.savefig(path, dpi=100)
-  _wrote(path)
+  data = io.BytesIO()
+  figure.savefig(data, dpi=100)
+  _write(path, data.getvalue())
 
 
 # --- The command ------------------------------------------------------------
@@ -272,7 +273,7 @@ def run(argv):
   with cli.file_errors():
     if args.export:
       library.export(library.load_dreamer(config, dreamer.Dreamer), args.export)
-      _wrote(args.export)
+      print(f'Wrote {args.export}.')
       return
     evaluate(config, args.episodes, args.outdir, args.json)
 

@@ -84,6 +84,7 @@ class GymEnv:
 
   Attributes:
     about: what the agent sees, and what else there is, a list of sentences.
+    longest: steps of its longest episodes, where they are known, else None.
 
   Raises:
     TaskError: not registered, wrong arguments, no such observation, no images
@@ -108,6 +109,11 @@ class GymEnv:
     else:
       draws = spaces.names_image(wanted)
       self._env, self._limit = make(name, args or {}, draws)
+    declared = getattr(
+      getattr(self._env, 'spec', None), 'max_episode_steps', None
+    )
+    given = (args or {}).get('max_episode_steps')
+    self.longest = given or self._limit or declared
     self._plain_render = self._bytes = False
     self._seeding = _seeding(self._env)
     parts = _flatten(self._env.observation_space)

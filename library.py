@@ -8,6 +8,7 @@
 Letters in shapes: E environments, A action, H steps of imagination.
 """
 
+import importlib.util
 import keyword
 import pathlib
 import re
@@ -95,8 +96,8 @@ class Policy(tf.Module):
       world.dynamics.imagine(actions, latent, steps)
     )
     predictions = {k: head(feat).mean() for k, head in world.heads.items()}
-    if 'pcont' in predictions:
-      predictions['discount'] = predictions.pop('pcont')
+    if predictions.pop('pcont', None) is not None:
+      predictions['discount'] = world.continuation(feat)
     for name, decoder in world.representation.decoders.items():
       predictions[name] = decoder(feat).mean() + 0.5
     return predictions
@@ -170,8 +171,9 @@ class Agent:
       actions: [H, A] or [E, H, A], as `act` gives them.
 
     Returns:
-      {name: array [H, ...] or [E, H, ...]}: `reward`; `discount` where the run
-      predicts it; images uint8; vectors by their names, float32.
+      {name: array [H, ...] or [E, H, ...]}: `reward`; `discount`, the
+      probability that the episode continues, where the run predicts it; images
+      uint8; vectors by their names, float32.
     """
     actions = np.asarray(actions, np.float32)
     wanted = self.action_space.shape[0]
@@ -291,12 +293,37 @@ class Agent:
     return parts
 
 
+def check_modules():
+  """UserError where a module of the user's has taken the place of one of ours.
+
+  The folder of the user's script comes first in `sys.path`.
+  """
+  folder = pathlib.Path(__file__).parent
+  choices = [*configs.BEHAVIORS.values(), *configs.REPRESENTATIONS.values()]
+  todo = ['dreamer', *(choice.path.partition('.')[0] for choice in choices)]
+  seen = set()
+  while todo:
+    name = todo.pop()
+    ours = folder / f'{name}.py'
+    if name in seen or not ours.exists():
+      continue
+    seen.add(name)
+    found = importlib.util.find_spec(name)
+    if not found or not found.origin or not ours.samefile(found.origin):
+      raise UserError(
+        f'{(found and found.origin) or name} has the name of a module of this '
+        'library: rename it (in scripts that import dreamer)'
+      )
+    todo += re.findall(r'^ *(?:import|from) (\w+)', ours.read_text(), re.M)
+
+
 def load(logdir, make_agent):
   """The agent of a run, or of a folder of scores/trained.
 
   Raises:
     UserError: there is none, or it is of other code.
   """
+  check_modules()
   logdir = pathlib.Path(logdir).expanduser()  # as in every flag
   config = runfile.load_config(logdir)
   training.setup_gpus(config)
@@ -331,6 +358,7 @@ def load_dreamer(config, make_agent, env=None):
 
 def train(make_env, logdir, make_agent, **flags):
   """Trains on environments that a function makes; see `dreamer.train`."""
+  check_modules()
   name = re.sub(r'\W+', '', getattr(make_env, '__name__', 'env'))
   flags = {'task': f'custom_{name}', **flags, 'logdir': logdir}
   flags = {k: v for k, v in flags.items() if v is not None}

@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -113,7 +114,7 @@ def _read_gif(data):
   for image in itertools.islice(images, FRAMES):
     frames.append(np.asarray(image.convert('RGB')))
     times.append(image.info.get('duration') or 50)  # milliseconds
-  unit = min(times)
+  unit = math.gcd(*map(round, times))
   counts = [min(round(time / unit), FRAMES) for time in times]
   index = np.repeat(np.arange(len(frames)), counts)[:FRAMES]
   return np.stack(frames)[index], min(max(1000 / unit, 1), 60)

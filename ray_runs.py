@@ -17,7 +17,7 @@ import sys
 import time
 
 from cli import UserError
-from ray_workers import reach
+from ray_workers import reach, start_ray
 
 ROOT = pathlib.Path(__file__).resolve().parent
 FINISHED = 'sweep.json'  # in a logdir: the step at which its run finished
@@ -122,15 +122,12 @@ def import_ray():
 
 def connect(ray, address):
   """Joins the cluster at an address, or starts one here."""
-  quiet = dict(log_to_driver=False, logging_level='ERROR')
-  if not address:
-    quiet.update(address='local', include_dashboard=False)
-    quiet.update(object_store_memory=2**27, _node_ip_address='127.0.0.1')
-  else:
-    quiet.update(address=address)
   try:
     reach(address or '')
-    ray.init(**quiet)
+    where = address or start_ray(
+      object_store_memory=2**27, _node_ip_address='127.0.0.1'
+    )
+    ray.init(where, log_to_driver=False, logging_level='ERROR')
   except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
     error = getattr(error, 'strerror', None) or str(error).strip()
     first = error.partition('\n')[0]

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import logging
 import math
 import os
@@ -438,13 +439,13 @@ def _is_own_ray(ray):
 
 # Ends with the trainer, however that ends, because its input does.
 _RAY_CODE = """
-import shutil, sys, tempfile
+import json, shutil, sys, tempfile
 import ray
 folder = tempfile.mkdtemp(prefix='ray-', dir='/tmp')
 try:
   ray.init(
-    'local', num_cpus=0, num_gpus=0, include_dashboard=False,
-    object_store_memory=100 * 2**20, log_to_driver=False, _temp_dir=folder,
+    'local', include_dashboard=False, log_to_driver=False, _temp_dir=folder,
+    **json.loads(sys.argv[1]),
   )
   print('address', ray.get_runtime_context().gcs_address, flush=True)
   sys.stdin.read()
@@ -456,10 +457,18 @@ finally:
 
 @functools.cache
 def _own_ray():
+  """The address of a Ray for environments alone, which need no CPUs of it."""
+  return start_ray(num_cpus=0, num_gpus=0, object_store_memory=100 * 2**20)
+
+
+def start_ray(**options):
   """Starts a Ray on this host, for this process alone; returns its address.
 
   It lives in a session of its own: Ctrl-C in a terminal, or a signal to all
   processes of a job, is for the trainer, which ends Ray when it has saved.
+
+  Args:
+    **options: of `ray.init`.
   """
   log = tempfile.TemporaryFile()
   # Ray reads these when it is imported, here and there. The token keeps other
@@ -475,7 +484,7 @@ def _own_ray():
       Config.initialize('')
       AuthenticationTokenLoader.instance().reset_cache()
   keeper = subprocess.Popen(
-    [sys.executable, '-c', _RAY_CODE],
+    [sys.executable, '-c', _RAY_CODE, json.dumps(options)],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=log,

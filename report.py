@@ -29,17 +29,19 @@ import re
 import sys
 import time
 
-import jinja2
-import markupsafe
-
-import arguments
-import charts
 import cli
-import compare
-import media
-import panels
-import run_folders
-import run_origins
+
+with cli.interruptible():
+  import jinja2
+  import markupsafe
+
+  import arguments
+  import charts
+  import compare
+  import media
+  import panels
+  import run_folders
+  import run_origins
 from cli import UserError
 
 RECORD = 'report.json'  # by which a folder is known to be of this program

@@ -120,6 +120,7 @@ def random_return(reader, runs, origins):
     prefill = about.flags.get('prefill')
     clipped = about.flags.get('clip_rewards') != 'none'
     if isinstance(prefill, (int, float)) and not clipped:
-      train = reader.of(run, 'train/return')
-      returns += train.scores[train.steps <= prefill].tolist()
+      train, learned = (reader.of(run, k) for k in ('train/return', 'updates'))
+      first = learned.steps[learned.scores > 0].min(initial=prefill)
+      returns += train.scores[train.steps <= first].tolist()
   return float(np.mean(returns)) if returns else None

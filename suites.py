@@ -156,6 +156,9 @@ def _gym(name, opts):
       record=opts.record,
       function=opts.function,
     )
+  if isinstance(env.longest, int) and env.longest > opts.time_limit:
+    cut = f'Episodes are cut after {opts.time_limit} of {env.longest} steps'
+    env.about = [*env.about, f'{cut} (--time_limit).']
   return wrappers.ActionRepeat(env, opts.action_repeat)
 
 

@@ -277,7 +277,10 @@ class Board:
     self._said = {}
     self._seen = {}  # states
     self._live = None
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and os.environ.get('TERM') not in (
+      'dumb',
+      'unknown',
+    ):
       from rich import live
 
       self._live = live.Live(auto_refresh=False)
@@ -365,9 +368,10 @@ def parse_flags(argv):
     usage='%(prog)s --tasks TASKS --logdir LOGDIR [...] [-- FLAGS]',
   )
   flag, text = parser.flag, arguments.Text()
-  flag('--tasks', text, help='sets and names, by commas', required=True)
+  names = arguments.Names()
+  flag('--tasks', names, help='sets and names, by commas', required=True)
   methods = f"of {', '.join(METHODS)}; by commas (dreamer, or the figure's)"
-  flag('--methods', text, help=methods)
+  flag('--methods', names, help=methods)
   flag('--seeds', arguments.Whole(1, 10_000), 5, 'how many: 0, 1, ... (5)')
   flag('--logdir', arguments.Path(), help='on shared storage', required=True)
   address = 'of a Ray cluster: auto, or host:port (a local one)'

@@ -180,6 +180,20 @@ with cli.interruptible():
   assert (process.returncode, error) == (-signal.SIGINT, b'')
 
 
+def test_a_folder_that_is_gone(tmp_path):
+  folder = tmp_path / 'gone'
+  folder.mkdir()
+  script = (
+    f'rmdir {folder} && exec {sys.executable} {ROOT}/compare.py --indir x'
+  )
+  done = subprocess.run(
+    ['sh', '-c', script], cwd=folder, capture_output=True, text=True
+  )
+  assert done.returncode == 2
+  assert done.stderr.endswith('the current folder is gone: change to another\n')
+  assert 'Traceback' not in done.stderr
+
+
 def test_collector_leaves_out_what_imports_made():
   import quiet  # noqa: F401
 

@@ -260,6 +260,7 @@ def test_batch_goes_to_replicas_by_rows():
     (dict(worker=['a:1', 'b:99999']), 'is not a cluster'),
     ('{"cluster": {}, "task": {"type": "", "index": 1e999}}', 'is not a'),
     (dict(ps=['a:1', 'b:2']), 'is not a cluster'),
+    (dict(worker=['a:1', 'b:2', 'a:1']), 'gives the address a:1 to two'),
   ],
 )
 def test_unusable_cluster(monkeypatch, config, message):
@@ -271,6 +272,15 @@ def test_unusable_cluster(monkeypatch, config, message):
     monkeypatch.setenv('TF_CONFIG', config)
   with pytest.raises(cli.UserError, match=message):
     distribute.make_team('multiworker', 4)
+
+
+@pytest.mark.parametrize('host', ['localhost', '127.0.0.2'])
+def test_a_process_that_has_the_index_of_another(host):
+  """It would wait for itself, and TensorFlow would not heed a signal."""
+  (port,) = free_ports(1)
+  mine, other = f'127.0.0.1:{port}', f'{host}:{port}'
+  with pytest.raises(cli.UserError, match=f'{other} in TF_CONFIG is another'):
+    distribute._wait_for_peers(0, [mine, other])
 
 
 def test_cluster_numbers_the_chief_first(monkeypatch):

@@ -18,6 +18,7 @@ import soak
 import tensorflow as tf
 
 import checkpoints
+import cli
 import evaluate
 import runfile
 
@@ -368,6 +369,14 @@ def test_export_to_a_full_disk(small_disk, capsys):
     assert evaluate.main([*words, f'--export={target}']) == 0
     names = {path.name for path in target.iterdir()}
     assert {'agent.json', 'saved_model.pb', 'variables'} <= names
+
+
+def test_picture_on_a_full_disk(small_disk):
+  path = small_disk / 'behavior.gif'
+  full = pytest.raises(cli.Failure, match=f'No space left.*{path}')
+  with full as caught, cli.file_errors():
+    evaluate._write(path, bytes(2**24))
+  assert caught.value.code == 1 and not list(small_disk.iterdir())
 
 
 def test_checkpoint_on_a_full_disk(small_disk):

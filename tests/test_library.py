@@ -629,6 +629,20 @@ def test_an_export_replaces_nothing_but_an_export(runs, tmp_path, capsys):
     assert (tmp_path / name / 'mine').read_text() == 'mine'
 
 
+@pytest.mark.parametrize('name', ['models', 'behaviors'])
+def test_a_module_with_a_name_of_ours(name, tmp_path):
+  (tmp_path / f'{name}.py').write_text('X = 1')
+  (tmp_path / 'go.py').write_text("import dreamer\ndreamer.load('run')")
+  done = subprocess.run(
+    [sys.executable, 'go.py'],
+    cwd=tmp_path,
+    env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    capture_output=True,
+    text=True,
+  )
+  assert f'{name}.py has the name of a module of this library' in done.stderr
+
+
 # --- The page ---------------------------------------------------------------
 
 

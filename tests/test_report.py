@@ -405,6 +405,21 @@ def test_random_actions_of_long_runs(tmp_path):
   assert run_origins.random_return(reader, [run], origins) == 40.0
 
 
+def test_random_actions_end_where_learning_begins(tmp_path):
+  """Before the steps of --prefill, with environments that drop the last."""
+  flags = dict(prefill=5000, clip_rewards='none')
+  folder = write_run(tmp_path / 'run', WALK, 0, [(1000, 1.0)], **flags)
+  with (folder / 'metrics.jsonl').open('w') as file:
+    for step in range(1000, 9000, 1000):
+      score = 40.0 if step <= 4000 else 900.0
+      file.write(f'{{"step": {step}, "train/return": {score}}}\n')
+      file.write(f'{{"step": {step}, "updates": {max(0, step - 3000)}}}\n')
+  reader = panels.Reader()
+  (run,) = run_folders.find_runs([tmp_path], read=reader)
+  origins = [run_origins.origin(run)]
+  assert run_origins.random_return(reader, [run], origins) == 40.0
+
+
 def test_the_last_step_of_a_run_is_in_the_last_bin(tmp_path):
   # 31000 / 30 is rounded so that the last of 31 edges is below 31000.
   write_run(tmp_path / 'a', WALK, 0, [(10_000, 1.0), (31_000, 5.0)])
@@ -684,6 +699,14 @@ def test_videos_of_odd_size_lose_a_row(caplog):
 def test_a_program_that_does_not_run(monkeypatch, program):
   monkeypatch.setenv('IMAGEIO_FFMPEG_EXE', program)
   assert not media.has_ffmpeg.__wrapped__()
+
+
+def test_gifs_keep_their_length_where_no_image_is_shown_once():
+  shown = np.repeat(np.arange(40), [2, 3] * 20)
+  frames = np.zeros((100, 64, 64, 3), np.uint8) + shown[:, None, None, None]
+  data = logger.encode_gif((5 * frames).astype(np.uint8), 20)
+  read, fps = media.read(data, '.gif')
+  assert (len(read), fps) == (100, 20)
 
 
 @pytest.mark.parametrize('still', [0, 30])

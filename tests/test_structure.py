@@ -13,7 +13,7 @@ import configs
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = {p.stem: p for p in ROOT.glob('*.py') if p.stem != 'setup'}
 # What may be imported inside a function: packages that are optional or slow to
-# load, and `quiet`, which loads TensorFlow with its messages off.
+# load.
 OPTIONAL = {
   *('ray', 'rich', 'gym', 'ale_py', 'deepmind_lab', 'dm_control'),
   *('cma', 'matplotlib', 'OpenGL', 'ray_workers', 'imageio_ffmpeg'),
@@ -22,17 +22,21 @@ OPTIONAL = {
 
 def imports(name):
   """Names of modules imported by a file: at its top, and in functions."""
-  top, inner = set(), set()
-  for node in ast.walk(ast.parse(MODULES[name].read_text())):
+  tree = ast.parse(MODULES[name].read_text())
+  functions = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)]
+  inner = set().union(*map(imported, functions))
+  return imported(tree) - inner, inner
+
+
+def imported(tree):
+  """Names of modules imported anywhere in a piece of code."""
+  names = set()
+  for node in ast.walk(tree):
     if isinstance(node, ast.Import):
-      names = [x.name for x in node.names]
+      names |= {x.name for x in node.names}
     elif isinstance(node, ast.ImportFrom):
-      names = [node.module]
-    else:
-      continue
-    names = {x.partition('.')[0] for x in names}
-    (inner if node.col_offset else top).update(names)
-  return top, inner
+      names.add(node.module)
+  return {x.partition('.')[0] for x in names}
 
 
 def named():
@@ -57,7 +61,7 @@ def test_imports_go_one_way():
   assert order.index('cli') < order.index('training') < order.index('dreamer')
 
 
-@pytest.mark.parametrize('name', sorted(MODULES.keys() - {'quiet'}))
+@pytest.mark.parametrize('name', sorted(MODULES))
 def test_functions_import_only_what_is_optional(name):
   # ray_workers holds functions that run on other hosts, without this project.
   standard = sys.stdlib_module_names if name == 'ray_workers' else set()

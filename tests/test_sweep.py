@@ -169,7 +169,7 @@ def test_nothing_is_lost_or_left_however_it_ends(tmp_path):
   runs = [f'toy_reach/dreamer/{seed}' for seed in range(3)]
   with Command(logdir, *words, steps=ENDLESS) as command:
     command.wait_for_checkpoint(*runs[:2])
-    os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(command.process.pid, signal.SIGTERM)  # as a job's end does
     assert command.wait() == 130
     assert 'Stopping: runs save' in command.out
     assert command.out.endswith('Stopped. The same command goes on.\n')
@@ -380,10 +380,10 @@ REACH = ('--tasks', 'toy_reach')
     ((), '--tasks'),
     (('--tasks', 'toy_rech'), 'did you mean toy_reach'),
     (('--tasks', 'dmc2'), 'did you mean dmc20?'),
-    (('--tasks', 'toy_reach,'), "''"),
+    (('--tasks', 'toy_reach,'), 'names, with commas between them'),
     (('--tasks', 'custom_mine'), 'custom_mine is made by a function'),
     ((*REACH, '--methods', 'dremer'), 'did you mean dreamer'),
-    ((*REACH, '--methods', ''), "there is no ''"),
+    ((*REACH, '--methods', ''), 'names, with commas between them'),
     (('--tasks', 'figure8', '--methods', 'planet'), 'figure8 has none of them'),
     ((*REACH, '--seeds', '0'), '--seeds takes a whole number from 1'),
     ((*REACH, '--seeds', 'x'), '--seeds'),

@@ -967,6 +967,11 @@ def test_another_limit_than_the_registered_one(steps):
     ends = [env.step(np.zeros(2, np.float32))[2:] for _ in range(expected)]
     assert [done for done, _ in ends] == [False] * (expected - 1) + [True]
     assert ends[-1][1]['discount'] == 1
+    assert not any('cut after' in line for line in env.about)
+    short = suites.make_task(task, 1, 3, args=args).about
+    assert (
+      f'Episodes are cut after 3 of {expected} steps (--time_limit).' in short
+    )
 
 
 class Broken(Base):
