@@ -221,7 +221,7 @@ def atomic_write(path):
     finally:
       os.close(folder)
   except OSError as error:  # such as a full disk
-    error.filename = error.filename or str(path)
+    error.filename, error.filename2 = str(path), None
     raise
   finally:
     temporary.unlink(missing_ok=True)

@@ -60,7 +60,7 @@ def test_finds_the_optimum(fitness, full, generations):
 @pytest.mark.parametrize('population', [4, 12])
 def test_goes_on_from_an_array_as_if_it_had_not_ended(full, population):
   def noise(*shape):
-    return np.random.default_rng([1, whole.countiter]).normal(size=shape)
+    return np.random.default_rng([1, whole.countiter, 0, 2]).normal(size=shape)
 
   search = Search(SIZE, population, 0.5, seed=1, full=full)
   options = dict(search.options(), randn=noise)
