@@ -189,8 +189,7 @@ class Team:
     """A seed of this process's own; the chief's is `seed` itself."""
     if self.chief:
       return seed
-    stream = np.random.SeedSequence([seed, self.index, 0, 3])
-    return int(stream.generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, self.index]).generate_state(1)[0])
 
   def scope(self):
     """Where variables are made, one copy for each replica."""

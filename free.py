@@ -362,9 +362,9 @@ class FreeProgress(Progress):
 
   def after_portion(self):
     self._learner.catch_up()
-    self._save_evaluations()
+    self._save_soon()
 
-  def _save_evaluations(self):
+  def _save_soon(self):
     self._saved = -math.inf  # so a checkpoint is due after the update under way
 
 

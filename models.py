@@ -378,14 +378,19 @@ class ActionDecoder(keras.layers.Layer):
       action = self.dist(x).sample(seed=seed)
       return action, action
     before = self._gaussian(x).sample(seed=seed)
-    return tf.tanh(before), before
+    return tf.tanh(before), before  # Eq. 3
 
   def log_prob(self, x, drawn):
-    """Of the second result of `draw`, for outputs [..., size]: [...]."""
+    """Log-probability of actions, in nats [...], float32.
+
+    Args:
+      x: outputs [..., size].
+      drawn: second result of `draw`, [..., A].
+    """
     if self._dist == 'onehot':
       return self.dist(x).log_prob(drawn)
-    slope = tools.TanhBijector().forward_log_det_jacobian(drawn)
-    return tf.reduce_sum(self._gaussian(x).log_prob(drawn) - slope, -1)
+    log_slope = tools.TanhBijector().forward_log_det_jacobian(drawn)
+    return tf.reduce_sum(self._gaussian(x).log_prob(drawn) - log_slope, -1)
 
 
 class StateModel(keras.layers.Layer):

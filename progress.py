@@ -105,9 +105,10 @@ class Progress:
     # weights is enough, however many are due.
     self._should_eval.catch_up(step)
     if env:  # or a run that is killed later makes these again
-      self._save_evaluations()
+      self._save_soon()
 
-  def _save_evaluations(self):
+  def _save_soon(self):
+    """At once, unless updates go on in another thread."""
     self.save()
 
   def _take_interrupted(self):

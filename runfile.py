@@ -40,7 +40,7 @@ def check_logdir(config):
   """
   logdir, path = config.logdir, config.logdir / 'config.json'
   if not path.exists():
-    if has_data(logdir) and has_checkpoint(logdir):
+    if has_checkpoint(logdir):
       cli.warn(f'{path} is gone; going on with the flags given')
     else:
       _check_others(logdir)

@@ -51,7 +51,7 @@ class Every(tf.Module):
     return True
 
   def until(self, step):
-    """Steps from `step`, where no call would be true, to where one would."""
+    """Steps from `step`, after a call there, until one is true; 1 or more."""
     last = int(self._last.numpy())
     return self._every if last < 0 else max(1, last + self._every - step)
 

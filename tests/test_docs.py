@@ -67,6 +67,19 @@ def test_marked_commands_are_one_line(marker, end):
   assert command.startswith('P="libegl1') and command.endswith(end)
 
 
+def test_the_quick_start_installs_what_the_command_does():
+  start, command = (
+    part.partition('```bash\n')[2].partition('```')[0]
+    for part in README.read_text()
+    .split('## Quick start')[1]
+    .split('<!-- run command -->')
+  )
+  packages = re.search(r'P="([^"]*)"', command)[1]
+  assert f'apt-get install -y {packages}\n' in start
+  for step in re.findall(r'"\$VENV/bin/pip" (install [^&]*?) &&', command):
+    assert f'pip {step}' in start
+
+
 def defined(path):
   """Names that a file defines: functions, classes and their methods, tables."""
   names = set()

@@ -736,6 +736,17 @@ def test_stills_of_all_kinds(image, color):
   assert (still == color).all()
 
 
+def test_a_gif_in_hundredths_of_a_second_keeps_its_images():
+  """33 ms are not among them; ten would be their common part."""
+  images = [PIL.Image.new('L', (64, 64), 20 * n) for n in range(9)]
+  data, times = io.BytesIO(), [30, 30, 40] * 3
+  images[0].save(
+    data, 'gif', save_all=True, append_images=images[1:], duration=times
+  )
+  frames, fps = media.read(data.getvalue(), '.gif')
+  assert (len(frames), round(fps)) == (9, 33)
+
+
 def test_a_long_pause_in_a_gif_takes_no_memory():
   black, gray = (np.full((64, 64), n, np.uint8) for n in (0, 99))
   images = [PIL.Image.fromarray(x) for x in (black, gray)]
