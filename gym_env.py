@@ -21,8 +21,8 @@ import typing
 
 import numpy as np
 
+import opengl
 import spaces
-import wrappers
 from cli import UserError, nearest
 from spaces import gym
 from worker_calls import TaskError
@@ -266,7 +266,7 @@ class GymEnv:
   def _drawing(self, source):
     """Turns what is wrong with the first image into a TaskError."""
     try:
-      with wrappers.graphics_errors():
+      with opengl.graphics_errors():
         yield
     except UserError:
       raise

@@ -8,6 +8,10 @@ else. No TensorFlow.
 import dataclasses
 import typing
 
+import atari_env
+import dmc_env
+import lab_env
+import opengl
 import spaces
 import toys
 import workers
@@ -113,7 +117,7 @@ class Suite(typing.NamedTuple):
 
 def _dmc(name, opts):
   record = f'{opts.record},state' if opts.record else 'state'
-  env = wrappers.DeepMindControl(
+  env = dmc_env.DeepMindControl(
     name,
     cameras=opts.cameras,
     seed=opts.seed,
@@ -125,7 +129,7 @@ def _dmc(name, opts):
 
 
 def _atari(name, opts):
-  return wrappers.Atari(
+  return atari_env.Atari(
     name,
     opts.action_repeat,
     life_done=not opts.test,
@@ -136,7 +140,7 @@ def _atari(name, opts):
 
 
 def _lab(name, opts):
-  return wrappers.DeepMindLab(
+  return lab_env.DeepMindLab(
     name,
     opts.action_repeat,
     seed=opts.seed,
@@ -147,7 +151,7 @@ def _lab(name, opts):
 
 
 def _gym(name, opts):
-  with wrappers.graphics_errors():
+  with opengl.graphics_errors():
     env = GymEnv(
       name,
       seed=opts.seed,
@@ -177,13 +181,13 @@ SUITES = dict(
   dmc=Suite(
     _dmc,
     'dmc_<domain>_<task>',
-    names=lambda: list(wrappers.DMC_TASKS),
+    names=lambda: list(dmc_env.DMC_TASKS),
     renders=True,
   ),
   atari=Suite(
     _atari,
     'atari_<game>',
-    names=wrappers.atari_games,
+    names=atari_env.atari_games,
     defaults={'': DISCRETE},
   ),
   dmlab=Suite(
@@ -191,7 +195,7 @@ SUITES = dict(
     'dmlab_<level>',
     defaults={'': DISCRETE},
     renders=True,
-    require=wrappers.require_lab,
+    require=lab_env.require_lab,
   ),
   gym=Suite(
     _gym,
@@ -292,7 +296,7 @@ def check_parallel(task, strategy, inputs='image'):
   suite, _ = find(task)
   renders = suite.renders and spaces.names_image(inputs)
   if strategy in ('thread', 'none') and renders:
-    wrappers.refuse_tensorflow(task)
+    opengl.refuse_tensorflow(task)
 
 
 # --- Environments by name ---------------------------------------------------

@@ -10,7 +10,7 @@ import signal
 import traceback
 import typing
 
-from cli import Failure, UserError
+from cli import Failure, UserError, nearest
 
 
 class TaskError(UserError):
@@ -47,6 +47,13 @@ class WorkersLost(WorkerLost):
 
 
 ERRORS = (TaskError, RenderError, WorkerLost, WorkerError)
+
+
+def check_name(name, names, prefix):
+  """Raises TaskError, with the nearest tasks, unless `name` is in `names`."""
+  if name not in names:
+    task, tasks = f'{prefix}{name}', [f'{prefix}{n}' for n in names]
+    raise TaskError(f'There is no task {task!r}{nearest(task, tasks)}')
 
 
 def fail(error):

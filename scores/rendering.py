@@ -20,15 +20,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import arguments
 import cli
+import dmc_env
 import suites
 import workers
-import wrappers
 
 TASKS = 'walker_walk', 'cheetah_run', 'cartpole_swingup', 'ball_in_cup_catch'
 TASKS = *TASKS, 'quadruped_walk'
 # What differs from the suite; `materials` is of the model, the rest of its
 # quality.
-LOW = wrappers.LOW_DETAIL
+LOW = dmc_env.LOW_DETAIL
 SETTINGS = {
   'suite': {},
   'shadow map 512': dict(shadowsize=512),
@@ -42,7 +42,7 @@ SETTINGS = {
 
 def make(task, changes):
   """A task of the suite, with changes before its first image."""
-  env = suite.load(*wrappers.DMC_TASKS[task], task_kwargs={'random': 0})
+  env = suite.load(*dmc_env.DMC_TASKS[task], task_kwargs={'random': 0})
   model = env.physics.model
   for name, value in changes.items():
     if name == 'materials':

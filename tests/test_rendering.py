@@ -8,6 +8,7 @@ import pytest
 
 import cli
 import commandline
+import dmc_env
 import environments
 import workers
 import wrappers
@@ -28,7 +29,7 @@ class Drawn:
     if self.plain:  # as the suite has it
       from dm_control import suite
 
-      self.copy = suite.load(*wrappers.DMC_TASKS[name]).physics
+      self.copy = suite.load(*dmc_env.DMC_TASKS[name]).physics
     return self
 
   def reset(self):

@@ -14,6 +14,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import atari_env
+import lab_env
 import spaces
 import suites
 import wrappers
@@ -47,7 +49,7 @@ def bilinear_weights(old, new):
 
 @pytest.mark.slow
 def test_every_game_loads():
-  games = wrappers.atari_games()
+  games = atari_env.atari_games()
   assert len(games) == 104 and 'pong' in games
   for game in games:
     env = wrappers.Atari(game, noops=0, seed=0)
@@ -542,11 +544,11 @@ def test_lab_levels(lab):
   assert config['allowHoldOutLevels'] == 'true'
   assert config['mixerSeed'] == str(0x600D5EED)
   assert lab.made[-1].level.endswith('rooms_collect_good_objects_test')
-  assert wrappers.lab_level('rooms_watermaze') == (
+  assert lab_env.lab_level('rooms_watermaze') == (
     'contributed/dmlab30/rooms_watermaze'
   )
-  assert wrappers.lab_level('lt_chasm') == 'lt_chasm'
-  assert len(set(wrappers._LAB30)) == 30 + 2  # with the two held-out levels
+  assert lab_env.lab_level('lt_chasm') == 'lt_chasm'
+  assert len(set(lab_env._LAB30)) == 30 + 2  # with the two held-out levels
 
 
 def test_resizing_keeps_the_mean():

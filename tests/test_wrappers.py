@@ -20,6 +20,7 @@ import types
 import numpy as np
 import pytest
 
+import dmc_env
 import gym_env
 import suites
 import toys
@@ -393,7 +394,7 @@ def load_tasks(names):
 
 
 def test_task_names_are_those_of_the_suite():
-  assert set(wrappers.DMC_TASKS.values()) == in_worker(suite_names)
+  assert set(dmc_env.DMC_TASKS.values()) == in_worker(suite_names)
   names = suites.task_names()
   assert len(names) == len(set(names)) == 51 + 1 + 3 + 104
   assert set(PAPER_TASKS) < set(names)
