@@ -36,9 +36,18 @@ class Failure(Exception):
 
 
 class UserError(Failure):
-  """Bad input: the message says what was wrong and what to do."""
+  """Bad input: the message says what was wrong and what to do.
+
+  Input that it quotes may hold what breaks lines or moves the cursor.
+  """
 
   code = 2
+
+  def __str__(self):
+    return ''.join(
+      c if c.isprintable() else c.encode('unicode_escape').decode()
+      for c in super().__str__()
+    )
 
 
 class Stopped(BaseException):
