@@ -40,6 +40,7 @@ import distribute
 import dreamer
 import environments
 import episode_files
+import file_io
 import replay
 import run_kinds
 import runfile
@@ -530,8 +531,8 @@ def parse_flags(argv):
 def run(argv):
   args = parse_flags(argv)
   words = [*args.words, *args.extra]
-  cli.make_outputs(args.json)
-  with cli.file_errors(), tempfile.TemporaryDirectory() as folder:
+  file_io.make_outputs(args.json)
+  with file_io.file_errors(), tempfile.TemporaryDirectory() as folder:
     logdir = args.work[1] if args.work else folder
     config = commandline.parse_flags([*words, f'--logdir={logdir}'])
     if args.work:
@@ -543,7 +544,7 @@ def run(argv):
       report['seconds_per_1000'] = shares(report, config)
   print(table(report))
   if args.json:
-    cli.write_json(args.json, report)
+    file_io.write_json(args.json, report)
 
 
 def gather(args, logdir):

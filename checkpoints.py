@@ -15,13 +15,8 @@ import time
 import tensorflow as tf
 
 import runfile
-from cli import (
-  UserError,
-  atomic_write,
-  nearest,
-  remove_temporary_files,
-  warn,
-)
+from cli import UserError, nearest, warn
+from file_io import atomic_write, remove_temporary_files
 
 
 class RunState(tf.train.experimental.PythonState):

@@ -25,6 +25,7 @@ import pathlib
 import sys
 
 import cli
+import file_io
 
 with cli.interruptible():
   import numpy as np
@@ -370,7 +371,7 @@ def plot(groups, paper, outdir, xaxis, yaxis, bins):
   _add_legend(figure, panels[: len(tasks)], max(1, int(1.6 * columns)))
   paths = [outdir / 'curves.png', outdir / 'curves.pdf']
   for path in paths:
-    with cli.atomic_write(path) as file:
+    with file_io.atomic_write(path) as file:
       figure.savefig(file, dpi=100, format=path.suffix[1:])
   return paths
 
@@ -495,8 +496,8 @@ def add_run_flags(parser):
 
 def run(argv):
   args = parse_flags(argv)
-  cli.make_outputs(args.json, args.outdir)
-  with cli.file_errors():
+  file_io.make_outputs(args.json, args.outdir)
+  with file_io.file_errors():
     groups = _find_groups(args)
   axes = args.xaxis, args.yaxis
   paper = load_paper() if axes == run_folders.AXES else None
@@ -505,9 +506,9 @@ def run(argv):
   print(table(rows), end='\n\n')
   for line in sentences(rows, summary, paper, axes, args.window):
     print(line)
-  with cli.file_errors():
+  with file_io.file_errors():
     if args.json:  # first, as a picture may be refused
-      cli.write_json(args.json, figures(rows, summary, axes, args.window))
+      file_io.write_json(args.json, figures(rows, summary, axes, args.window))
     if args.outdir:
       for path in plot(groups, paper, args.outdir, *axes, args.bins):
         print(f'Wrote {path}.')

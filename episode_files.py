@@ -19,7 +19,7 @@ import zipfile
 import numpy as np
 
 import spaces
-from cli import atomic_write
+from file_io import atomic_write
 from spaces import TRANSITION_KEYS
 
 EXACT = '0' * 32

@@ -32,6 +32,7 @@ import cli
 import configs
 import dreamer
 import environments
+import file_io
 import library
 import logger
 import media
@@ -121,7 +122,7 @@ def evaluate(config, episodes, outdir=None, json=None):
     f'deviation {np.std(returns):.1f}.'
   )
   if json:  # first, as a picture may be refused
-    cli.write_json(json, figures(config, agent, recorder))
+    file_io.write_json(json, figures(config, agent, recorder))
   if outdir:
     write_videos(agent, recorder, outdir)
 
@@ -184,7 +185,7 @@ def write_videos(agent, recorder, outdir):
 
 
 def _write(path, data):
-  with cli.atomic_write(path) as file:
+  with file_io.atomic_write(path) as file:
     file.write(data)
   print(f'Wrote {path}.')
 
@@ -265,12 +266,12 @@ def run(argv):
       'and --json'
     )
   config = runfile.load_config(args.logdir)  # or an error, before all else
-  cli.make_outputs(args.json, args.outdir, args.export)
+  file_io.make_outputs(args.json, args.outdir, args.export)
   config.update(seed=args.seed, eval_noise=0.0)
   training.setup_gpus(config)
   # An exported agent may run where there is no bfloat16.
   training.setup_precision('32' if args.export else config.precision)
-  with cli.file_errors():
+  with file_io.file_errors():
     if args.export:
       library.export(library.load_dreamer(config, dreamer.Dreamer), args.export)
       print(f'Wrote {args.export}.')

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 import cli
+import file_io
 import logger
 import replay
 import tools
@@ -292,7 +293,7 @@ class Learner:
     windows = np.asarray(source).tolist()
     metrics = {k: str(v) for k, v in metrics.items()}
     record = dict(update=self.updates, metrics=metrics, windows=windows)
-    cli.write_json(path, record)
+    file_io.write_json(path, record)
     return path
 
   # Logging

@@ -21,10 +21,10 @@ import tensorflow as tf
 
 import arguments
 import checkpoints
-import cli
 import commandline
 import configs
 import environments
+import file_io
 import runfile
 import spaces
 import training
@@ -475,7 +475,7 @@ def _save_whole(policy, signatures, about, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
       tf.saved_model.save(policy, temporary, signatures)
-      pathlib.Path(temporary, ABOUT).write_bytes(cli.to_json(about))
+      pathlib.Path(temporary, ABOUT).write_bytes(file_io.to_json(about))
       for made in sorted(pathlib.Path(temporary).iterdir()):
         before = folder / made.name
         if before.is_dir():

@@ -12,7 +12,7 @@ import PIL.Image
 import tensorflow as tf
 import tqdm
 
-import cli
+import file_io
 
 # --- Pictures ---------------------------------------------------------------
 
@@ -216,8 +216,8 @@ class Logger:
     last = content[content.rfind(b'\n') + 1 :]
     if not last:
       return
-    whole = any(cli.records(last))
-    with cli.atomic_write(self._metrics) as file:
+    whole = any(file_io.records(last))
+    with file_io.atomic_write(self._metrics) as file:
       file.write(content + b'\n' if whole else content.removesuffix(last))
 
   def size(self):
@@ -227,7 +227,7 @@ class Logger:
   def rewind(self, size):
     """Cuts off what metrics.jsonl has beyond `size` bytes."""
     content = self._metrics.read_bytes()
-    with cli.atomic_write(self._metrics) as file:
+    with file_io.atomic_write(self._metrics) as file:
       file.write(content[:size])
 
   def largest(self, name):
@@ -242,7 +242,7 @@ class Logger:
     """Yields (step, value) of a name in metrics.jsonl, finite numbers."""
     if not self._metrics.exists():
       return
-    for record in cli.records(self._metrics.read_bytes()):
+    for record in file_io.records(self._metrics.read_bytes()):
       with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
         pair = float(record['step']), float(record[name])
         if np.isfinite(pair).all():

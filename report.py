@@ -30,6 +30,7 @@ import sys
 import time
 
 import cli
+import file_io
 
 with cli.interruptible():
   import jinja2
@@ -77,14 +78,16 @@ class Site:
   def __init__(self, folder):
     self.folder = folder
     self._path = folder / RECORD
-    cli.make_folders(folder)
+    file_io.make_folders(folder)
     self.record = self._read()
     for name in ('', 'tasks', 'media'):
-      cli.remove_temporary_files(folder / name)
+      file_io.remove_temporary_files(folder / name)
 
   def _read(self):
     names = sorted(path.name for path in self.folder.iterdir())
-    names = [name for name in names if not re.fullmatch(cli.TEMPORARY, name)]
+    names = [
+      name for name in names if not re.fullmatch(file_io.TEMPORARY, name)
+    ]
     if not names:
       return dict(files=[], media={})
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -110,8 +113,8 @@ class Site:
     for name, data in files.items():
       path = self.folder / name
       if not path.is_file() or path.read_bytes() != data:
-        cli.make_folders(path.parent)
-        with cli.atomic_write(path) as file:
+        file_io.make_folders(path.parent)
+        with file_io.atomic_write(path) as file:
           file.write(data)
 
   def keep(self, names, pictures):
@@ -125,7 +128,7 @@ class Site:
       self._save()
 
   def _save(self):
-    cli.write_json(self._path, dict(program='report.py', **self.record))
+    file_io.write_json(self._path, dict(program='report.py', **self.record))
 
 
 # --- Pages ------------------------------------------------------------------
@@ -221,7 +224,7 @@ class Report:
     figures = compare.figures(
       rows, summary, run_folders.AXES, self._args.window
     )
-    files = {'compare.json': cli.to_json(figures)}
+    files = {'compare.json': file_io.to_json(figures)}
     for name in ('style.css', 'page.js'):
       files[name] = (media.ROOT / 'templates' / name).read_bytes()
     pages = {}
@@ -429,7 +432,7 @@ def watch(report, seconds, videos):
 def look(report, seconds, videos):
   """Updates, without warnings again; returns what hinders it, or ''."""
   try:
-    with contextlib.redirect_stderr(io.StringIO()), cli.file_errors():
+    with contextlib.redirect_stderr(io.StringIO()), file_io.file_errors():
       changed = report.update(seconds, videos)
   except UserError as error:
     return str(error)
@@ -442,7 +445,7 @@ def run(argv):
   args = parse_flags(argv)
   if args.pictures:
     run_folders.check_folder('--pictures', args.pictures)
-  with cli.file_errors():
+  with file_io.file_errors():
     report = Report(args)
     report.update(args.watch, args.videos)
     print(f'Wrote {args.outdir / "index.html"}.', flush=True)

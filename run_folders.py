@@ -15,7 +15,7 @@ import sys
 
 import numpy as np
 
-import cli
+import file_io
 import runfile
 from cli import UserError
 
@@ -226,7 +226,7 @@ def keys_of(folder):
   keys = set()
   for file in metrics_files(folder / 'metrics.jsonl'):
     with contextlib.suppress(OSError):
-      for record in cli.records(file.read_bytes()):
+      for record in file_io.records(file.read_bytes()):
         keys |= record.keys()
   return keys
 

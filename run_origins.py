@@ -12,9 +12,9 @@ import shlex
 import numpy as np
 
 import arguments
-import cli
 import commandline
 import configs
+import file_io
 import runfile
 from cli import UserError
 from run_folders import MAY_DIFFER
@@ -41,7 +41,7 @@ class Origin:
 def origin(run):
   """Reads run.json (as scores/runs has them), or else config.json."""
   paths = run.folder / 'run.json', run.folder / 'config.json'
-  record = cli.read_json(paths[0]) or cli.read_json(paths[1])
+  record = file_io.read_json(paths[0]) or file_io.read_json(paths[1])
   text = {
     key: str(record.get(key) or '')
     for key in ('command', 'started', 'code', 'machine', 'note')

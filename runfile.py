@@ -17,6 +17,7 @@ import sys
 
 import arguments
 import cli
+import file_io
 import spaces
 from cli import AttrDict, UserError
 from configs import RESOLVED, START, all_flags, define_config, method_name
@@ -93,7 +94,7 @@ def _check_others(logdir):
   if 'config.json.broken' in names:
     return
   # What a run leaves that was killed at its very start.
-  own = rf'episodes|{ACT}|lock(-\d+)?|{cli.TEMPORARY}'
+  own = rf'episodes|{ACT}|lock(-\d+)?|{file_io.TEMPORARY}'
   others = sorted(n for n in names if not re.fullmatch(own, n))
   lock, holder = logdir / 'lock', rb'(process \d+ on .*\n)?'
   if lock.is_file() and not re.fullmatch(holder, lock.read_bytes()):
@@ -237,7 +238,7 @@ def write_config(config, inputs=None, actions=None, folder=None):
   if inputs:
     record['observations'] = {k: list(v) for k, v in inputs.items()}
     record['actions'] = spaces.action_record(actions)
-  cli.write_json(path, record)
+  file_io.write_json(path, record)
 
 
 def _plain(value):

@@ -44,6 +44,7 @@ setuptools.setup(
     'episode_files',
     'evolution',
     'exploration',
+    'file_io',
     'free',
     'gym_env',
     'lab_env',

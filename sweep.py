@@ -44,6 +44,7 @@ import cli
 import commandline
 import compare
 import configs
+import file_io
 import ray_runs
 import run_folders
 import suites
@@ -224,7 +225,7 @@ def make_runs(wanted, args):
       flags += ['--seed', str(seed), *arm.flags, *args.extra]
       run = SweepRun(task, arm, seed, logdir, config, flags)
       warn_of_changes(run)
-      step = cli.read_json(logdir / ray_runs.FINISHED).get('step')
+      step = file_io.read_json(logdir / ray_runs.FINISHED).get('step')
       done = isinstance(step, int) and step >= run.last_step
       if done and (logdir / 'config.json').exists():
         run.state, run.note = 'done', 'was finished'
@@ -235,7 +236,7 @@ def make_runs(wanted, args):
 
 def warn_of_changes(run):
   """Says which flags a run was started with that are others now."""
-  before = cli.read_json(run.logdir / 'config.json').get('config')
+  before = file_io.read_json(run.logdir / 'config.json').get('config')
   before = before if isinstance(before, dict) else {}
   for name, value in run.config.items():
     if name in run_folders.MAY_DIFFER or name not in before or value == 'auto':
@@ -257,7 +258,7 @@ def read_progress(path):
       data = file.read()
   except OSError:
     return newest
-  for record in cli.records(data):  # the first line may be cut off
+  for record in file_io.records(data):  # the first line may be cut off
     numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
     newest.update(numbers)
   return newest
@@ -394,7 +395,7 @@ def run(argv):
   runs = make_runs(check_flags(pairs, args.extra), args)
   if all(run.state == 'done' for run in runs):
     return report(runs, False)
-  cli.make_folders(args.logdir)
+  file_io.make_folders(args.logdir)
   ray_runs.connect(ray, args.address)
   try:
     cpus, gpus = ray_runs.share(ray, args)

@@ -30,6 +30,7 @@ import configs
 import distribute
 import environments
 import episode_files
+import file_io
 import free
 import replay
 import run_kinds
@@ -220,7 +221,7 @@ def setup_logdir(config, team=None):
         print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
     (logdir / 'episodes').mkdir(exist_ok=True)
     for folder in folders if team.chief else ():
-      cli.remove_temporary_files(folder)
+      file_io.remove_temporary_files(folder)
     return locks.pop_all()
 
 
@@ -291,7 +292,7 @@ def run(config, make_agent, function=None, stop=None):
     team.compare_folders(config.logdir)
     _check_folder(config.logdir, team)
     if team.folders > 1:
-      cli.remove_temporary_files(config.logdir / 'episodes')
+      file_io.remove_temporary_files(config.logdir / 'episodes')
     stop = stop or cli.StopSignal()
     stop.install()
     kind = run_kinds.kind_of_run(config)

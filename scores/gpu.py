@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import arguments
 import cli
 import configs
+import file_io
 
 WAYS = '16,True', '16,False', 'bfloat16,True', '32,True'
 
@@ -98,7 +99,7 @@ def run(argv):
     way, lock = args.one
     print(json.dumps(measure(*way.split(','), args.preset, lock)))
     return
-  cli.make_outputs(args.json)
+  file_io.make_outputs(args.json)
   with tempfile.NamedTemporaryFile() as lock:
     command = [sys.executable, __file__, '--preset', args.preset, '--one']
     processes = {
@@ -120,7 +121,7 @@ def run(argv):
         process.kill()
         process.wait()
   if args.json:
-    cli.write_json(args.json, results)
+    file_io.write_json(args.json, results)
 
 
 def main(argv=None):

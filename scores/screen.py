@@ -31,6 +31,7 @@ import arguments
 import cli
 import commandline
 import dreamer
+import file_io
 import layers
 import replay
 import runfile
@@ -201,7 +202,7 @@ def run(argv):
   if args.costs:
     time_costs(args.episodes[0])
     return
-  cli.make_outputs(args.json)
+  file_io.make_outputs(args.json)
   done = read_done(args.json)
   for seed in range(args.seeds):
     for folder in args.episodes:
@@ -213,7 +214,7 @@ def run(argv):
         numbers = [f'{v:.3f}' for v in done[name].values()]
         print(name, *numbers, flush=True)
         if args.json:
-          cli.write_json(args.json, done)
+          file_io.write_json(args.json, done)
 
 
 def main(argv=None):

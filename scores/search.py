@@ -23,6 +23,7 @@ import cli
 import commandline
 import compare
 import configs
+import file_io
 import spaces
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,9 +101,9 @@ def keep(logdir, folder, words):
     machine=f'one thread of {record["machine"]}',
     versions=record['versions'],
   )
-  with cli.atomic_write(folder / 'metrics.jsonl') as file:
+  with file_io.atomic_write(folder / 'metrics.jsonl') as file:
     file.write(metrics)
-  cli.write_json(folder / 'run.json', run)
+  file_io.write_json(folder / 'run.json', run)
 
 
 def time_costs(task, inputs, repeats=15):
@@ -150,7 +151,7 @@ def run(argv):
   bare = dict(nargs='?', const='True')
   parser.flag('--costs', arguments.Truth(), False, 'of an update', **bare)
   args = parser.parse(argv)
-  cli.make_folders(args.logdir)
+  file_io.make_folders(args.logdir)
   tasks = args.tasks.split(',')
   if args.costs:
     time_costs(tasks[0], args.inputs)

@@ -18,6 +18,7 @@ import pytest
 
 import cli
 import episode_files
+import file_io
 import learner
 import tools
 import worker_calls
@@ -104,31 +105,31 @@ def test_stop_that_nothing_caught_promises_no_more_than_it_kept(capsys):
 
 def test_json_is_whole_or_goes_through_what_is_no_file(tmp_path):
   path, link = tmp_path / 'a.json', tmp_path / 'b.json'
-  cli.write_json(path, dict(a=1))
+  file_io.write_json(path, dict(a=1))
   link.symlink_to(path)
-  cli.write_json(link, dict(b=[2]))
-  assert link.is_symlink() and path.read_bytes() == cli.to_json(dict(b=[2]))
+  file_io.write_json(link, dict(b=[2]))
+  assert link.is_symlink() and path.read_bytes() == file_io.to_json(dict(b=[2]))
   ours, theirs = os.pipe()
-  cli.write_json(f'/dev/fd/{theirs}', {})
+  file_io.write_json(f'/dev/fd/{theirs}', {})
   os.close(theirs)
   assert open(ours).read() == '{}\n'
   with pytest.raises(TypeError):
-    cli.write_json(path, dict(b={3}))
+    file_io.write_json(path, dict(b={3}))
   assert {p.name for p in tmp_path.iterdir()} == {'a.json', 'b.json'}
   assert json.loads(path.read_text()) == dict(b=[2])
 
 
 def test_long_names_and_links_in_a_circle(tmp_path):
-  cli.write_json(tmp_path / ('b' * 255), {})
+  file_io.write_json(tmp_path / ('b' * 255), {})
   (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
-  cli.write_json(tmp_path / 'loop', {})
+  file_io.write_json(tmp_path / 'loop', {})
   assert json.loads((tmp_path / 'loop').read_text()) == {}
 
 
 def test_records_are_the_objects_among_lines():
   odd = [b'[1]', b'7', b'{"a": 2', b'\xff', b'', b'[' * 10**5]
   lines = [b'{"a": 1}', *odd, '{"b": "ü"}'.encode()]
-  assert list(cli.records(b'\n'.join(lines))) == [dict(a=1), dict(b='ü')]
+  assert list(file_io.records(b'\n'.join(lines))) == [dict(a=1), dict(b='ü')]
 
 
 def test_attr_dict():

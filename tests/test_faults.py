@@ -20,6 +20,7 @@ import tensorflow as tf
 import checkpoints
 import cli
 import evaluate
+import file_io
 import runfile
 
 pytestmark = pytest.mark.slow
@@ -374,7 +375,7 @@ def test_export_to_a_full_disk(small_disk, capsys):
 def test_picture_on_a_full_disk(small_disk):
   path = small_disk / 'behavior.gif'
   full = pytest.raises(cli.Failure, match=f'No space left.*{path}')
-  with full as caught, cli.file_errors():
+  with full as caught, file_io.file_errors():
     evaluate._write(path, bytes(2**24))
   assert caught.value.code == 1 and not list(small_disk.iterdir())
 

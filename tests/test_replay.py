@@ -18,6 +18,7 @@ from hypothesis import strategies
 
 import cli
 import episode_files
+import file_io
 import replay
 import tools
 
@@ -468,16 +469,19 @@ def test_unfinished_writes_are_not_episodes(tmp_path):
 
 def test_atomic_write(tmp_path):
   path = tmp_path / 'file'
-  with cli.atomic_write(path) as file:
+  with file_io.atomic_write(path) as file:
     file.write(b'old')
   assert path.read_bytes() == b'old'
-  with pytest.raises(RuntimeError), cli.atomic_write(path) as file:
+  with pytest.raises(RuntimeError), file_io.atomic_write(path) as file:
     file.write(b'half of the ne')
     raise RuntimeError
   assert path.read_bytes() == b'old'
-  with pytest.raises(RuntimeError), cli.atomic_write(tmp_path / 'b') as file:
+  with (
+    pytest.raises(RuntimeError),
+    file_io.atomic_write(tmp_path / 'b') as file,
+  ):
     raise RuntimeError
-  with cli.atomic_write(path) as file:
+  with file_io.atomic_write(path) as file:
     file.write(b'new')
     file.flush()
     assert path.read_bytes() == b'old', 'seen before it was whole'

@@ -19,6 +19,7 @@ import arguments
 import checkpoints
 import cli
 import dreamer
+import file_io
 import library
 import runfile
 import training
@@ -29,7 +30,7 @@ def run(argv):
   parser.flag('--logdir', arguments.Path(), help='of the run', required=True)
   parser.flag('--outdir', arguments.Path(), help='new folder', required=True)
   args = parser.parse(argv)
-  cli.make_folders(args.outdir)
+  file_io.make_folders(args.outdir)
   config = runfile.load_config(args.logdir)
   training.setup_precision(config.precision)
   agent = library.load_dreamer(config, dreamer.Dreamer)

@@ -1,0 +1,114 @@
+"""Files that are there whole or not at all, JSON, and errors of files."""
+
+import contextlib
+import errno
+import json
+import os
+import pathlib
+import re
+
+from cli import Failure, UserError
+
+
+def make_folders(*paths):
+  """Makes the folders of what will be written, before the work is done.
+
+  Raises:
+    UserError: one cannot be made or written to.
+  """
+  for path in filter(None, paths):
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise UserError(f'cannot write to {path}: {error.strerror}') from None
+    if not os.access(path, os.W_OK):
+      raise UserError(f'cannot write to {path}')
+
+
+def make_outputs(file, *folders):
+  """As `make_folders`, for folders and a file, each a path or None."""
+  make_folders(*folders, file and file.parent)
+  if file and file.is_dir():
+    raise UserError(f'{file} is a folder; choose another name for the file')
+
+
+TEMPORARY = r'\..+\.\d+\.tmp'  # names of files that `atomic_write` is at
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+  """Yields a binary file that appears under `path` whole or not at all."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'.{path.name[:50]}.{os.getpid()}.tmp')
+  try:
+    with temporary.open('wb') as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+      os.fsync(folder)
+    finally:
+      os.close(folder)
+  except OSError as error:  # such as a full disk
+    error.filename, error.filename2 = str(path), None
+    raise
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def to_json(record):
+  """Bytes of a file of JSON."""
+  return (json.dumps(record, indent=2) + '\n').encode()
+
+
+def write_json(path, record):
+  """Writes a file of JSON, whole or not at all; links to files stay.
+
+  To what is no file, such as a pipe at /dev/stdout, it is written as it is.
+  """
+  path, data = pathlib.Path(path), to_json(record)
+  if path.exists() and not path.is_file():
+    path.write_bytes(data)
+    return
+  with atomic_write(os.path.realpath(path)) as file:
+    file.write(data)
+
+
+def read_json(path):
+  """The dictionary in a file of JSON, empty where it cannot be read."""
+  with contextlib.suppress(OSError, ValueError, RecursionError):
+    record = json.loads(path.read_text())
+    if isinstance(record, dict):
+      return record
+  return {}
+
+
+def records(data):
+  """Yields the JSON objects among lines, bytes; other lines are left out."""
+  for line in data.splitlines():
+    record = None
+    with contextlib.suppress(ValueError, RecursionError):
+      record = json.loads(line)
+    if isinstance(record, dict):
+      yield record
+
+
+@contextlib.contextmanager
+def file_errors():
+  """Turns errors of files into a UserError, but not of a closed output."""
+  try:
+    yield
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    kind = Failure if error.errno == errno.ENOSPC else UserError
+    raise kind(f'cannot read or write: {error}') from None
+
+
+def remove_temporary_files(directory):
+  """Removes temporary files that `atomic_write` left when it was killed."""
+  for path in pathlib.Path(directory).glob('.*.tmp'):
+    if re.fullmatch(TEMPORARY, path.name):
+      path.unlink()
