@@ -9,6 +9,9 @@ import sys
 
 import pytest
 
+for helper in ('logdirs', 'pages', 'processes', 'worlds'):
+  pytest.register_assert_rewrite(helper)
+
 workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
 if workers > 1:
   threads = str(max(1, (os.cpu_count() or 1) // workers))

@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-from test_wrappers import marked, wait_until
 
 import benchmark
 import commandline
@@ -18,6 +17,7 @@ import dreamer
 import spaces
 import tools
 import training
+from processes import marked, wait_until
 
 pytestmark = pytest.mark.slow
 

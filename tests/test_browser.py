@@ -13,10 +13,11 @@ import threading
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
-from test_compare import WALK
-from test_report import (
+
+from pages import (
   EVIL,
   HOSTILE,
+  WALK,
   Page,
   make_site,
   write_pictures,

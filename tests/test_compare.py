@@ -14,6 +14,7 @@ from scipy import stats
 
 import compare
 import run_folders
+from pages import WALK, write_metrics, write_run
 
 # Appendix G: A3C, D4PG, PlaNet, Dreamer.
 TABLE = """
@@ -39,27 +40,6 @@ walker_stand 378.40 985.20 759.19 977.99
 walker_walk 311.00 968.30 944.70 961.67
 """
 ROOT = pathlib.Path(compare.__file__).parent
-WALK = 'dmc_walker_walk'  # at 1e5 steps 137.2 with 57.7 over 5 seeds
-
-
-def write_run(folder, task, seed, pairs, method='dreamer', **flags):
-  """A logdir as dreamer.py leaves it, with evaluations `pairs`."""
-  folder.mkdir(parents=True)
-  config = dict(
-    dict(preset='release', task=task, seed=seed, horizon=15), **flags
-  )
-  record = dict(method=method, format=1, config=config)
-  (folder / 'config.json').write_text(json.dumps(record))
-  write_metrics(folder, pairs)
-  return folder
-
-
-def write_metrics(folder, pairs):
-  folder.mkdir(parents=True, exist_ok=True)
-  lines = [{'step': 1000, 'train/return': 5.0, 'episodes': 1.0}]
-  lines += [{'step': s, 'test/return': r, 'episodes': 9.0} for s, r in pairs]
-  text = ''.join(json.dumps(line) + '\n' for line in lines)
-  (folder / 'metrics.jsonl').write_text(text)
 
 
 def write_seeds(folder, task, returns, step=100_000, method='dreamer'):

@@ -24,6 +24,7 @@ import cli
 import configs
 import distribute
 import training
+from logdirs import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -191,9 +192,8 @@ def spread(folder, strategy, cases):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  from test_dreamer import random_episode
-
   import tools
+  from agents import random_episode
 
   folder = tmp_path_factory.mktemp('updates')
   rng = np.random.default_rng(0)
@@ -315,7 +315,7 @@ def start_run(logdir, *flags):
   return start_all(command, 2)
 
 
-def wait_for(process, text):
+def read_until(process, text):
   """Reads what a process prints until `text`; returns the lines so far."""
   lines = []
   while True:
@@ -326,14 +326,9 @@ def wait_for(process, text):
       return lines
 
 
-def metrics_of(logdir):
-  text = (logdir / 'metrics.jsonl').read_text()
-  return [json.loads(line) for line in text.splitlines()]
-
-
 def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   processes = start_run(tmp_path, '--steps', '1e6')
-  said = [wait_for(process, 'First update done') for process in processes]
+  said = [read_until(process, 'First update done') for process in processes]
   processes[1].kill()
   chief, other = finish(processes)
   said = ''.join(said[0]) + chief[1]
@@ -346,9 +341,9 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
   more = steps_in(tmp_path) + 4000
   flags = '--parallel', 'process'
   processes = start_run(tmp_path, '--steps', f'{more}', *flags)
-  begun = wait_for(processes[0], 'Resumed')
+  begun = read_until(processes[0], 'Resumed')
   for _ in range(3):
-    begun += wait_for(processes[0], 'Episode: return')
+    begun += read_until(processes[0], 'Episode: return')
   os.kill(workers_of(processes[1].pid)[0], signal.SIGKILL)
   ends = finish(processes)
   ends[0] = ends[0][0], ''.join(begun) + ends[0][1], ends[0][2]
@@ -361,7 +356,7 @@ def test_run_of_two_processes_survives_the_loss_of_one(tmp_path):
     updates = out.split('updates')[-2].split()[-1]
   assert 'was killed by signal SIGKILL' in ends[1][1]
   assert tf_checkpoint(tmp_path) > saved
-  lines = metrics_of(tmp_path)
+  lines = read_metrics(tmp_path)
   logged = [line['updates'] for line in lines if 'updates' in line]
   assert logged == sorted(logged)
   assert lines[-1]['step'] >= more
@@ -412,7 +407,7 @@ def test_stop_of_one_stops_both_at_one_update(tmp_path):
   folder = tmp_path / '{index}'
   processes = start_run(folder, '--steps', '1e6')
   for process in processes:
-    wait_for(process, 'First update done')
+    read_until(process, 'First update done')
   processes[1].terminate()
   ends = []
   for code, out, error in finish(processes):
@@ -432,8 +427,8 @@ def test_wait_for_others_ends_at_once_when_asked(tmp_path, number):
   """And says who is missing."""
   first, second = start_run(tmp_path / 'run')
   second.kill()
-  wait_for(first, 'Process 0 of 2: waiting for the others')
-  line = wait_for(first, 'Still waiting for')[-1]
+  read_until(first, 'Process 0 of 2: waiting for the others')
+  line = read_until(first, 'Still waiting for')[-1]
   assert re.fullmatch(r'.*for localhost:\d+ \(\w.*\)\.\n', line)
   first.send_signal(number)
   ((code, _, error), _) = finish([first, second], timeout=60)
@@ -455,7 +450,7 @@ def test_replicas_imagine_from_other_rows(monkeypatch):
 def test_a_stop_in_the_prefill_ends_both(tmp_path):
   processes = start_run(tmp_path, '--prefill', '1e9')
   for process in processes:
-    wait_for(process, 'Prefill')
+    read_until(process, 'Prefill')
   processes[1].terminate()
   for code, out, error in finish(processes, timeout=60):
     assert code == 0, (out, error)

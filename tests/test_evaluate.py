@@ -12,9 +12,9 @@ import time
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-from test_dreamer import run_here
 
 import evaluate
+from agents import run_here
 
 pytestmark = pytest.mark.slow
 

@@ -4,22 +4,16 @@ import cma
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_dreamer import (
-  batch_of,
-  eagerly,
-  make_agent,
-  model_losses,
-  run_here,
-)
-from test_faults import everything
-from test_learning import read_metrics, train_toy
 
 import checkpoints
 import cli
 import commandline
 import spaces
 import tools
+from agents import batch_of, eagerly, make_agent, model_losses, run_here
 from cmaes import Search
+from logdirs import everything, read_metrics
+from processes import train_toy
 
 SIZE = 42  # products of so many round by the layout in memory
 

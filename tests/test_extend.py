@@ -10,6 +10,8 @@ import sys
 import pytest
 import tensorflow as tf
 
+from logdirs import read_metrics
+
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -56,9 +58,10 @@ def train(folder, *flags):
     [*command, *flags], cwd=folder, capture_output=True, text=True, timeout=600
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  lines = (folder / 'run' / 'metrics.jsonl').read_text().splitlines()
   config = json.loads((folder / 'run' / 'config.json').read_text())
-  metrics = {k: v for line in lines for k, v in json.loads(line).items()}
+  metrics = {
+    k: v for line in read_metrics(folder / 'run') for k, v in line.items()
+  }
   return metrics, config['method']
 
 

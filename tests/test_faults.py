@@ -9,12 +9,9 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
-import numpy as np
 import pytest
-import soak
 import tensorflow as tf
 
 import checkpoints
@@ -22,80 +19,13 @@ import cli
 import evaluate
 import file_io
 import runfile
+import soak
+from logdirs import everything, read_episodes, read_metrics
+from processes import command, run, run_until
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def command(logdir, *flags, task='toy_reach'):
-  words = ['--preset=debug', f'--task={task}', '--precision=32', *flags]
-  return [
-    sys.executable,
-    str(ROOT / 'dreamer.py'),
-    f'--logdir={logdir}',
-    *words,
-  ]
-
-
-def run(logdir, *flags, **kwargs):
-  """Runs to the end; returns the finished process."""
-  words = command(logdir, *flags, **kwargs)
-  return subprocess.run(words, capture_output=True, text=True, timeout=600)
-
-
-def run_until(logdir, words, number, *flags, **kwargs):
-  """Runs until a line has these words, and sends a signal then."""
-  process = subprocess.Popen(
-    command(logdir, *flags, **kwargs),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-  seen = []
-  with process:
-    for line in process.stdout:
-      seen.append(line)
-      if words in line:
-        process.send_signal(number)
-        break
-    seen += process.stdout.readlines()
-  assert any(words in line for line in seen), seen
-  return process.returncode, ''.join(seen)
-
-
-def read_metrics(logdir):
-  """Lines of metrics.jsonl without what depends on the clock."""
-  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
-  return [
-    {k: v for k, v in json.loads(line).items() if k != 'fps'} for line in lines
-  ]
-
-
-def read_episodes(logdir):
-  """All arrays of all episodes, in order."""
-  episodes = []
-  for path in sorted(logdir.glob('episodes/*.npz')):
-    with np.load(path, allow_pickle=False) as file:
-      episodes.append({k: file[k].tobytes() for k in sorted(file.files)})
-  return episodes
-
-
-def read_weights(logdir):
-  """All that the newest checkpoint holds: networks, optimizers, counters."""
-  numbers = [int(p.stem[5:]) for p in logdir.glob('checkpoints/ckpt-*.index')]
-  path = logdir / f'checkpoints/ckpt-{max(numbers)}'
-  reader = tf.train.load_checkpoint(str(path))
-  own = ('_CHECKPOINTABLE_OBJECT_GRAPH', 'save_counter')
-  return {
-    name: np.asarray(reader.get_tensor(name)).tobytes()
-    for name in reader.get_variable_to_shape_map()
-    if not name.startswith((*own, 'run/'))
-  }
-
-
-def everything(logdir):
-  return read_metrics(logdir), read_episodes(logdir), read_weights(logdir)
 
 
 SLOW = '--slow_value=0.1'  # a run keeps it

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,8 +13,6 @@ import types
 import numpy as np
 import pytest
 import tensorflow as tf
-import test_faults as faults
-from test_dreamer import eagerly
 
 import checkpoints
 import cli
@@ -25,12 +22,15 @@ import dreamer
 import episode_files
 import free
 import logger
+import processes
 import run_folders
 import run_kinds
 import runfile
 import spaces
 import training
+from agents import eagerly
 from learner import Learner
+from logdirs import read_episodes, read_metrics
 
 FLAGS = (
   *('--learner=free', '--prefill=100', '--max_ratio=2'),
@@ -41,8 +41,7 @@ STATE = *FLAGS, '--inputs=state', '--log_images=False'
 
 def lines(folder, name):
   """(step, value) of all lines of a metrics.jsonl that have a name."""
-  records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
-  return [(x['step'], x[name]) for x in records if name in x]
+  return [(x['step'], x[name]) for x in read_metrics(folder) if name in x]
 
 
 def updates_saved(logdir):
@@ -389,16 +388,16 @@ def test_flags_that_do_not_go_together(flags, message):
 def test_one_process_is_killed_and_resumes(tmp_path):
   logdir = tmp_path / 'run'
   flags = *FLAGS, '--inputs=image,state', '--save_every=0.05', '--steps=400'
-  code, _ = faults.run_until(
+  code, _ = processes.run_until(
     logdir, 'at step 200', signal.SIGKILL, *flags, task='toy_robot'
   )
   assert code == -signal.SIGKILL
-  episodes, saved = faults.read_episodes(logdir), updates_saved(logdir)
+  episodes, saved = read_episodes(logdir), updates_saved(logdir)
   assert saved >= 5
-  result = faults.run(logdir, *flags, task='toy_robot')
+  result = processes.run(logdir, *flags, task='toy_robot')
   assert result.returncode == 0, result.stderr
   assert f'Resumed at step 200, {saved} updates' in result.stdout
-  after = faults.read_episodes(logdir)
+  after = read_episodes(logdir)
   assert after[: len(episodes)] == episodes and len(after) == 8
   report_missed(logdir, logdir)
   # That of the episode that it was killed after may be missing.
@@ -421,7 +420,7 @@ class Role:
   def __init__(self, logdir, role, *flags):
     self._path = logdir.parent / f'{role}.out'
     self._start = self._path.stat().st_size if self._path.exists() else 0
-    words = faults.command(
+    words = processes.command(
       logdir, *STATE, f'--role={role}', *flags, task='toy_robot'
     )
     with self._path.open('ab') as log:
@@ -487,7 +486,7 @@ def test_two_processes_are_killed_and_resume(tmp_path, start):
   actor = start(logdir, 'act', endless)
   actor.wait_for('Waiting for the first weights')
   assert written(logdir) == of_actor(written(logdir))
-  second = faults.run(logdir, *STATE, endless, task='toy_robot')
+  second = processes.run(logdir, *STATE, endless, task='toy_robot')
   assert second.returncode == 2
   holder = f'process {actor.process.pid} on'
   assert f'{logdir / "act"} is in use by {holder}' in second.stderr
@@ -510,7 +509,7 @@ def test_two_processes_are_killed_and_resume(tmp_path, start):
   actor.kill()
   assert of_learner(written(logdir)) == rest
   # Where the actor is killed, the learner goes on; --steps ends both.
-  episodes = faults.read_episodes(logdir)
+  episodes = read_episodes(logdir)
   steps = 50 * len(episodes)
   learner = start(logdir, 'learn', f'--steps={steps + 200}')
   learner.wait_for('First update done')
@@ -521,7 +520,7 @@ def test_two_processes_are_killed_and_resume(tmp_path, start):
   assert f'Resumed at step {steps}.' in actor.text
   for role in (actor, learner):
     assert f'Finished at step {steps + 200}, ' in role.text
-  after = faults.read_episodes(logdir)
+  after = read_episodes(logdir)
   assert after[: len(episodes)] == episodes
   assert len(after) == len(episodes) + 4
   report_missed(logdir, logdir / 'act')
@@ -549,7 +548,7 @@ def test_actor_beside_one_that_acts_is_refused(tmp_path):
   for role, refused in (('both', True), ('learn', False)):
     words = [sys.executable, '-c', code, str(tmp_path), role]
     pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    with subprocess.Popen(words, cwd=faults.ROOT, **pipe) as other:
+    with subprocess.Popen(words, cwd=processes.ROOT, **pipe) as other:
       assert b'held\n' in iter(other.stdout.readline, b'')
       if refused:
         with pytest.raises(cli.UserError, match=f'{other.pid} on .*, which'):

@@ -1,9 +1,6 @@
 """Learning: whole runs of the toy tasks end far above a random policy."""
 
-import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,30 +9,12 @@ import checkpoints
 import dreamer
 import runfile
 import wrappers
+from logdirs import read_metrics
+from processes import train_toy
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(dreamer.__file__).parent
-
-
-def read_metrics(logdir):
-  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
-  return [json.loads(line) for line in lines]
-
-
-def train_toy(logdir, task, steps, *flags):
-  """A whole run of a toy task in a process of its own."""
-  process = subprocess.run(
-    [
-      *(sys.executable, str(ROOT / 'dreamer.py'), '--logdir', str(logdir)),
-      *('--task', task, '--seed', '0', '--steps', str(steps)),
-      *('--precision', '32', '--log_images', 'False', *flags),
-    ],
-    capture_output=True,
-    text=True,
-    timeout=900,
-  )
-  assert process.returncode == 0, process.stderr
 
 
 def test_learns_toy_catch(tmp_path):

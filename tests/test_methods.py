@@ -7,10 +7,9 @@ import pytest
 import scipy.special
 import scipy.stats
 import tensorflow as tf
-import test_dreamer
 from tensorflow_probability import distributions as tfd
-from test_dreamer import batch_of, run_here
 
+import agents
 import behaviors
 import cli
 import commandline
@@ -20,13 +19,14 @@ import logger
 import representations
 import training
 import wrappers
+from agents import batch_of, run_here
 
 SMALL = dict(batch_length=6, plan_horizon=5, plan_candidates=20, plan_best=4)
 SMALL.update(plan_iterations=3)
 
 
 def make_agent(folder, **changes):
-  return test_dreamer.make_agent(folder, **{**SMALL, **changes})
+  return agents.make_agent(folder, **{**SMALL, **changes})
 
 
 # --- Contrastive objective ----------------------------------------------------

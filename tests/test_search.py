@@ -3,16 +3,16 @@
 import json
 import sys
 
-import gpu
 import numpy as np
 import pytest
-import release
-import screen
-import search
 
 import cli
 import commandline
 import dreamer
+import gpu
+import release
+import screen
+import search
 
 
 def test_arms_differ_and_take_as_long():

@@ -55,6 +55,13 @@ def reached(*names):
   return done
 
 
+def test_no_file_of_tests_imports_another():
+  """What several need lies in files of its own."""
+  for path in pathlib.Path(__file__).parent.glob('*.py'):
+    names = imported(ast.parse(path.read_text()))
+    assert not [name for name in names if name.startswith('test_')], path
+
+
 def test_imports_go_one_way():
   graph = {name: imports(name)[0] & MODULES.keys() for name in MODULES}
   order = list(graphlib.TopologicalSorter(graph).static_order())

@@ -11,12 +11,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import uuid
 
 import pytest
 from rich import console
-from test_wrappers import marked, run_script
 
 import compare
 import configs
@@ -24,6 +22,7 @@ import ray_runs
 import run_folders
 import suites
 import sweep
+from processes import marked, run_script, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -102,14 +101,6 @@ def newest_save(folder):
   """How many updates it holds; a new run begins with a save of none."""
   numbers = (int(path.stem[5:]) for path in folder.glob('ckpt-*.index'))
   return max(numbers, default=0)
-
-
-def wait_for(condition, alive=lambda: True, seconds=180):
-  start = time.time()
-  while not condition():
-    assert alive() is True
-    assert time.time() < start + seconds
-    time.sleep(0.05)
 
 
 def printed(logdir, name):

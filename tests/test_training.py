@@ -18,15 +18,6 @@ import gym
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_dreamer import (
-  eagerly,
-  make_agent,
-  moved,
-  random_episode,
-  run_here,
-  weights,
-)
-from test_wrappers import alive
 
 import checkpoints
 import cli
@@ -45,6 +36,9 @@ import run_kinds
 import suites
 import tools
 import training
+from agents import eagerly, make_agent, moved, random_episode, run_here, weights
+from logdirs import read_metrics
+from processes import alive, wait_for
 
 ROOT = pathlib.Path(dreamer.__file__).parent
 
@@ -712,11 +706,6 @@ def command(logdir, *flags):
   ]
 
 
-def read_metrics(logdir):
-  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
-  return [json.loads(line) for line in lines]
-
-
 @pytest.mark.slow
 def test_debug_run_is_stopped_killed_and_resumed(tmp_path, capfd):
   """On a real control suite task, in a folder with all that names may have.
@@ -733,7 +722,7 @@ def test_debug_run_is_stopped_killed_and_resumed(tmp_path, capfd):
   # Killed without warning once it has saved.
   process = subprocess.Popen(command(logdir, *flags, '--steps', '1e5'), **pipes)
   saved = 'checkpoints/ckpt-[2-9]*.index'  # the first two have no updates
-  wait_for(lambda: list(logdir.glob(saved)), process)
+  wait_for(lambda: list(logdir.glob(saved)), lambda: process.poll() is None)
   process.kill()
   process.communicate()
   # Resumed, and stopped by SIGTERM.
@@ -775,14 +764,6 @@ def test_debug_run_is_stopped_killed_and_resumed(tmp_path, capfd):
   assert {'behavior.gif', 'behavior.mp4', 'prediction.png'} <= names
   (run,) = run_folders.find_runs([logdir])
   assert run.steps[-1] >= before and len(run.scores) >= 2
-
-
-def wait_for(condition, process, seconds=120):
-  start = time.time()
-  while not condition():
-    assert process.poll() is None, process.communicate()
-    assert time.time() < start + seconds
-    time.sleep(0.1)
 
 
 def check_logdir(logdir):
@@ -962,7 +943,9 @@ def test_a_signal_while_environments_start_ends_a_run_that_resumes(
     env={**os.environ, 'PYTHONPATH': path},
   )
   try:
-    wait_for(lambda: pid.exists() and pid.read_text(), process)
+    wait_for(
+      lambda: pid.exists() and pid.read_text(), lambda: process.poll() is None
+    )
     time.sleep(1)  # until it is waited for
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
@@ -1108,5 +1091,4 @@ def test_learns_on_though_episodes_are_gone(main, tmp_path):
 
 
 def updates_of(logdir):
-  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
-  return max(json.loads(line).get('updates', 0) for line in lines)
+  return max(line.get('updates', 0) for line in read_metrics(logdir))

@@ -14,6 +14,7 @@ import environments
 import episode_files
 import runfile
 import spaces
+from logdirs import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -122,11 +123,6 @@ def contents(folder):
   }
 
 
-def metrics(logdir):
-  lines = (logdir / 'metrics.jsonl').read_text().splitlines()
-  return [json.loads(line) for line in lines]
-
-
 def test_learns_from_a_folder_and_leaves_it_as_it_is(reach, tmp_path, capsys):
   """With a broken episode in it, and without collecting; and resumes."""
   source, logdir = tmp_path / 'data', tmp_path / 'run'
@@ -154,7 +150,7 @@ def test_learns_from_a_folder_and_leaves_it_as_it_is(reach, tmp_path, capsys):
   assert contents(source) == before
   record = json.loads((logdir / 'config.json').read_text())
   assert record['method'] == 'dreamer-offline-image-state'
-  logged = [x['step'] for x in metrics(logdir) if 'model_loss' in x]
+  logged = [x['step'] for x in read_metrics(logdir) if 'model_loss' in x]
   assert logged == sorted(logged) and logged[-1] == 1000 and len(logged) >= 5
 
 
@@ -374,7 +370,9 @@ def test_learns_from_random_and_mixed_episodes(tmp_path):
   words = [*flags, f'--offline={folder}', '--updates=500', '--eval_every=100']
   assert dreamer.main([f'--logdir={tmp_path / "run"}', *words]) == 0
   found = [
-    x['test/return'] for x in metrics(tmp_path / 'run') if 'test/return' in x
+    x['test/return']
+    for x in read_metrics(tmp_path / 'run')
+    if 'test/return' in x
   ]
   print(random, np.mean(returns[40:]), found)
   assert np.mean(found[-10:]) > 1.5 * random

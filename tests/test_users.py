@@ -865,7 +865,7 @@ def own_modules():
 
 
 def test_our_modules_and_their_place_in_a_worker():
-  from test_wrappers import in_worker
+  from worlds import in_worker
 
   own, path = in_worker(own_modules)
   assert own == set(worker_process.OWN) - {'ray_workers'}  # that is for actors
@@ -1156,7 +1156,7 @@ def test_a_module_of_the_current_folder_without_a_worker(tmp_path, monkeypatch):
 
 
 def test_a_module_of_our_name_is_refused_without_a_worker(tmp_path):
-  from test_wrappers import run_script
+  from processes import run_script
 
   (tmp_path / 'arguments.py').write_text(
     'import gymnasium\n'

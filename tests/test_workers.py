@@ -17,28 +17,26 @@ import time
 
 import numpy as np
 import pytest
-from test_wrappers import (
-  NO_EGL,
-  Call,
-  Closing,
-  Counting,
-  Faulty,
-  Fragile,
-  alive,
-  environ,
-  fail,
-  in_worker,
-  noisy,
-  run_script,
-  same,
-  wait_until,
-)
 
 import runfile
 import spaces
 import suites
 import workers
 import wrappers
+from processes import alive, run_script, wait_until
+from worlds import (
+  NO_EGL,
+  Call,
+  Closing,
+  Counting,
+  Faulty,
+  Fragile,
+  environ,
+  fail,
+  in_worker,
+  noisy,
+  same,
+)
 
 # Importing gym first would print its notice.
 gym = wrappers.gym
@@ -589,19 +587,19 @@ def test_ray_without_egl_uses_osmesa():
   code = """
     import os
     import signal
-    import test_wrappers
+    import worlds
     import wrappers
     numbers = (signal.SIGINT, signal.SIGTERM)
     caught = []
     for number in numbers:
       signal.signal(number, lambda number, frame: caught.append(number))
-    print(test_wrappers.render_pendulum('ray')[1])
+    print(worlds.render_pendulum('ray')[1])
     for number in numbers:
       os.kill(os.getpid(), number)
     print(caught == [*numbers])
     os.environ['MUJOCO_GL'] = 'egl'
     try:
-      test_wrappers.render_pendulum('ray')
+      worlds.render_pendulum('ray')
     except wrappers.RenderError as error:
       print(error)
   """
@@ -619,9 +617,9 @@ def test_ray_imported_before():
   """Its token is read again."""
   code = """
     import ray
-    import test_wrappers
+    import worlds
     import wrappers
-    print(wrappers.Async(test_wrappers.Counting, 'ray').reset()['count'])
+    print(wrappers.Async(worlds.Counting, 'ray').reset()['count'])
   """
   env = {k: v for k, v in os.environ.items() if not k.startswith('RAY_')}
   env['PYTHONPATH'] = os.path.join(ROOT, 'tests')
@@ -638,18 +636,18 @@ def test_cluster_of_two_hosts():
     import ray
     from ray import cluster_utils
     import ray_workers
-    import test_wrappers
+    import worlds
     import wrappers
     os.makedirs('/tmp/ray', exist_ok=True)  # where Ray notes the address
     cluster = cluster_utils.Cluster(
         True, head_node_args=dict(num_cpus=0, temp_dir=sys.argv[1]))
     host = cluster.add_node(num_cpus=1, temp_dir=sys.argv[1])
     os.environ['RAY_ADDRESS'] = cluster.address
-    env = wrappers.Async(test_wrappers.Counting, 'ray')
+    env = wrappers.Async(worlds.Counting, 'ray')
     print(env.reset()['count'])
     ray_workers.RayWorker.PLACING = 3
     try:
-      wrappers.Async(test_wrappers.Counting, 'ray').reset()
+      wrappers.Async(worlds.Counting, 'ray').reset()
     except wrappers.WorkerError as error:
       print(error)
     cluster.remove_node(host, allow_graceful=False)
