@@ -186,19 +186,6 @@ class Folder(Path):
     return os.path.abspath(super().parse(text)) if text else ''
 
 
-class File(Path):
-  """A file to be written, in a folder that may not be there yet."""
-
-  def __str__(self):
-    return 'a path of a file'
-
-  def parse(self, text):
-    path = super().parse(text)
-    if os.path.isdir(path):  # unlike the path's own, it never raises
-      raise Refused(' (it is a folder)')
-    return path
-
-
 def text(value):
   """A flag's value as it is written on a command line."""
   if isinstance(value, dict):

@@ -6,10 +6,10 @@
 
 Flags after -- are those of dreamer.py. Each part runs in a process of its own,
 so that its peak memory is its own. Figures are medians over repeated runs after
-a warm-up, with the least and the largest beside them. An update is also given
-as a multiple of its arithmetic floor, the time that its multiplications would
-take at the rate of a large matrix product here, so that figures compare across
-machines.
+a warm-up, with the least and the largest beside them. An update, of plain
+Dreamer, is also given as a multiple of its arithmetic floor, the time that its
+multiplications would take at the rate of a large matrix product here, so that
+figures compare across machines.
 """
 
 import argparse
@@ -509,7 +509,7 @@ def parse_flags(argv):
     usage='%(prog)s [--what PARTS] [--preset PRESET] [...] [-- FLAGS]',
   )
   parser.flag('--what', Parts(), list(PARTS), 'parts to time (all)')
-  parser.flag('--json', arguments.File(), help='file for the figures')
+  parser.flag('--json', arguments.Path(), help='file for the figures')
   for name in FLAGS:
     flag = configs.all_flags()[name]
     text = f'{flag.meaning} ({flag.default})'
@@ -517,13 +517,14 @@ def parse_flags(argv):
   parser.flag('--repeats', arguments.Whole(1, 1000), 5, 'of what is timed (5)')
   hidden = dict(nargs=2, help=argparse.SUPPRESS)
   parser.flag('--work', arguments.Text(), **hidden)
-  args = parser.parse(own)
+  args, given = parser.parse(own), parser.parse_given(own)
   for name in (word.split('=')[0] for word in others):
     if name in [f'--{flag}' for flag in FLAGS]:
       raise cli.UserError(f'{name} comes before --')
     if name in [f'--{flag}' for flag in NEVER]:
       raise cli.UserError(f'{name} is of runs that benchmark.py does not time')
-  args.words = [f'--{flag}={getattr(args, flag)}' for flag in FLAGS]
+  # What is given goes before presets, and defaults do not.
+  args.words = [f'--{k}={v}' for k, v in given.items() if k in FLAGS]
   args.extra = others
   return args
 
@@ -544,7 +545,8 @@ def run(argv):
       report['seconds_per_1000'] = shares(report, config)
   print(table(report))
   if args.json:
-    file_io.write_json(args.json, report)
+    with file_io.file_errors():
+      file_io.write_json(args.json, report)
 
 
 def gather(args, logdir):

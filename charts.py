@@ -124,6 +124,7 @@ def ticks(low, high, count):
 
 def short(value):
   """A number in few characters: 1.5M, 200k, 1000, 0.25."""
+  value = float(f'{value:.4g}')
   for size, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
     if max(size, 1e4) <= abs(value) < 1e3 * size:
       return f'{value / size:.4g}{letter}'

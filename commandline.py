@@ -12,8 +12,13 @@ from cli import UserError
 from configs import FLAGS, START, define_config
 
 
-def parse_flags(argv):
+def parse_flags(argv, resumes=True):
   """Parses and checks the command line; returns the configuration.
+
+  Args:
+    argv: list of words.
+    resumes: whether a run in the logdir goes on, with its values of flags that
+      came after it began.
 
   Raises:
     UserError: unknown flag or task, a value that a flag does not take, values
@@ -39,7 +44,8 @@ def parse_flags(argv):
   given = parser.parse_given(argv)
   start = {k: given[k] for k in START if k in given}
   config = define_config(**start)
-  config.update(runfile.flags_since(given['logdir']))
+  if resumes:
+    config.update(runfile.flags_since(given['logdir']))
   config.update(given)
   _check_config(config)
   _check_free(config, given)

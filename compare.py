@@ -466,7 +466,7 @@ def parse_flags(argv):
   parser = arguments.Parser(__doc__)
   add_run_flags(parser)
   parser.flag('--outdir', arguments.Path(), help='folder for the curves')
-  parser.flag('--json', arguments.File(), help='file for the figures')
+  parser.flag('--json', arguments.Path(), help='file for the figures')
   parser.flag(
     '--xaxis', arguments.Text(), 'step', 'key of metrics.jsonl (step)'
   )

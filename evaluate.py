@@ -253,7 +253,7 @@ def parse_flags(argv):
     '--seed', arguments.Whole(0, 2**32 - 1), 0, 'of the environment (0)'
   )
   parser.flag('--outdir', arguments.Path(), help='folder for videos')
-  parser.flag('--json', arguments.File(), help='file for the figures')
+  parser.flag('--json', arguments.Path(), help='file for the figures')
   parser.flag('--export', arguments.Path(), help='folder for a SavedModel')
   return parser.parse(argv)
 

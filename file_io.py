@@ -52,7 +52,10 @@ def atomic_write(path):
     finally:
       os.close(folder)
   except OSError as error:  # such as a full disk
-    error.filename, error.filename2 = str(path), None
+    if error.filename in (None, str(temporary)):
+      error.filename = str(path)
+      with contextlib.suppress(AttributeError):
+        del error.filename2
     raise
   finally:
     temporary.unlink(missing_ok=True)

@@ -8,8 +8,10 @@
 Letters in shapes: E environments, A action, H steps of imagination.
 """
 
+import errno
 import importlib.util
 import keyword
+import os
 import pathlib
 import re
 import shutil
@@ -28,7 +30,7 @@ import file_io
 import runfile
 import spaces
 import training
-from cli import AttrDict, Stopped, StopSignal, UserError, kept_signals
+from cli import AttrDict, Failure, Stopped, StopSignal, UserError, kept_signals
 from logger import to_uint8
 
 
@@ -317,6 +319,14 @@ def check_modules():
     todo += re.findall(r'^ *(?:import|from) (\w+)', ours.read_text(), re.M)
 
 
+def _path(logdir):
+  """As every flag, with ~ for the home of a user."""
+  try:
+    return arguments.Path().parse(str(logdir))
+  except ValueError as error:
+    raise UserError(f'logdir {logdir!r} is not a path{error}') from None
+
+
 def load(logdir, make_agent):
   """The agent of a run, or of a folder of scores/trained.
 
@@ -324,7 +334,7 @@ def load(logdir, make_agent):
     UserError: there is none, or it is of other code.
   """
   check_modules()
-  logdir = pathlib.Path(logdir).expanduser()  # as in every flag
+  logdir = _path(logdir)
   config = runfile.load_config(logdir)
   training.setup_gpus(config)
   training.setup_precision(config.precision)
@@ -391,7 +401,8 @@ def train(make_env, logdir, make_agent, **flags):
 # --- The SavedModel ---------------------------------------------------------
 
 
-ABOUT = 'agent.json'  # sorts before what TensorFlow writes beside it
+ABOUT = 'agent.json'
+PARTIAL = '.export-'  # names begin so while files are written
 
 
 def export(agent, folder):
@@ -466,24 +477,34 @@ def _replaceable(folder):
   """Whether nothing is there but what an export wrote."""
   if not folder.is_dir():
     return True
-  return (folder / ABOUT).is_file() or not any(folder.iterdir())
+  names = {path.name for path in folder.iterdir()}
+  killed = any(name.startswith(PARTIAL) for name in names)
+  return not names or ABOUT in names or killed
 
 
 def _save_whole(policy, signatures, about, folder):
-  """Writes all files, or none where one cannot be written."""
+  """Writes all files, or none where one cannot be written.
+
+  What says that they are all there comes last.
+  """
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    for left in folder.glob(f'{PARTIAL}*'):  # by one that was killed
+      shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as temporary:
       tf.saved_model.save(policy, temporary, signatures)
       pathlib.Path(temporary, ABOUT).write_bytes(file_io.to_json(about))
-      for made in sorted(pathlib.Path(temporary).iterdir()):
+      files = pathlib.Path(temporary).iterdir()
+      for made in sorted(files, key=lambda path: path.name == ABOUT):
         before = folder / made.name
         if before.is_dir():
           shutil.rmtree(before)
         made.rename(before)
   except (OSError, tf.errors.OpError) as error:
     reason = str(error).partition('\n')[0]
-    raise UserError(f'cannot write to {folder}: {reason}') from None
+    full = os.strerror(errno.ENOSPC) in str(error)
+    kind = Failure if full else UserError
+    raise kind(f'cannot write to {folder}: {reason}') from None
 
 
 def _prefixed(state):

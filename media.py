@@ -28,6 +28,7 @@ import PIL.ImageSequence
 import tqdm
 
 import cli
+import file_io
 import runfile
 
 ROOT = pathlib.Path(__file__).parent
@@ -228,12 +229,12 @@ class Gallery:
   Args:
     site: a `report.Site`, whose record has a dictionary `media`.
     failed: what gave no pictures, which it fills: {key of a run: checkpoint},
-      {path of a picture: why}.
+      {path of a picture: True}.
   """
 
-  def __init__(self, site, failed=None):
+  def __init__(self, site, failed):
     self._site = site
-    self._failed = {} if failed is None else failed
+    self._failed = failed
     self._known = site.record['media']  # as it is filled, so is the record
     self.media = {}  # those in use, for the record
 
@@ -265,7 +266,7 @@ class Gallery:
       if path not in self._failed:
         reason = str(error).partition('\n')[0]
         cli.warn(f'{path} is left out: {reason}')
-        self._failed[path] = error
+        self._failed[path] = True
 
   def _import(self, path, data, task, kind, key):
     if path.suffix in STILLS:
@@ -329,7 +330,7 @@ class Gallery:
       folder = pathlib.Path(folder)
       if not _run_evaluation(run, folder, bar):
         return []
-      key = digest(run.folder, number)
+      key = digest(run_key(run), number)
       pictures = list(self._pictures_of(run, folder, key))
     return [dataclasses.replace(p, source=number) for p in pictures]
 
@@ -398,7 +399,9 @@ def checkpoint(run):
 
 
 def run_key(run):
-  return digest(run.folder)
+  """Of a run: a logdir that is made again has another one."""
+  record = file_io.read_json(run.folder / 'config.json')
+  return digest(run.folder, record.get('started'))
 
 
 def _files(pictures):

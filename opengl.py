@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 
@@ -18,6 +19,10 @@ def refuse_tensorflow(task):
     )
 
 
+# Files of packages that draw: dm_control, PyOpenGL, mujoco.
+_GRAPHICS = re.compile(r'dm_control/_render/|/OpenGL/|mujoco/gl_context\.py$')
+
+
 @contextlib.contextmanager
 def graphics_errors():
   """Turns errors of OpenGL into a RenderError; others pass."""
@@ -26,9 +31,8 @@ def graphics_errors():
   except UserError:
     raise
   except Exception as error:
-    places = [x.filename for x in traceback.extract_tb(error.__traceback__)]
-    graphics = ('_render', 'OpenGL', 'gl_context')
-    if any(name in place for name in graphics for place in places):
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(_GRAPHICS.search(frame.filename) for frame in frames):
       raise render_error(error) from error
     raise
 

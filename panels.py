@@ -103,7 +103,7 @@ class Reader:
 
 
 def file_state(path):
-  """What changes when a run goes on; [] without any metrics."""
+  """What changes with a file, or with the parts of a metrics.jsonl."""
   state = []
   for file in run_folders.metrics_files(path):
     with contextlib.suppress(OSError):

@@ -20,14 +20,15 @@ then reload themselves. A page is there whole or as it was before.
 import collections
 import contextlib
 import datetime
+import fcntl
 import io
 import itertools
-import json
 import os
 import pathlib
 import re
 import sys
 import time
+import weakref
 
 import cli
 import file_io
@@ -72,13 +73,14 @@ class Site:
   """A folder of files of which it knows that they are its own.
 
   Raises:
-    UserError: it holds something else, or is inside of a run.
+    UserError: it holds something else, or another process writes to it.
   """
 
   def __init__(self, folder):
     self.folder = folder
     self._path = folder / RECORD
     file_io.make_folders(folder)
+    weakref.finalize(self, os.close, _hold(folder))
     self.record = self._read()
     for name in ('', 'tasks', 'media'):
       file_io.remove_temporary_files(folder / name)
@@ -90,8 +92,8 @@ class Site:
     ]
     if not names:
       return dict(files=[], media={})
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-      record = json.loads(self._path.read_text())
+    record = file_io.read_json(self._path)
+    with contextlib.suppress(ValueError, KeyError, TypeError):
       if record['program'] == 'report.py':
         files = [name for name in record['files'] if re.fullmatch(OWN, name)]
         return dict(files=files, media=dict(record['media']))
@@ -129,6 +131,22 @@ class Site:
 
   def _save(self):
     file_io.write_json(self._path, dict(program='report.py', **self.record))
+
+
+def _hold(folder):
+  """Locks a folder for as long as the file descriptor is open, returned."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(descriptor)
+    raise UserError(
+      f'another report.py writes to --outdir {folder}, such as one with '
+      '--watch: stop it, or choose another folder'
+    ) from None
+  except OSError:  # the file system has no locks
+    pass
+  return descriptor
 
 
 # --- Pages ------------------------------------------------------------------
@@ -201,7 +219,7 @@ class Report:
   def end(self):
     """Pages that load themselves again would wait for nothing."""
     self._site.write(self._render(0))  # first, as runs may be away
-    with contextlib.suppress(UserError, OSError):
+    with contextlib.suppress(cli.Failure, OSError), _unwarned():
       self.update()
 
   def _state_of(self, run):
@@ -323,10 +341,15 @@ class Report:
     )
 
 
+def _unwarned():
+  """Leaves out warnings about runs, which the first look has printed."""
+  return contextlib.redirect_stderr(io.StringIO())
+
+
 def _check_place(outdir, runs):
   place = pathlib.Path(os.path.realpath(outdir))
   for run in runs:
-    if run.folder == place or run.folder in place.parents:
+    if pathlib.Path(os.path.realpath(run.folder)) in (place, *place.parents):
       raise UserError(
         f'--outdir {outdir} is inside of the run {run.folder}, where nothing '
         'may change; choose a folder beside it'
@@ -432,9 +455,9 @@ def watch(report, seconds, videos):
 def look(report, seconds, videos):
   """Updates, without warnings again; returns what hinders it, or ''."""
   try:
-    with contextlib.redirect_stderr(io.StringIO()), file_io.file_errors():
+    with _unwarned(), file_io.file_errors():
       changed = report.update(seconds, videos)
-  except UserError as error:
+  except cli.Failure as error:
     return str(error)
   if changed:
     print(f'{datetime.datetime.now():%H:%M:%S} Updated.', flush=True)

@@ -259,7 +259,7 @@ def group_runs(runs):
   for (task, method), group in groups.items():
     configs = [run.config for run in group if run.config]
     keys = set.intersection(*map(set, configs or [{}])) - set(MAY_DIFFER)
-    keys = {k for k in keys if k[:4] not in ('log_', 'eval')}
+    keys = {k for k in keys if not k.startswith(('log_', 'eval_e'))}
     differ = [k for k in keys if len({str(c.get(k)) for c in configs}) > 1]
     if differ:
       names = ', '.join(sorted(differ))

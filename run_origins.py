@@ -58,7 +58,9 @@ def _flags(command):
   quiet = contextlib.redirect_stdout(io.StringIO())  # with --help
   with contextlib.suppress(ValueError, UserError, SystemExit), quiet:
     words = shlex.split(command)
-    return dict(commandline.parse_flags(words[words.index('dreamer.py') + 1 :]))
+    return dict(
+      commandline.parse_flags(words[words.index('dreamer.py') + 1 :], False)
+    )
   return {}
 
 
@@ -89,7 +91,9 @@ def _command(run, flags):
       return f'dreamer.train(make_env, {logdir!r}, {", ".join(words)})'
     words = ['python', 'dreamer.py', '--logdir', logdir, '--task', task]
     for name, value in given.items():
-      words += [f'--{name}', arguments.text(value)]
+      value = arguments.text(value)
+      dash = value.startswith('-')
+      words += [f'--{name}={value}'] if dash else [f'--{name}', value]
     return shlex.join(map(str, words))
   return ''
 
@@ -103,7 +107,7 @@ def differences(runs, origins):
   known = [x.flags for x in origins if isinstance(x.flags.get('task'), str)]
   if not known:
     return None
-  rows, ignored = [], {*MAY_DIFFER, 'logdir', 'task'}
+  rows, ignored = [], {*MAY_DIFFER, 'task'}
   defaults = _defaults(runs[0], known[0]['task'])
   for name in dict.fromkeys(itertools.chain(*known)):
     default = arguments.text(defaults.get(name, 'unknown to this version'))

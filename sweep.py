@@ -202,7 +202,7 @@ def check_flags(pairs, extra):
   for task, arm in pairs:
     words = ['--logdir', 'unused', '--task', task, *arm.flags, *extra]
     try:
-      config = commandline.parse_flags(words)
+      config = commandline.parse_flags(words, resumes=False)
     except UserError as error:
       raise UserError(f'dreamer.py: {error}') from None
     method = configs.method_name(configs.AttrDict(config, **SETTING))

@@ -316,8 +316,9 @@ def _leave_out_agent():
 # Modules of ours that workers load; the user's may have the same names.
 # fmt: off
 OWN = (
-  'cli', 'episode_files', 'gym_env', 'ray_workers', 'replay', 'spaces',
-  'suites', 'toys', 'worker_calls', 'worker_process', 'workers', 'wrappers',
+  'atari_env', 'cli', 'dmc_env', 'episode_files', 'file_io', 'gym_env',
+  'lab_env', 'opengl', 'ray_workers', 'replay', 'spaces', 'suites', 'toys',
+  'worker_calls', 'worker_process', 'workers', 'wrappers',
 )
 # fmt: on
 _hidden = {}  # those of them whose names the user has taken

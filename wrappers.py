@@ -21,14 +21,8 @@ import numpy as np
 import spaces
 from atari_env import Atari as Atari
 from dmc_env import DeepMindControl as DeepMindControl
-from lab_env import DeepMindLab as DeepMindLab
 from replay import Collect as Collect
-from spaces import OneHotBox as OneHotBox
 from spaces import gym
-from worker_calls import RenderError as RenderError
-from worker_calls import TaskError as TaskError
-from worker_calls import WorkerError as WorkerError
-from worker_calls import WorkerLost as WorkerLost
 from workers import Async as Async
 from workers import Wrapper
 

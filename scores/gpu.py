@@ -92,7 +92,7 @@ def run(argv):
   ways = arguments.Choice(*map(','.join, each))
   parser.flag('--ways', ways, WAYS, 'precision and jit', nargs='+')
   parser.flag('--preset', configs.PRESET, 'release')
-  parser.flag('--json', arguments.File(), help='file for the figures')
+  parser.flag('--json', arguments.Path(), help='file for the figures')
   parser.flag('--one', arguments.Text(), help=argparse.SUPPRESS, nargs=2)
   args = parser.parse(argv)
   if args.one:

@@ -195,7 +195,7 @@ def run(argv):
   parser.flag('--arms', arms, ','.join(ARMS))
   parser.flag('--seeds', arguments.Whole(1), 2, 'how many (2)')
   parser.flag('--updates', arguments.Whole(1), 1000, 'of the first arm (1000)')
-  parser.flag('--json', arguments.File(), help='goes on with a file')
+  parser.flag('--json', arguments.Path(), help='goes on with a file')
   bare = dict(nargs='?', const='True')
   parser.flag('--costs', arguments.Truth(), False, 'of an update', **bare)
   args = parser.parse(argv)

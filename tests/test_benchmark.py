@@ -129,6 +129,14 @@ def test_flags_of_a_run_come_after_a_dash(part):
   assert 'Traceback' not in result.stderr
 
 
+def test_presets_go_before_defaults():
+  """As in dreamer.py: vectors have a precision of their own there."""
+  given = ['--preset=cpu', '--inputs=state', '--what=train']
+  args = benchmark.parse_flags(given)
+  config = commandline.parse_flags([*args.words, *args.extra, '--logdir=x'])
+  assert (config.precision, config.preset) == ('32', 'cpu')
+
+
 def test_how_long_it_runs_is_no_flag_of_it(capsys):
   assert benchmark.main([*SMALL, '--', '--steps=5']) == 2
   message = '--steps is of runs that benchmark.py does not time'
@@ -169,7 +177,7 @@ def test_a_part_that_cannot_be_measured_ends_with_code_2():
     (['--what', 'trian'], 'did you mean train'),
     (['--task', 'dmc_walker_wlak'], 'dmc_walker_walk'),
     (['--json', '/proc/nowhere/report.json'], '/proc/nowhere'),
-    (['--json', '/tmp'], '(it is a folder)'),
+    (['--json', '/tmp'], 'is a folder; choose another name'),
     (['--batch_size', '3'], 'flags of dreamer.py come last, after --'),
     (['--', '--task=toy_catch'], '--task comes before --'),
     (['--', '--learner=free'], '--learner is of runs'),

@@ -277,15 +277,17 @@ def test_layout_of_the_release(tmp_path):
 def test_presets_are_methods_of_their_own(tmp_path, capsys):
   pairs = [(100_000, 400.0)]
   write_run(tmp_path / 'runs/a', WALK, 0, pairs, preset='cpu')
-  write_run(tmp_path / 'runs/b', WALK, 0, pairs)
-  write_run(tmp_path / 'runs/c', WALK, 1, pairs, horizon=9, steps=7)
+  same = dict(eval_every=7, eval_noise=0.0)
+  write_run(tmp_path / 'runs/b', WALK, 0, pairs, **same)
+  others = dict(horizon=9, steps=7, eval_every=5, eval_noise=0.5)
+  write_run(tmp_path / 'runs/c', WALK, 1, pairs, **others)
   _, result = report(tmp_path / 'runs')
   assert {r['method']: r['seeds'] for r in result['rows']} == {
     'dreamer-cpu': 1,
     'dreamer': 2,
   }
   err = capsys.readouterr().err
-  assert f'runs of {WALK}, dreamer differ in horizon\n' in err
+  assert f'runs of {WALK}, dreamer differ in eval_noise, horizon\n' in err
 
 
 def test_of_one_seed_twice_the_longer_counts(tmp_path, capsys):
@@ -474,7 +476,7 @@ def test_folders_without_results(tmp_path, kind, message, capsys):
       'no line has both',
     ),
     (['--indir', '{}', '--json', '/proc/nowhere/x'], 'cannot write'),
-    (['--indir', '{}', '--json', '{}'], '(it is a folder)'),
+    (['--indir', '{}', '--json', '{}'], 'is a folder; choose another name'),
     (['--indir', '{}', '--json', '{}/o', '--outdir', '{}/o'], 'o is a folder;'),
     (
       ['--indir', '{}', '--methods', '-cpu$'],

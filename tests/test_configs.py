@@ -25,8 +25,8 @@ import dreamer
 import episode_files
 import evaluate
 import runfile
+import spaces
 import training
-import wrappers
 
 
 def test_release_defaults():
@@ -62,7 +62,7 @@ def test_suite_defaults_and_flags_before_them(tmp_path):
 
 def test_actions_are_chosen_by_the_action_space():
   box = gym.spaces.Box(-1, 1, (2,), np.float32)
-  onehot = wrappers.OneHotBox(3)
+  onehot = spaces.OneHotBox(3)
   for space, dist, expl in (
     (box, 'tanh_normal', 'additive_gaussian'),
     (onehot, 'onehot', 'epsilon_greedy'),

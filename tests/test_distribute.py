@@ -23,6 +23,7 @@ import tensorflow as tf
 import cli
 import configs
 import distribute
+import spaces
 import training
 from logdirs import read_metrics
 
@@ -86,7 +87,6 @@ def _update(folder, team, flags):
   import dreamer
   import models
   import progress
-  import wrappers
 
   if 'jit' in flags:  # XLA draws other noise; the world model is in it on one
     models._sample = lambda stats, seed: stats['mean']
@@ -96,7 +96,7 @@ def _update(folder, team, flags):
   training.setup_precision(config.precision)
   space = gym.spaces.Box(-1, 1, (2,), np.float32)
   if config.action_dist == 'onehot':
-    space = wrappers.OneHotBox(2)
+    space = spaces.OneHotBox(2)
   inputs = {k: SHAPES[k] for k in config.inputs.split(',')}
   agent = dreamer.Dreamer(config, space, team, inputs)
   if team.chief:  # as if it had restored a checkpoint

@@ -8,7 +8,7 @@ import pytest
 import checkpoints
 import dreamer
 import runfile
-import wrappers
+import spaces
 from logdirs import read_metrics
 from processes import train_toy
 
@@ -37,7 +37,7 @@ def test_learns_toy_catch(tmp_path):
   # Predicted discounts after training: low where an episode ends only.
   config = runfile.load_config(logdir)
   datadir = logdir / 'episodes'
-  agent = dreamer.Dreamer(config, wrappers.OneHotBox(3))
+  agent = dreamer.Dreamer(config, spaces.OneHotBox(3))
   assert checkpoints.Checkpoints(
     logdir / 'checkpoints', **agent.trackable()
   ).restore()

@@ -629,6 +629,21 @@ def test_an_export_replaces_nothing_but_an_export(runs, tmp_path, capsys):
     assert (tmp_path / name / 'mine').read_text() == 'mine'
 
 
+def test_an_export_follows_one_that_was_killed(runs, tmp_path):
+  words = [f'--logdir={runs("catch")}', f'--export={tmp_path}']
+  for half in ('saved_model.pb', library.ABOUT):  # moved already, and not yet
+    (tmp_path / f'{library.PARTIAL}1').mkdir()
+    (tmp_path / half).write_text('half')
+    assert evaluate.main(words) == 0
+    json.loads((tmp_path / library.ABOUT).read_text())
+    assert not list(tmp_path.glob(f'{library.PARTIAL}*'))
+
+
+def test_a_logdir_of_nobody():
+  with pytest.raises(cli.UserError, match='no such user'):
+    dreamer.load('~nobody-of-this-name/run')
+
+
 @pytest.mark.parametrize('name', ['models', 'behaviors'])
 def test_a_module_with_a_name_of_ours(name, tmp_path):
   (tmp_path / f'{name}.py').write_text('X = 1')

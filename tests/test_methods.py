@@ -17,8 +17,8 @@ import configs
 import dreamer
 import logger
 import representations
+import spaces
 import training
-import wrappers
 from agents import batch_of, run_here
 
 SMALL = dict(batch_length=6, plan_horizon=5, plan_candidates=20, plan_best=4)
@@ -294,7 +294,7 @@ def test_planning_needs_continuous_actions():
   config = dreamer.define_config('toy_catch')
   config.behavior = 'planning'
   with pytest.raises(cli.UserError, match='planning needs'):
-    configs.resolve_actions(config, wrappers.OneHotBox(3))
+    configs.resolve_actions(config, spaces.OneHotBox(3))
 
 
 @pytest.mark.parametrize(

@@ -487,6 +487,16 @@ def test_atomic_write(tmp_path):
     assert path.read_bytes() == b'old', 'seen before it was whole'
   assert path.read_bytes() == b'new'
   assert list(tmp_path.iterdir()) == [path], 'nothing else is left'
+  with pytest.raises(FileNotFoundError) as caught, file_io.atomic_write(path):
+    open('/no/such/font')
+  assert str(caught.value).endswith(
+    "No such file or directory: '/no/such/font'"
+  )
+  path.unlink()
+  path.mkdir()
+  with pytest.raises(IsADirectoryError) as caught, file_io.atomic_write(path):
+    pass
+  assert str(caught.value).endswith(f"Is a directory: '{path}'")
 
 
 def private_memory():

@@ -1,5 +1,6 @@
 """The pages of one's own runs, on logdirs made by hand."""
 
+import errno
 import io
 import json
 import os
@@ -163,6 +164,16 @@ def test_command_repeats_the_run(made):
   }
 
 
+def test_command_has_values_that_begin_with_a_dash(tmp_path):
+  flags = full_config(WALK, 0, weight_decay_pattern='-kernel')
+  del flags['task'], flags['seed']
+  write_run(tmp_path / 'run', WALK, 0, [(1, 1.0)], **flags)
+  (run,) = run_folders.find_runs([tmp_path])
+  words = shlex.split(run_origins.origin(run).command)[2:]
+  again = commandline.parse_flags(words)
+  assert again.weight_decay_pattern == '-kernel'
+
+
 def test_command_of_a_custom_task_is_python(tmp_path):
   flags = full_config('custom_mine', 0, horizon=10)
   del flags['task'], flags['seed']
@@ -174,7 +185,12 @@ def test_command_of_a_custom_task_is_python(tmp_path):
   compile(command, 'command', 'eval')
 
 
-def test_flags_follow_from_the_command_of_a_run_without_config(tmp_path):
+def test_flags_follow_from_the_command_of_a_run_without_config(
+  tmp_path, monkeypatch
+):
+  """Not from what else lies at the place that it names."""
+  write_run(tmp_path / 'x', 'toy_reach', 0, [])
+  monkeypatch.chdir(tmp_path)
   write_metrics(tmp_path / 'runs/toy_reach/dreamer/0', [(900, 4.0)])
   folder = tmp_path / 'runs/toy_reach/dreamer/0'
   command = 'python dreamer.py --logdir x --task toy_reach --horizon 3'
@@ -187,6 +203,7 @@ def test_flags_follow_from_the_command_of_a_run_without_config(tmp_path):
     3,
   )
   assert run_origins.differences([run], [about]) == [('--horizon', '8', '3')]
+  assert about.flags['batch_size'] == 16
   words = ('{"command": "x \\""}', '{"command": "dreamer.py --help"}')
   for broken in ('{', '[1]', '{"versions": 3}', *words):
     (folder / 'run.json').write_text(broken)
@@ -247,6 +264,8 @@ def test_ticks_are_round(low, high, expected):
     (0, '0'),
     (0.1 + 0.2, '0.3'),
     (1000, '1000'),
+    (9999.7, '10k'),
+    (999_960, '1M'),
     (-25_000, '-25k'),
     (1.5e6, '1.5M'),
     (1e-7, '1e-07'),
@@ -435,6 +454,8 @@ def test_nonsense_in_files_of_a_run(tmp_path):
     (['--indir', '{}/runs', '--outdir', '{}/full/a.txt'], 'cannot write'),
     (['--indir', '{}/runs', '--outdir', '{}/runs'], 'holds something else'),
     (['--indir', '{}/runs', '--outdir', '{}/runs/a/s'], 'is inside of the run'),
+    (['--indir', '{}/link', '--outdir', '{}/runs/a/s'], 'is inside of the run'),
+    (['--indir', '{}/runs', '--outdir', '{}/deep'], 'holds something else'),
     (
       ['--indir', '{}/runs', '--outdir', '{}/s', '--pictures', '{}/no'],
       '--pictures',
@@ -463,10 +484,12 @@ def test_nonsense_in_files_of_a_run(tmp_path):
 )
 def test_bad_input(tmp_path, words, message, capsys):
   write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
-  for name in ('full', 'fake'):
+  for name in ('full', 'fake', 'deep', 'link'):
     (tmp_path / name).mkdir()
   (tmp_path / 'full/a.txt').write_text('a')
   (tmp_path / 'fake/report.json').write_text('{"program": "other"}')
+  (tmp_path / 'deep/report.json').write_text('[' * 100_000)
+  (tmp_path / 'link/a').symlink_to(tmp_path / 'runs/a')
   before = contents(tmp_path)
   assert main(*(word.format(tmp_path) for word in words)) == 2
   err = capsys.readouterr().err
@@ -542,6 +565,42 @@ def test_watch_goes_on_when_runs_are_away(tmp_path, monkeypatch, capsys):
   page = ' '.join(Page(site / f'tasks/{WALK}.html').texts)
   assert 'data-refresh="0"' in (site / f'tasks/{WALK}.html').read_text()
   assert 'to 110k steps' in page
+
+
+def test_a_full_disk_is_waited_for(tmp_path, monkeypatch):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  words = [f'--indir={tmp_path}/runs', f'--outdir={tmp_path}/site']
+  pages_of = report.Report(report.parse_flags(words))
+
+  def update(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device', 'page')
+
+  monkeypatch.setattr(pages_of, 'update', update)
+  assert 'No space left' in report.look(pages_of, 1, False)
+
+
+def test_one_at_a_time_writes_to_a_folder(tmp_path, capsys):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  words = [f'--indir={tmp_path}/runs', f'--outdir={tmp_path}/site']
+  first = report.Report(report.parse_flags(words))
+  first.update()
+  assert main(*words) == 2
+  assert 'another report.py writes to --outdir' in capsys.readouterr().err
+  del first
+  assert main(*words) == 0
+
+
+def test_pictures_of_a_run_go_with_it(tmp_path):
+  """A logdir may be made again, and reach the same number of updates."""
+  folder = write_run(tmp_path / 'run', WALK, 0, [(1, 1.0)])
+  keys = []
+  for started in ('2026-01-01', '2026-01-01', '2026-02-02'):
+    record = json.loads((folder / 'config.json').read_text())
+    record['started'] = started
+    (folder / 'config.json').write_text(json.dumps(record))
+    (run,) = run_folders.find_runs([tmp_path])
+    keys.append(media.run_key(run))
+  assert keys[0] == keys[1] != keys[2]
 
 
 def test_an_error_of_the_watch_leaves_pages_at_rest(tmp_path, monkeypatch):

@@ -19,9 +19,8 @@ import lab_env
 import spaces
 import suites
 import wrappers
-
-gym = wrappers.gym
-
+from spaces import gym
+from worker_calls import TaskError
 
 # ---------------------------------------------------------------------------
 # Atari
@@ -236,9 +235,9 @@ def test_atari_in_a_worker_and_an_unknown_game():
     assert env.reset()['image'].any()
   finally:
     env.close()
-  with pytest.raises(wrappers.TaskError, match='atari_pong'):
+  with pytest.raises(TaskError, match='atari_pong'):
     suites.check_task('atari_pnog')
-  with pytest.raises(wrappers.TaskError, match='atari_space_invaders'):
+  with pytest.raises(TaskError, match='atari_space_invaders'):
     wrappers.Atari('space_invader')
 
 
@@ -405,7 +404,7 @@ def test_gym_continuous_actions_are_scaled():
   ],
 )
 def test_gym_that_cannot_be_used(name, words):
-  with pytest.raises(wrappers.TaskError, match=words):
+  with pytest.raises(TaskError, match=words):
     suites.make_task(f'gym_{name}')
 
 
@@ -507,7 +506,7 @@ def lab(tmp_path, monkeypatch):
 
 
 def test_lab_without_its_package_names_the_project():
-  with pytest.raises(wrappers.TaskError, match='google-deepmind/lab'):
+  with pytest.raises(TaskError, match='google-deepmind/lab'):
     suites.make_task('dmlab_collect')
 
 
@@ -572,7 +571,5 @@ def test_resizing_to_height_and_width():
 
 @pytest.mark.parametrize('task', ['atari_pong', 'toy_reach'])
 def test_an_observation_to_record_that_is_not_there(task):
-  with pytest.raises(
-    wrappers.TaskError, match=f'--record rewrad: {task} .*; it has'
-  ):
+  with pytest.raises(TaskError, match=f'--record rewrad: {task} .*; it has'):
     suites.make_task(task, inputs='image', record='rewrad')

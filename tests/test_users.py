@@ -5,6 +5,7 @@ in real workers.
 """
 
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -25,10 +26,11 @@ import suites
 import worker_calls
 import worker_process
 import wrappers
+from spaces import gym
+from worker_calls import RenderError, TaskError, WorkerError, WorkerLost
 
 pytestmark = pytest.mark.slow
 
-gym = wrappers.gym
 S = gymnasium.spaces
 PIXELS = S.Box(0, 255, (64, 64, 3), np.uint8)
 ROOT = os.path.dirname(os.path.abspath(wrappers.__file__))
@@ -172,7 +174,7 @@ class NoFrames(PlainRender):
 )
 def test_what_cannot_draw_has_no_images_and_says_what_to_do(kind, why):
   words = f'has no images.*cannot be used: {why}.*--inputs state .*rgb_array'
-  with pytest.raises(wrappers.TaskError, match=words):
+  with pytest.raises(TaskError, match=words):
     make(kind)
   assert make(kind, inputs='state').reset()['state'].shape == (5,)
 
@@ -429,7 +431,7 @@ def test_what_is_no_image(shape, dtype, low, high):
   ],
 )
 def test_other_images_are_an_error_and_not_rendered(space):
-  with pytest.raises(wrappers.TaskError) as error:
+  with pytest.raises(TaskError) as error:
     make(variant(observation_space=space))
   text = str(error.value)
   assert '[height, width, 3]' in text and 'channels first' in text
@@ -481,7 +483,7 @@ def test_images_within_dictionaries_and_tuples():
 def test_an_image_of_another_shape_than_announced_is_an_error():
   kind = variant(obs=lambda self: np.zeros((32, 64, 3), np.uint8))
   words = r'the observation: An image .*\(32, 64, 3\), not \(64, 64, 3\)'
-  with pytest.raises(wrappers.TaskError, match=words):
+  with pytest.raises(TaskError, match=words):
     make(kind)
 
 
@@ -682,19 +684,19 @@ def test_an_error_after_a_whole_episode_drops_its_episode(tmp_path):
 
 
 def test_an_error_before_the_first_whole_episode_is_raised(tmp_path):
-  with pytest.raises(wrappers.WorkerError, match='unstable at 3'):
+  with pytest.raises(WorkerError, match='unstable at 3'):
     collect(tmp_path, [3, 4], 3)
 
 
 def test_with_env_errors_stop_any_error_is_raised(tmp_path):
-  with pytest.raises(wrappers.WorkerError, match='unstable at 7'):
+  with pytest.raises(WorkerError, match='unstable at 7'):
     collect(tmp_path, [7, 8], 3, tolerant=False)
 
 
 @pytest.mark.parametrize('last, raised', [(100, True), (9, False)])
 def test_five_errors_in_a_row_are_raised(tmp_path, last, raised):
   if raised:
-    with pytest.raises(wrappers.WorkerError, match='unstable at 9'):
+    with pytest.raises(WorkerError, match='unstable at 9'):
       collect(tmp_path, [5, last], 3)
   else:
     finished, errors = collect(tmp_path, [5, last], 2)
@@ -711,7 +713,7 @@ def test_episodes_of_other_environments_count(tmp_path):
   """Those of training, for an error in the first evaluation."""
   finished, errors = collect(tmp_path, [3, 4], 1, proven=lambda: True)
   assert len(finished) == len(errors) == 1
-  with pytest.raises(wrappers.WorkerError, match='unstable at'):
+  with pytest.raises(WorkerError, match='unstable at'):
     collect(tmp_path, [0, 99], 1, proven=lambda: False)
 
 
@@ -769,7 +771,7 @@ def test_what_workers_print_is_in_a_file_that_the_error_names(
   env = wrappers.Async(make, strategy, log=log, name='train 3')
   try:
     env.reset()
-    with pytest.raises(wrappers.WorkerLost) as error:
+    with pytest.raises(WorkerLost) as error:
       for _ in range(6):
         env.step(np.zeros(2, np.float32))
   finally:
@@ -903,7 +905,7 @@ def test_starting_has_a_limit_of_its_own(strategy):
   env.close()
   make.keywords['args']['seconds'] = 60
   env = wrappers.Async(make, strategy, 100, 3)
-  with pytest.raises(wrappers.WorkerLost, match='3 seconds.* --start_timeout'):
+  with pytest.raises(WorkerLost, match='3 seconds.* --start_timeout'):
     env.reset()
   env.close()
 
@@ -917,7 +919,7 @@ def test_a_slow_step_names_its_flag():
   make = functools.partial(suites.make_task, 'gym_test_users:Slow-v0', 1, 9)
   env = wrappers.Async(make, 'process', 2, 100)
   env.reset()
-  with pytest.raises(wrappers.WorkerLost, match='2 seconds.* --worker_timeout'):
+  with pytest.raises(WorkerLost, match='2 seconds.* --worker_timeout'):
     env.step(np.zeros(2, np.float32))
   env.close()
 
@@ -939,7 +941,7 @@ def test_arguments_of_the_constructor():
     ({'map': 1}, """--env_args '{"map": 1}': .*'map'"""),
     ({'map_name': 1, 'size': 2}, "--env_args .*'size'"),
   ):
-    with pytest.raises(wrappers.TaskError, match=words):
+    with pytest.raises(TaskError, match=words):
       make(Map, args=args)
 
 
@@ -952,7 +954,7 @@ class NoMode(Base):
 
 def test_a_wrong_argument_is_named_where_there_is_no_render_mode():
   assert make(NoMode, args={'size': 4}).reset()['image'].shape == (64, 64, 3)
-  with pytest.raises(wrappers.TaskError, match="argument 'sise'"):
+  with pytest.raises(TaskError, match="argument 'sise'"):
     make(NoMode, args={'sise': 4})
 
 
@@ -1008,12 +1010,12 @@ def test_names_of_other_suites_get_the_right_form(task, form):
 
 
 def test_an_id_without_its_package_gets_the_right_form():
-  with pytest.raises(wrappers.TaskError) as error:
+  with pytest.raises(TaskError) as error:
     suites.make_task('gym_MiniGrid-Empty-5x5-v0')
   assert '--task gym_minigrid:MiniGrid-Empty-5x5-v0' in str(error.value)
-  with pytest.raises(wrappers.TaskError, match='pip install'):
+  with pytest.raises(TaskError, match='pip install'):
     gym_env.make('metaworld:Meta-World/MT1', {})
-  with pytest.raises(wrappers.TaskError, match='current folder'):
+  with pytest.raises(TaskError, match='current folder'):
     gym_env.make('no_such_module_of_mine:X-v0', {})
 
 
@@ -1095,9 +1097,9 @@ def test_an_observation_without_entries_is_no_hindrance():
   assert env.observation_space['image'].shape == (64, 64, 3)
   env = suites.make_task('custom_none', function=kind, inputs='state')
   assert env.observation_space['some'].shape == (2,)
-  with pytest.raises(wrappers.TaskError, match='no number.*among image, some'):
+  with pytest.raises(TaskError, match='no number.*among image, some'):
     suites.make_task('custom_none', function=kind, inputs='none')
-  with pytest.raises(wrappers.TaskError, match='--inputs state: there is no n'):
+  with pytest.raises(TaskError, match='--inputs state: there is no n'):
     kind = variant(observation_space=parts['none'])
     suites.make_task('custom_none', function=kind, inputs='state')
 
@@ -1112,7 +1114,7 @@ def test_too_many_choices_are_no_input():
   kind = variant(observation_space=space, obs=lambda self: space.sample())
   env = suites.make_task('custom_large', function=kind, inputs='state')
   assert sorted(env.observation_space.spaces) == ['reward', 'small']
-  with pytest.raises(wrappers.TaskError, match='large: .* has no such'):
+  with pytest.raises(TaskError, match='large: .* has no such'):
     suites.make_task('custom_large', function=kind, inputs='large')
 
 
@@ -1186,7 +1188,7 @@ def test_a_module_of_our_name_is_refused_without_a_worker(tmp_path):
 
 @pytest.mark.parametrize('module', ['./mine', '../mine', '/mine', '.mine'])
 def test_a_path_is_no_module(module):
-  with pytest.raises(wrappers.TaskError, match='is a path; the name of a'):
+  with pytest.raises(TaskError, match='is a path; the name of a'):
     suites.make_task(f'gym_{module}:Id-v0')
 
 
@@ -1208,7 +1210,7 @@ def test_a_vector_of_another_shape_than_announced_is_an_error():
 
 
 def test_several_environments_in_one_are_refused():
-  with pytest.raises(wrappers.TaskError, match='gave several environments in'):
+  with pytest.raises(TaskError, match='gave several environments in'):
     suites.make_task(
       'custom_several',
       function=lambda: gymnasium.make_vec('CartPole-v1', num_envs=2),
@@ -1412,6 +1414,22 @@ class NoGraphics(Base):
     platform.fails_here()
 
 
+def test_the_users_trouble_is_not_that_of_graphics(tmp_path, monkeypatch):
+  """Whatever folders and files are called."""
+  folder = tmp_path / 'my_OpenGL_render'
+  folder.mkdir()
+  (folder / 'gl_context_render.py').write_text('def go():\n  raise KeyError(7)')
+  monkeypatch.syspath_prepend(folder)
+
+  class Failing(Base):
+    def __init__(self, render_mode=None):
+      super().__init__(render_mode)
+      importlib.import_module('gl_context_render').go()
+
+  with pytest.raises(KeyError):
+    make(Failing)
+
+
 def test_trouble_with_graphics_is_told_as_such(monkeypatch):
   from OpenGL import platform
 
@@ -1423,5 +1441,5 @@ def test_trouble_with_graphics_is_told_as_such(monkeypatch):
   monkeypatch.setattr(
     platform, 'fails_here', space['fails_here'], raising=False
   )
-  with pytest.raises(wrappers.RenderError, match='no EGL.*MUJOCO_GL=disabled'):
+  with pytest.raises(RenderError, match='no EGL.*MUJOCO_GL=disabled'):
     make(NoGraphics)

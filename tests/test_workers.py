@@ -24,6 +24,8 @@ import suites
 import workers
 import wrappers
 from processes import alive, run_script, wait_until
+from spaces import gym
+from worker_calls import RenderError, TaskError, WorkerError, WorkerLost
 from worlds import (
   NO_EGL,
   Call,
@@ -37,9 +39,6 @@ from worlds import (
   noisy,
   same,
 )
-
-# Importing gym first would print its notice.
-gym = wrappers.gym
 
 ROOT = os.path.dirname(os.path.abspath(wrappers.__file__))
 
@@ -143,9 +142,9 @@ class TestAsync:
   @remote
   def test_answers_that_do_not_pickle(self, strategy):
     env = wrappers.Async(functools.partial(Call, unpicklable), strategy)
-    with pytest.raises(wrappers.WorkerError, match='[Pp]ickl') as caught:
+    with pytest.raises(WorkerError, match='[Pp]ickl') as caught:
       env.reset()
-    assert not isinstance(caught.value, wrappers.WorkerLost)
+    assert not isinstance(caught.value, WorkerLost)
     env.close()
 
   @pytest.mark.parametrize('strategy', workers.STRATEGIES)
@@ -153,17 +152,17 @@ class TestAsync:
     make = functools.partial(fail, OSError, 'no such world')
     env = wrappers.Async(make, strategy)
     for _ in range(2):
-      with pytest.raises(wrappers.WorkerError) as caught:
+      with pytest.raises(WorkerError) as caught:
         env.reset()
       assert str(caught.value).startswith('no such world')
       assert 'Traceback' not in str(caught.value)
       assert 'in fail' in caught.value.traceback
-    with pytest.raises(wrappers.WorkerError, match='no such world'):
+    with pytest.raises(WorkerError, match='no such world'):
       _ = env.action_space
     env.close()
 
   @pytest.mark.parametrize('strategy', workers.STRATEGIES)
-  @pytest.mark.parametrize('kind', [wrappers.TaskError, wrappers.RenderError])
+  @pytest.mark.parametrize('kind', [TaskError, RenderError])
   def test_own_errors_arrive_as_themselves(self, strategy, kind):
     env = wrappers.Async(functools.partial(fail, kind, 'oh'), strategy)
     with pytest.raises(kind) as caught:
@@ -177,7 +176,7 @@ class TestAsync:
     env.reset()
     promise = env.step('fail', blocking=False)
     for _ in range(2):
-      with pytest.raises(wrappers.WorkerError) as caught:
+      with pytest.raises(WorkerError) as caught:
         promise()
       assert str(caught.value).startswith("'wheel'")
       assert 'KeyError' in str(caught.value)
@@ -191,7 +190,7 @@ class TestAsync:
     env.reset()
     env.close()
     env.close()
-    with pytest.raises(wrappers.WorkerError, match='closed'):
+    with pytest.raises(WorkerError, match='closed'):
       env.reset()
 
 
@@ -223,7 +222,7 @@ def test_what_is_made_again_is_like_the_first(strategy, tmp_path):
   env.reset()
   env.restart()
   for _ in range(2):
-    with pytest.raises(wrappers.TaskError, match=r'state \[2\].*state \[1\]'):
+    with pytest.raises(TaskError, match=r'state \[2\].*state \[1\]'):
       env.reset()
   env.close()
 
@@ -243,14 +242,14 @@ def nap():
   return 'rested'
 
 
-class OddTaskError(wrappers.TaskError):
+class OddTaskError(TaskError):
   pass
 
 
 def test_kinds_of_errors_arrive_as_the_nearest_known():
   make = functools.partial(fail, OddTaskError, 'odd')
   env = wrappers.Async(make)
-  with pytest.raises(wrappers.TaskError, match='^odd'):
+  with pytest.raises(TaskError, match='^odd'):
     env.reset()
   env.close()
 
@@ -292,7 +291,7 @@ class TestLostWorkers:
     # The fresh worker goes on with the number after the lost episode's.
     assert finished[0]['count'].tolist() == [200, 201, 202, 203]
     (error,) = errors
-    assert isinstance(error, wrappers.WorkerLost)
+    assert isinstance(error, WorkerLost)
     assert f'The environment worker {KILLED[strategy]}' in str(error)
 
   @remote
@@ -312,7 +311,7 @@ class TestLostWorkers:
 
   @remote
   def test_five_in_a_row_are_too_many(self, strategy, tmp_path):
-    with pytest.raises(wrappers.WorkerLost, match=KILLED[strategy]):
+    with pytest.raises(WorkerLost, match=KILLED[strategy]):
       self.collect(strategy, tmp_path, ['die'] * 5, 1)
     assert (tmp_path / 'workers').read_text() == 5 * 'worker\n'
 
@@ -339,9 +338,9 @@ class TestLostWorkers:
     errors = []
     env = wrappers.Collect(wrappers.Async(Faulty, strategy), lost=errors.append)
     env.reset()
-    with pytest.raises(wrappers.WorkerError) as caught:
+    with pytest.raises(WorkerError) as caught:
       env.step('fail')
-    assert not isinstance(caught.value, wrappers.WorkerLost) and not errors
+    assert not isinstance(caught.value, WorkerLost) and not errors
     assert "raise KeyError('wheel')" in caught.value.traceback
     env.close()
 
@@ -354,7 +353,7 @@ class TestRemote:
     assert pid != os.getpid()
     os.kill(pid, signal.SIGKILL)
     for _ in range(2):
-      with pytest.raises(wrappers.WorkerError, match=KILLED[strategy]):
+      with pytest.raises(WorkerError, match=KILLED[strategy]):
         env.step('go')
     env.close()
 
@@ -365,17 +364,17 @@ class TestRemote:
     promises = [env.step('sleep', blocking=False), env.reset(blocking=False)]
     os.kill(pid, signal.SIGKILL)
     for promise in promises:
-      with pytest.raises(wrappers.WorkerError, match=KILLED[strategy]):
+      with pytest.raises(WorkerError, match=KILLED[strategy]):
         promise()
     env.close()
 
   @remote
   def test_exit_code_and_last_words(self, strategy, capfd):
     env = wrappers.Async(Faulty, strategy)
-    with pytest.raises(wrappers.WorkerError) as caught:
+    with pytest.raises(WorkerError) as caught:
       env.step('die')
     assert strategy == 'ray' or 'exit code 3' in str(caught.value)
-    assert isinstance(caught.value, wrappers.WorkerLost)
+    assert isinstance(caught.value, WorkerLost)
     assert 'last words' in caught.value.traceback
     env.close()
     assert capfd.readouterr() == ('', '')
@@ -384,7 +383,7 @@ class TestRemote:
   def test_dies_in_constructor(self, strategy):
     env = wrappers.Async(functools.partial(os.abort), strategy)
     cause = dict(process='SIGABRT', ray='died: ')[strategy]
-    with pytest.raises(wrappers.WorkerLost, match=cause):
+    with pytest.raises(WorkerLost, match=cause):
       env.reset()
     env.close()
 
@@ -416,7 +415,7 @@ class TestRemote:
     assert time.time() - start < 4
     assert strategy == 'ray' or not os.path.exists(f'/proc/{pid}')
     assert wait_until(lambda: not alive(pid))
-    with pytest.raises(wrappers.WorkerError, match='closed'):
+    with pytest.raises(WorkerError, match='closed'):
       promise()
 
   @remote
@@ -553,7 +552,7 @@ def test_without_ray(monkeypatch):
     lambda: suites.check_parallel('toy_reach', 'ray'),
     lambda: wrappers.Async(Counting, 'ray'),
   ):
-    with pytest.raises(wrappers.TaskError, match=r"pip install '\.\[sweep\]'"):
+    with pytest.raises(TaskError, match=r"pip install '\.\[sweep\]'"):
       use()
 
 
@@ -565,13 +564,14 @@ def test_wrong_ray_address(tmp_path, address):
   done = run_script(
     """
     import functools
+    import worker_calls
     import wrappers
     from ray._private import services
     # Other clusters on this host.
     services.find_gcs_addresses = functools.cache(lambda: set())
     try:
       wrappers.Async(dict, 'ray')
-    except wrappers.TaskError as error:
+    except worker_calls.TaskError as error:
       print(error)
   """,
     env={**os.environ, 'RAY_ADDRESS': address, 'RAY_TMPDIR': str(tmp_path)},
@@ -587,8 +587,8 @@ def test_ray_without_egl_uses_osmesa():
   code = """
     import os
     import signal
+    import worker_calls
     import worlds
-    import wrappers
     numbers = (signal.SIGINT, signal.SIGTERM)
     caught = []
     for number in numbers:
@@ -600,7 +600,7 @@ def test_ray_without_egl_uses_osmesa():
     os.environ['MUJOCO_GL'] = 'egl'
     try:
       worlds.render_pendulum('ray')
-    except wrappers.RenderError as error:
+    except worker_calls.RenderError as error:
       print(error)
   """
   env = {k: v for k, v in os.environ.items() if k != 'MUJOCO_GL'}
@@ -636,6 +636,7 @@ def test_cluster_of_two_hosts():
     import ray
     from ray import cluster_utils
     import ray_workers
+    import worker_calls
     import worlds
     import wrappers
     os.makedirs('/tmp/ray', exist_ok=True)  # where Ray notes the address
@@ -648,13 +649,13 @@ def test_cluster_of_two_hosts():
     ray_workers.RayWorker.PLACING = 3
     try:
       wrappers.Async(worlds.Counting, 'ray').reset()
-    except wrappers.WorkerError as error:
+    except worker_calls.WorkerError as error:
       print(error)
     cluster.remove_node(host, allow_graceful=False)
     try:
       while True:  # the actor notices the end of its host a little later
         env.reset()
-    except wrappers.WorkerLost as error:
+    except worker_calls.WorkerLost as error:
       print(error)
     ray.shutdown()
     cluster.shutdown()
@@ -744,7 +745,7 @@ def test_an_environment_can_end_its_programs(tmp_path):
 def test_programs_of_a_worker_that_hangs_end_with_it():
   env = wrappers.Async(Simulator, 'process', timeout=0.5)
   program = env.reset()
-  with pytest.raises(wrappers.WorkerLost, match='gave no answer'):
+  with pytest.raises(WorkerLost, match='gave no answer'):
     env.step(None)
   assert wait_until(lambda: not alive(program))
   env.close()
@@ -766,7 +767,7 @@ def test_a_worker_that_dies_is_noticed_though_its_children_live(tmp_path):
   kind = functools.partial(Forking, tmp_path / 'child')
   env = wrappers.Async(kind, 'process', timeout=20)
   program = env.reset()
-  with pytest.raises(wrappers.WorkerLost, match=r'SIGSEGV \(so ends'):
+  with pytest.raises(WorkerLost, match=r'SIGSEGV \(so ends'):
     env.step(None)
   env.close()
   child = int((tmp_path / 'child').read_text())
@@ -839,7 +840,7 @@ def test_where_processes_have_no_descriptors(monkeypatch):
 @pytest.mark.parametrize('strategy', ['none', 'thread'])
 def test_an_environment_that_leaves_ends_no_run(strategy):
   env = wrappers.Async(Exiting, strategy)
-  with pytest.raises(wrappers.WorkerError, match='SystemExit in the environ'):
+  with pytest.raises(WorkerError, match='SystemExit in the environ'):
     env.reset()
   env.close()
 

@@ -21,10 +21,9 @@ import toys
 import workers
 import wrappers
 from processes import run_script
+from spaces import gym
+from worker_calls import RenderError, TaskError, WorkerError
 from worlds import NO_EGL, Counting, in_worker, render_pendulum, rollout, same
-
-# Importing gym first would print its notice.
-gym = wrappers.gym
 
 ROOT = os.path.dirname(os.path.abspath(wrappers.__file__))
 
@@ -278,9 +277,9 @@ def test_bad_actions():
   )
   env.reset()
   for action in ([np.nan], [np.inf]):
-    with pytest.raises(wrappers.WorkerError, match='not finite'):
+    with pytest.raises(WorkerError, match='not finite'):
       env.step(np.array(action, np.float32))
-  with pytest.raises(wrappers.WorkerError, match='shape'):
+  with pytest.raises(WorkerError, match='shape'):
     env.step(np.zeros(2, np.float32))
   # The environment itself is none the worse for it.
   assert env.step(np.zeros(1, np.float32))[0]['image'].shape == (64, 64, 3)
@@ -331,7 +330,7 @@ class TestOpenGL:
     self.assert_render_error('egl', capfd)
 
   def assert_render_error(self, value, capfd):
-    with pytest.raises(wrappers.RenderError) as caught:
+    with pytest.raises(RenderError) as caught:
       render_pendulum()
     message = str(caught.value)
     for part in ('libegl1', 'libgl1-mesa-dri', 'libosmesa6', 'MUJOCO_GL'):
@@ -365,7 +364,7 @@ class TestOpenGL:
 )
 def test_wrong_task(wrong, near):
   for function in (suites.check_task, suites.make_task):
-    with pytest.raises(wrappers.TaskError) as caught:
+    with pytest.raises(TaskError) as caught:
       function(wrong)
     assert repr(wrong) in str(caught.value) and near in str(caught.value)
 
@@ -388,13 +387,13 @@ def test_rendering_is_refused_beside_tensorflow(monkeypatch):
   suites.check_parallel('dmc_walker_walk', 'ray')
   suites.check_parallel('toy_reach', 'none')
   for strategy in ('thread', 'none'):
-    with pytest.raises(wrappers.TaskError, match='--parallel process'):
+    with pytest.raises(TaskError, match='--parallel process'):
       suites.check_parallel('dmc_walker_walk', strategy)
-  with pytest.raises(wrappers.TaskError, match='--parallel process'):
+  with pytest.raises(TaskError, match='--parallel process'):
     suites.make_task('dmc_walker_walk')
   monkeypatch.delitem(sys.modules, 'tensorflow')
   suites.check_parallel('dmc_walker_walk', 'none')
-  with pytest.raises(wrappers.TaskError, match='process, thread, none, ray'):
+  with pytest.raises(TaskError, match='process, thread, none, ray'):
     suites.check_parallel('toy_reach', 'fork')
 
 
