@@ -133,7 +133,8 @@ def train(config, repeats):
     middle, low, high = median(lambda f=work: _wait(f()), repeats)
     split[name], spread[name] = middle, [low, high]
   figures = dict(update_s=times[0], update_split_s=split)
-  others = config.imag_starts, config.decode_images, config.pcont
+  c = config
+  others = c.imag_starts, c.decode_images, c.slow_value, c.pcont
   if configs.method_name(config) == 'dreamer' and not any(others):
     figures['update_gflop'] = update_flops(agent, config) / 1e9
   return figures, dict(update_s=times[1:], update_split_s=spread)
