@@ -26,7 +26,7 @@ class Behavior:
     choices: of discrete actions, how many of the A belong to each; else None.
 
   Attributes:
-    networks: {name in checkpoints and of its optimizer: Keras layer}.
+    networks: {name in checkpoints: Keras layer}.
     state: {name in checkpoints: variable or list of them}, what else resumes.
   """
 
@@ -247,13 +247,12 @@ class ActorOnly(Behavior):
     """Objective of the action model, negated (Eq. 7).
 
         start   s_0   a posterior state of the batch, not part of imag_feat
-        index    0      1     ...   H-2    H-1
-        state   s_1    s_2    ...  s_{H-1} s_H      imag_feat [H, N, F]
-        reward  r_1    r_2    ...  r_{H-1}  -       of the state it is at
-        value   v_1    v_2    ...  v_{H-1}  v_H     v_H is the bootstrap
-        pcont   g_1    g_2    ...  g_{H-1}  -
-        return  V_1    V_2    ...  V_{H-1}  -       [H-1, N]
-        weight   1     g_1    ... g_1..g_{H-2}      chance to get there
+        index    0      1     ...     H-1
+        state   s_1    s_2    ...     s_H        imag_feat [H, N, F]
+        reward  r_1    r_2    ...     r_H        of the state it is at
+        pcont   g_1    g_2    ...     g_H        its discount
+        weight   1     g_1    ... g_1..g_{H-1}   of what `returns` gives, whose
+                                                 H or H-1 rows are the first
 
     Args:
       post: posterior states {...: [B, T, ...]}.
@@ -299,10 +298,15 @@ class ActorOnly(Behavior):
     Returns:
       V_R [H, N] of Eq. 4, which stops where episodes do, and None for values.
     """
-    chance = pcont / self._c.discount if self._c.pcont else 1.0
-    chance *= tf.ones_like(reward)
-    zeros = tf.zeros_like(reward)
-    returns = tools.lambda_return(reward, zeros, chance, None, 1.0, 0)  # Eq. 4
+    returns = tools.lambda_return(  # Eq. 4
+      reward,
+      tf.zeros_like(reward),
+      self._world.chance(pcont),
+      bootstrap=None,
+      lambda_=1.0,
+      axis=0,
+      unroll=self._world.dynamics.unroll,
+    )
     return returns, None
 
 
@@ -353,6 +357,12 @@ class ActorCritic(ActorOnly):
 
   def returns(self, feat, reward, pcont):
     """V_lambda of Eq. 6 and the value model's v, [H-1, N] each.
+
+        index    0      1     ...   H-2    H-1
+        reward  r_1    r_2    ...  r_{H-1}  -
+        pcont   g_1    g_2    ...  g_{H-1}  -
+        value   v_1    v_2    ...  v_{H-1}  v_H     v_H is the bootstrap
+        return  V_1    V_2    ...  V_{H-1}  -
 
     With `--slow_value` the values in Eq. 6 are those of the target network.
     """

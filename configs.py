@@ -393,7 +393,6 @@ STATE = dict(free_nats=1.0, kl_scale=0.6, kl_balance=0.83, actor_entropy=0.01)
 STATE_PRESETS = {
   'cpu': dict(
     PRESETS['cpu'],
-    kl_scale=STATE['kl_scale'],
     reward_scale=1.0,
     decode_images=0,
     precision='32',

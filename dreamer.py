@@ -71,7 +71,7 @@ class Dreamer:
 
   Attributes:
     world, behavior: `WorldModel`, and the class of `--behavior`.
-    optimizers: {name: `tools.Adam`}: model, and each network of the behavior.
+    optimizers: {name: `tools.Adam`}: model, and what the behavior has learned.
     config, action_space: as they were given.
     actions: A.
     step, updates: environment steps and updates so far, variables int64.

@@ -140,6 +140,10 @@ class Learner:
       **self._agent.trackable(),
     )
 
+  def repeat_entries(self):
+    """Log entries are due again where steps are made again, after a resume."""
+    self._should_log.repeat_from(self.step)
+
   def begin(self):
     """Called before the first episode is collected."""
 

@@ -115,7 +115,7 @@ METRICS = {
   'run/fps': 'Environment steps a second since the last entry',
   'run/ups': 'Updates a second since the last entry',
   'run/ratio': 'Updates for each environment step, of the whole run',
-  'run/env_restarts': 'Workers that died or hung and were replaced, so far',
+  'run/env_restarts': 'Environments replaced, so far: failed, died or hung',
   'run/weights': 'Updates of the weights that act, of another process',
   'run/weights_age': 'Seconds since these came',
   'run/missed': 'Share of ticks of an episode without a new action in time',

@@ -67,9 +67,9 @@ class Progress:
     self._mark = mark
 
   def save(self):
+    self._saved = time.monotonic()  # first, as another may be due meanwhile
     if self._team.chief:
       self._checkpoints.save(self._learner.updates)
-    self._saved = time.monotonic()
 
   def save_if_due(self):
     """Between updates."""
@@ -132,6 +132,8 @@ class Progress:
     gone = max(0, known - self._learner.step)
     if gone or self._c.offline:  # whose steps follow from flags
       self._go_back()
+    self._should_eval.repeat_from(self._learner.step)
+    self._learner.repeat_entries()
     if restored and not self._c.offline:  # due since then, though none was made
       self._learner.count_due(min(known, self._learner.step))
     schedules = dict(should_eval=self._should_eval)

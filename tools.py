@@ -69,6 +69,12 @@ class Every(tf.Module):
     """As if it had not been true after `step`."""
     self._last.assign(tf.minimum(self._last, step))
 
+  def repeat_from(self, step):
+    """True again where steps after `step` are made again; keeps its places."""
+    last = int(self._last.numpy())
+    if self._every and last > step:
+      self._last.assign(last - (last - step) // self._every * self._every)
+
 
 class Once(tf.Module):
   """True at the first call of a run, resumed or not, and never again."""
@@ -142,7 +148,7 @@ def lambda_return(reward, value, pcont, bootstrap, lambda_, axis, unroll=False):
   if np.ndim(pcont) == 0:
     pcont = pcont * tf.ones_like(reward)
   order = list(range(reward.shape.rank))
-  order[0], order[axis] = order[axis], order[0]
+  order.insert(0, order.pop(axis))
   reward, value, pcont = (
     tf.transpose(x, order) for x in (reward, value, pcont)
   )
@@ -157,7 +163,7 @@ def lambda_return(reward, value, pcont, bootstrap, lambda_, axis, unroll=False):
     reverse=True,
     unroll=unroll,
   )
-  return tf.transpose(returns, order)
+  return tf.transpose(returns, np.argsort(order))
 
 
 def symlog(x):
@@ -469,8 +475,8 @@ def simulate(agent, envs, steps=0, episodes=0, state=None):
       begins, and action is [E, A].
     envs: E environments whose `reset` and `step` take `blocking=False` and
       then return a function that waits for the result.
-    steps: agent steps; 0 for no limit.
-    episodes: episodes; 0 for no limit.
+    steps: agent steps; 0 waits for none.
+    episodes: episodes; 0 waits for none.
     state: what the last call returned, or None to begin anew.
 
   Returns:

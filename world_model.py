@@ -132,7 +132,11 @@ class WorldModel:
     """
     if not self.pcont:
       return tf.ones(tf.shape(feat)[:-1])
-    return self.pcont(feat).mean() / self._c.discount
+    return self.chance(self.pcont(feat).mean())
+
+  def chance(self, pcont):
+    """The same of predicted discounts, which may exceed what they are of."""
+    return tf.minimum(pcont / self._c.discount, 1.0)
 
   @property
   def vector(self):

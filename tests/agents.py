@@ -26,11 +26,12 @@ SMALL = {
 @contextlib.contextmanager
 def eagerly():
   """Without graphs, which take longer to make than ten small updates."""
+  before = tf.config.functions_run_eagerly()
   tf.config.run_functions_eagerly(True)
   try:
     yield
   finally:
-    tf.config.run_functions_eagerly(False)
+    tf.config.run_functions_eagerly(before)
 
 
 def run_here(words):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-for helper in ('logdirs', 'pages', 'processes', 'worlds'):
+for helper in ('logdirs', 'pages', 'processes', 'soak', 'worlds'):
   pytest.register_assert_rewrite(helper)
 
 workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))

@@ -55,6 +55,8 @@ def run_until(logdir, words, number, *flags, **kwargs):
         break
     seen += process.stdout.readlines()
   assert any(words in line for line in seen), seen
+  # Else it had ended before the signal came.
+  assert process.returncode == -number or 'Stopped' in ''.join(seen), seen
   return process.returncode, ''.join(seen)
 
 
@@ -95,10 +97,10 @@ def wait_until(condition, seconds=5):
   return True
 
 
-def wait_for(condition, alive=lambda: True, seconds=180):
-  """As `wait_until`; fails when time is over or `alive` is not True."""
+def wait_for(condition, goes_on=lambda: True, seconds=180):
+  """As `wait_until`; fails when time is over or `goes_on` is not True."""
   end = time.time() + seconds
   while not condition():
-    assert alive() is True  # else what it gives says why
+    assert goes_on() is True  # else what it gives says why
     assert time.time() < end
     time.sleep(0.05)

@@ -27,6 +27,7 @@ import dreamer
 import environments
 import episode_files
 import evaluate
+import free
 import learner
 import logger
 import progress
@@ -194,6 +195,56 @@ def test_stopped_evaluation_is_made_when_the_run_resumes(
       made.evaluate_if_due(env)
   scores = [x for x in read_metrics(tmp_path) if 'test/return' in x]
   assert len(scores) == 1
+
+
+@pytest.mark.slow
+def test_entries_go_on_after_a_long_episode_is_dropped(make_learner, tmp_path):
+  """Of 1,000 steps and more, which are made again after a resume."""
+  agent = make_learner(tmp_path, log_every=50, eval_every=100)
+  made = progress.Progress(agent._run, agent)
+  whole = agent._run.steps()
+  agent.step = whole + 1000
+  agent._should_log.catch_up(agent.step)
+  made._should_eval.catch_up(agent.step)
+  made.save()
+  again = learner.Learner(agent._agent, agent._run)
+  resumed = progress.Progress(agent._run, again)
+  resumed.resume()
+  assert again.step == whole
+  assert again._should_log.due(whole + 50)
+  assert not again._should_log.due(whole - 1)
+  assert 0 < resumed.steps_to_evaluation() <= 100
+
+
+@pytest.mark.slow
+def test_a_checkpoint_asked_for_during_another_is_made(make_learner, tmp_path):
+  agent = make_learner(tmp_path, save_every=10)
+  made = free.FreeProgress(agent._run, agent)
+  saved, save = [], made._checkpoints.save
+
+  def slow(number):
+    saved.append(number)
+    if len(saved) == 1:
+      made._save_soon()  # by the main thread, meanwhile
+    return save(number)
+
+  made._checkpoints.save = slow
+  made.save()
+  made.save_if_due()
+  made.save_if_due()
+  assert len(saved) == 2
+
+
+@pytest.mark.slow
+def test_rates_are_those_between_two_entries(make_learner, tmp_path):
+  agent = make_learner(tmp_path)
+  marks = [
+    dict(now=1.0, step=100, updates=3),
+    dict(now=5, step=300, updates=43),
+  ]
+  assert agent._rates(*marks) == dict(fps=50)
+  beside = object.__new__(free.FreeLearner)
+  assert beside._rates(*marks) == dict(fps=50, ups=10, ratio=43 / 300)
 
 
 @pytest.mark.slow
