@@ -242,11 +242,8 @@ def warn_of_changes(run):
     if name in run_folders.MAY_DIFFER or name not in before or value == 'auto':
       continue
     if before[name] != value:
-      print(
-        f'sweep.py: warning: {run.logdir} has --{name} {before[name]}, not '
-        f'{value}',
-        file=sys.stderr,
-      )
+      was = f'{run.logdir} has --{name} {before[name]}'
+      run_folders.warn(f'{was}, not {value}')
 
 
 def read_progress(path):

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 import uuid
 
 import pytest
@@ -244,6 +245,16 @@ def test_sets_and_methods_mix():
   pairs = sweep.choose('figure4,toy_catch', 'planet')
   assert {arm.method for _, arm in pairs} == {'planet'}
   assert len(pairs) == 4 * 4 + 1
+
+
+def test_a_run_of_other_flags_is_told(tmp_path, capsys):
+  config = dict(horizon=15, steps=900, precision='auto')
+  before = dict(horizon=9, steps=500, precision='32')
+  (tmp_path / 'config.json').write_text(json.dumps(dict(config=before)))
+  run = types.SimpleNamespace(logdir=tmp_path, config=config)
+  sweep.warn_of_changes(run)
+  line = f'Warning: {tmp_path} has --horizon 9, not 15\n'
+  assert capsys.readouterr().err == line
 
 
 def test_arms_are_what_dreamer_and_compare_take_them_for(tmp_path):
