@@ -1014,8 +1014,8 @@ def test_a_signal_while_environments_start_ends_a_run_that_resumes(
 
 @pytest.mark.slow
 def test_what_exists_once_is_trained_on_without_evaluations(main):
-  with socket.create_server(('127.0.0.1', 0)) as free:
-    args = json.dumps({'port': free.getsockname()[1]})
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    args = json.dumps({'port': taken.getsockname()[1]})
   flags = [f'--env_args={args}', '--prefill=20', '--steps=40', *FEW]
   task = 'gym_test_users:OnePort-v0'
   code, text = main(*flags, '--eval_episodes=1', task=task)
