@@ -19,8 +19,11 @@ def refuse_tensorflow(task):
     )
 
 
-# Files of packages that draw: dm_control, PyOpenGL, mujoco.
-_GRAPHICS = re.compile(r'dm_control/_render/|/OpenGL/|mujoco/gl_context\.py$')
+# Files of packages that draw: dm_control, PyOpenGL, mujoco, Gymnasium.
+_GRAPHICS = re.compile(
+  r'/dm_control/_render/|/OpenGL/|/mujoco/(egl|glfw|osmesa)/'
+  r'|/mujoco/(gl_context|mujoco_rendering)\.py$'
+)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import pytest
 import cli
 import episode_files
 import gym_env
+import processes
 import spaces
 import suites
 import worker_calls
@@ -1412,6 +1413,21 @@ class NoGraphics(Base):
     from OpenGL import platform
 
     platform.fails_here()
+
+
+def test_trouble_of_gymnasium_with_graphics_is_told_as_such():
+  env = dict(os.environ, MUJOCO_GL='glfw')
+  env.pop('DISPLAY', None)
+  code = """
+    import suites
+    import worker_calls
+    try:
+      suites.make_task('gym_HalfCheetah-v5', 1)
+    except worker_calls.RenderError as error:
+      print(error)
+  """
+  done = processes.run_script(code, env=env)
+  assert 'OpenGL (MUJOCO_GL is glfw)' in done.stdout, done.stderr
 
 
 def test_the_users_trouble_is_not_that_of_graphics(tmp_path, monkeypatch):
