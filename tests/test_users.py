@@ -1415,18 +1415,21 @@ class NoGraphics(Base):
     platform.fails_here()
 
 
-def test_trouble_of_gymnasium_with_graphics_is_told_as_such():
+def test_trouble_of_gymnasium_with_graphics_is_told_as_such(tmp_path):
   env = dict(os.environ, MUJOCO_GL='glfw')
   env.pop('DISPLAY', None)
   code = """
+    import os
+    import sys
     import suites
     import worker_calls
+    os.chdir(sys.argv[1])  # where MuJoCo leaves a log
     try:
       suites.make_task('gym_HalfCheetah-v5', 1)
     except worker_calls.RenderError as error:
       print(error)
   """
-  done = processes.run_script(code, env=env)
+  done = processes.run_script(code, str(tmp_path), env=env)
   assert 'OpenGL (MUJOCO_GL is glfw)' in done.stdout, done.stderr
 
 
