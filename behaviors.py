@@ -251,8 +251,7 @@ class ActorOnly(Behavior):
         state   s_1    s_2    ...     s_H        imag_feat [H, N, F]
         reward  r_1    r_2    ...     r_H        of the state it is at
         pcont   g_1    g_2    ...     g_H        its discount
-        weight   1     g_1    ... g_1..g_{H-1}   of what `returns` gives, whose
-                                                 H or H-1 rows are the first
+        weight   1     g_1    ... g_1..g_{H-1}   of as many as `returns` gives
 
     Args:
       post: posterior states {...: [B, T, ...]}.

@@ -259,7 +259,11 @@ def group_runs(runs):
   for (task, method), group in groups.items():
     configs = [run.config for run in group if run.config]
     keys = set.intersection(*map(set, configs or [{}])) - set(MAY_DIFFER)
-    keys = {k for k in keys if not k.startswith(('log_', 'eval_e'))}
+    keys = {
+      k
+      for k in keys
+      if not k.startswith(('log_', 'eval_every', 'eval_episodes'))
+    }
     differ = [k for k in keys if len({str(c.get(k)) for c in configs}) > 1]
     if differ:
       names = ', '.join(sorted(differ))

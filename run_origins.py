@@ -58,9 +58,8 @@ def _flags(command):
   quiet = contextlib.redirect_stdout(io.StringIO())  # with --help
   with contextlib.suppress(ValueError, UserError, SystemExit), quiet:
     words = shlex.split(command)
-    return dict(
-      commandline.parse_flags(words[words.index('dreamer.py') + 1 :], False)
-    )
+    words = words[words.index('dreamer.py') + 1 :]
+    return dict(commandline.parse_flags(words, resumes=False))
   return {}
 
 

@@ -135,7 +135,7 @@ class WorldModel:
     return self.chance(self.pcont(feat).mean())
 
   def chance(self, pcont):
-    """The same of predicted discounts, which may exceed what they are of."""
+    """That probability for outputs of the head, which may exceed discounts."""
     return tf.minimum(pcont / self._c.discount, 1.0)
 
   @property
