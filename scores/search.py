@@ -7,7 +7,10 @@ Arms are `ARMS`: flags beside `--preset cpu`, all for equal modelled time. What
 is finished is skipped and what was stopped resumes, so that the same command
 goes on. A run that ends is copied to scores/runs/TASK/METHOD-ARM/SEED:
 metrics.jsonl and a run.json with command, commit, versions and machine. Started
-twice, with other arms, it makes two runs at a time; each uses one thread.
+twice, with other arms, it makes two runs at a time; each uses one thread. How
+the arms did that were run so far:
+
+    python scores/search.py --table
 """
 
 import json
@@ -15,6 +18,8 @@ import os
 import pathlib
 import subprocess
 import sys
+
+import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -24,10 +29,12 @@ import commandline
 import compare
 import configs
 import file_io
+import run_folders
 import spaces
 
 ROOT = pathlib.Path(__file__).parents[1]
 RUNS = ROOT / 'scores/runs'
+LOGDIR = pathlib.Path('logdir/search')
 TASKS = 'cartpole_balance', 'walker_walk', 'finger_spin'
 ARMS = {
   'base': {},
@@ -106,13 +113,85 @@ def keep(logdir, folder, words):
   file_io.write_json(folder / 'run.json', run)
 
 
+def area(folder):
+  """Mean return of a run's evaluations, as they are at equal distances.
+
+  Returns:
+    That mean, and the mean of the evaluations at the last step that has some.
+  """
+  path = folder / 'metrics.jsonl'
+  steps, returns = run_folders.read_metrics(path, yaxis='test/return')
+  return returns.mean(), returns[steps == steps[-1]].mean()
+
+
+def areas(inputs):
+  """Of all runs kept: {arm: {task: {seed: what `area` returns}}}."""
+  method = f'dreamer-{inputs}-cpu' if inputs != 'image' else 'dreamer-cpu'
+  found = {}
+  for arm in ARMS:
+    for path in sorted(RUNS.glob(f'*/{method}-{arm}/*/run.json')):
+      tasks = found.setdefault(arm, {})
+      seeds = tasks.setdefault(path.parts[-4], {})
+      seeds[path.parts[-2]] = area(path.parent)
+  return found
+
+
+def beside_base(found, arm):
+  """Logarithms of an arm's areas over the base's of equal task and seed."""
+  base = found['base']
+  return np.array(
+    [
+      np.log(of_arm[0] / base[task][seed][0])
+      for task, seeds in found[arm].items()
+      for seed, of_arm in seeds.items()
+      if seed in base.get(task, {})
+    ]
+  )
+
+
+def print_table(inputs):
+  """Areas by task and seed, and each arm's ratio to the base.
+
+  The ratio is the geometric mean over pairs of runs, with its standard error, a
+  factor, and a 90% bootstrap interval over pairs. By the plan an arm is dropped
+  where even the ratio times that factor is below 1.
+  """
+  found = areas(inputs)
+  print('| task, arm | seeds | mean of evaluations | mean | at last |')
+  print('|---|---|---|---|---|')
+  for task in found['base']:
+    for arm, tasks in found.items():
+      if task in tasks:
+        means, last = zip(*tasks[task].values(), strict=True)
+        cells = [', '.join(tasks[task]), *map(_numbers, (means, last))]
+        cells.insert(2, _numbers([np.mean(means)]))
+        print(f'| `{task}`, {arm} | {" | ".join(cells)} |')
+  print('\n| arm | pairs | ratio | standard error | interval |')
+  print('|---|---|---|---|---|')
+  for arm in found:
+    logs = beside_base(found, arm)
+    if arm != 'base' and len(logs) > 1:
+      print(f'| {arm} | {len(logs)} | {_ratio(logs)} |')
+
+
+def _numbers(values):
+  return ', '.join(f'{x:.0f}' for x in values)
+
+
+def _ratio(logs):
+  """Cells of a ratio, its standard error and its interval."""
+  error = logs.std(ddof=1) / len(logs) ** 0.5
+  drawn = np.random.default_rng(0).choice(logs, [10_000, len(logs)]).mean(1)
+  low, high = np.exp(np.quantile(drawn, [0.05, 0.95]))
+  ratio = np.exp(logs.mean())
+  return f'{ratio:.2f} | {np.exp(error):.2f} | {low:.2f} to {high:.2f}'
+
+
 def time_costs(task, inputs, repeats=15):
   """Prints seconds of an update and of 1,000 environment steps, by arm.
 
   Updates are made in turns; the environment's seconds are not among them.
   """
-  import numpy as np
-
   import benchmark
 
   calls, counts = {}, {}
@@ -142,7 +221,7 @@ def time_costs(task, inputs, repeats=15):
 
 def run(argv):
   parser = arguments.Parser(__doc__)
-  parser.flag('--logdir', arguments.Path(), help='of the runs', required=True)
+  parser.flag('--logdir', arguments.Path(), LOGDIR, 'of the runs')
   parser.flag('--arms', arguments.Names(arguments.Choice(*ARMS)), 'base')
   tasks = ','.join(f'dmc_{x}' for x in TASKS)
   parser.flag('--tasks', arguments.Names(), tasks, f'or dmc20 ({tasks})')
@@ -150,7 +229,11 @@ def run(argv):
   parser.flag('--inputs', arguments.Names(), 'state')
   bare = dict(nargs='?', const='True')
   parser.flag('--costs', arguments.Truth(), False, 'of an update', **bare)
+  parser.flag('--table', arguments.Truth(), False, 'and no runs', **bare)
   args = parser.parse(argv)
+  if args.table:
+    print_table(args.inputs)
+    return
   file_io.make_folders(args.logdir)
   tasks = args.tasks.split(',')
   if args.costs:

@@ -100,6 +100,40 @@ def test_search_keeps_no_run_that_was_stopped(tmp_path):
     assert (tmp_path / 'kept').exists() == (steps == 300)
 
 
+def test_arms_beside_the_base(tmp_path, monkeypatch, capsys):
+  """Areas of 100 and 300 beside 50 and 600: ratios 1/2 and 2."""
+  runs = {
+    'base/0': [(5, 80), (5, 60), (15, 160)],
+    'base/1': [(5, 300)],
+    'base/2': [(5, 1)],
+    'horizon10/0': [(5, 50)],
+    'horizon10/1': [(5, 500), (15, 700)],
+    'horizon10/3': [(5, 9)],
+  }
+  for name, points in runs.items():
+    folder = tmp_path / f'toy_reach/dreamer-state-cpu-{name}'
+    folder.mkdir(parents=True)
+    (folder / 'run.json').touch()
+    rows = [{'step': s, 'test/return': r} for s, r in points]
+    lines = map(json.dumps, [*rows, {'step': 9, 'train/return': 9}])
+    (folder / 'metrics.jsonl').write_text('\n'.join(lines))
+  monkeypatch.setattr(search, 'RUNS', tmp_path)
+  assert search.main(['--table']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  first = '| `toy_reach`, base | 0, 1, 2 | 100, 300, 1 | 134 | 160, 300, 1 |'
+  assert lines[2] == first
+  assert lines[3].endswith(
+    'horizon10 | 0, 1, 3 | 50, 600, 9 | 220 | 50, 700, 9 |'
+  )
+  assert lines[-1] == '| horizon10 | 2 | 1.00 | 2.00 | 0.50 to 2.00 |'
+
+
+def test_table_in_the_docs(capsys):
+  assert search.main(['--table']) == 0
+  page = (search.ROOT / 'docs/results.md').read_text()
+  assert capsys.readouterr().out in page
+
+
 def test_times_of_a_gpu_on_a_cpu(tmp_path, monkeypatch):
   path = tmp_path / 'gpu.json'
   words = ['gpu.py', '--preset=debug', '--ways', '32,False', f'--json={path}']
