@@ -114,7 +114,7 @@ FLAGS = {
          'folder of episodes to learn from, without collecting any; may move',
          fixed=bool),
     Flag('updates', Whole(), 0,
-         'of a run with --offline; 0: as many as --steps would bring'),
+         'of a run with --offline; 0: --steps * --train_steps / --train_every'),
     Flag('eval_every', POSITIVE, 10_000,
          'environment steps between evaluations', 'release'),
     Flag('eval_episodes', Whole(0, 1000), 1,

@@ -54,6 +54,7 @@ class Soak:
     """Starts or resumes the run, and waits until it learns."""
     self.counts['starts'] += 1
     before = self._updates_saved()
+    self.logdir.parent.mkdir(parents=True, exist_ok=True)
     log = (self.logdir.parent / f'{self.logdir.name}.out').open('ab+')
     start = log.seek(0, os.SEEK_END)
     self._process = subprocess.Popen(
