@@ -264,6 +264,8 @@ def load_agent(config, make_agent, actspace, inputs):
 def copy_weights(source, target, only=''):
   """Copies the weights whose names and shapes agree.
 
+  Nothing is copied to a network that only biases would fit.
+
   Args:
     source, target: {name in checkpoints: Keras layer}.
     only: names of networks with commas between them, `encoder` and `decoder`
@@ -293,12 +295,18 @@ def copy_weights(source, target, only=''):
       for w in layer.weights
       if w.path in known and known[w.path].shape == w.shape
     ]
+    if any(map(_is_matrix, layer.weights)) and not any(map(_is_matrix, fit)):
+      fit = []  # the last bias fits networks of any size
     for weight in fit:
       weight.assign(known[weight.path])
     count, total = len(fit), len(layer.weights)
     part = f' ({count} of {total} arrays)' if 0 < count < total else ''
     (taken if fit else fresh).append(f'{name}{part}')
   return taken, fresh
+
+
+def _is_matrix(weight):
+  return len(weight.shape) > 1
 
 
 def _group(name):

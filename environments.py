@@ -220,14 +220,15 @@ class Distinct:
 
   def __call__(self):
     env = self._function()
-    # What cannot be remembered is not compared.
+    # What cannot be remembered is not compared; wrappers may be new ones.
     with self._lock, contextlib.suppress(TypeError):
-      if len(self._made) < self._count and env in self._made:
+      inner = getattr(env, 'unwrapped', env)
+      if len(self._made) < self._count and inner in self._made:
         raise TaskError(
           'make_env gave one environment twice: it must make another at each '
           'call, or be called once (--envs 1 --eval_episodes 0)'
         )
-      self._made.add(env)
+      self._made.add(inner)
     return env
 
 
@@ -401,14 +402,20 @@ class ShortEpisodes:
     long = len(episode['reward']) >= config.batch_length
     if self._said or long or self._run.steps() < config.prefill:
       return
-    names = episode_files.list_episodes(self._run.datadir)
-    rows = [episode_files.episode_length(name) for name in names]
-    short = sum(n < config.batch_length for n in rows)
-    if 0 < short < len(rows):
-      self._said = True
-      self._run.say(
-        f'Warning: {short} of {len(rows)} episodes have fewer rows than '
-        f'--batch_length {config.batch_length}. These, and others so short, '
-        'are not learned from; a smaller --batch_length may be given when the '
-        'run resumes.'
-      )
+    self._said = say_short(self._run)
+
+
+def say_short(run):
+  """Says how many episodes are too short to learn from; whether some are."""
+  length = run.config.batch_length
+  names = episode_files.list_episodes(run.datadir)
+  rows = [episode_files.episode_length(name) for name in names]
+  short = sum(n < length for n in rows)
+  if not 0 < short < len(rows):
+    return False
+  run.say(
+    f'Warning: {short} of {len(rows)} episodes have fewer rows than '
+    f'--batch_length {length}. These, and others so short, are not learned '
+    'from; a smaller --batch_length may be given when the run resumes.'
+  )
+  return True

@@ -122,18 +122,23 @@ class EpisodeFile:
   Args:
     path: of the file.
     shapes: {key: shape of a row} that the arrays must have.
+    onehot: whether actions must be one-hot vectors, or several side by side.
   """
 
   LARGEST = 2**30  # bytes, compressed; a whole game of Atari has 0.33e9
 
-  def __init__(self, path, shapes=None):
+  def __init__(self, path, shapes=None, onehot=False):
     self.path = pathlib.Path(path)
     self.length = episode_length(path)
     self._shapes = shapes or {}
+    self._onehot = onehot
     self._members = None
 
   def read(self, start, stop):
-    """Rows [start, stop): dictionary of arrays. ValueError if broken."""
+    """Rows [start, stop): dictionary of arrays. ValueError if broken.
+
+    Before the first row there was no action, so it has zeros for one.
+    """
     with self._errors():
       if self._members is None:
         members = self._locate()
@@ -151,8 +156,13 @@ class EpisodeFile:
       for key in (*TRANSITION_KEYS, *self._shapes):
         if not spaces.is_image(key) and not _finite(rows[key]):
           raise ValueError(f'{key} is not finite, as float32')
-      first = 1 if start == 0 else 0  # before it there was no action
-      _check_actions(rows['action'][first:])
+      if start == 0 and rows['action'][:1].any():
+        rows['action'] = rows['action'].copy()
+        rows['action'][0] = 0
+      taken = rows['action'][1 if start == 0 else 0 :]
+      _check_actions(taken, self._onehot)
+      if not ((rows['discount'] >= 0) & (rows['discount'] <= 1)).all():
+        raise ValueError('it has discounts beyond [0, 1]')
       return rows
 
   def check(self):
@@ -247,13 +257,22 @@ class EpisodeFile:
     return np.frombuffer(data, dtype).reshape((stop - start, *shape))
 
 
-def _check_actions(actions):
+def _check_actions(actions, onehot):
   """ValueError unless an agent can choose them."""
+  if onehot and not is_onehot(actions):
+    raise ValueError('it has actions that are no one-hot vectors')
   if np.abs(actions.astype(np.float32)).max(initial=0) > 1.001:
     raise ValueError(
       'it has actions beyond [-1, 1]: scale them to that range, or make '
       'choices one-hot vectors'
     )
+
+
+def is_onehot(actions):
+  """Whether actions [T, A] may be one-hot vectors, or several side by side."""
+  counts = actions.sum(-1)
+  alike = len(np.unique(counts)) <= 1 and counts.all()
+  return bool(alike and np.isin(actions, (0, 1)).all())
 
 
 def _finite(array):

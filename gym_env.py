@@ -5,6 +5,7 @@ What an environment shows is looked at once, when it is made, and `about` says
 in words what the agent gets of it.
 """
 
+import collections.abc
 import contextlib
 import copy
 import dataclasses
@@ -120,13 +121,16 @@ class GymEnv:
     self._sources = self._find_images(parts, wanted)
     vectors, others = _find_vectors(parts, self._sources)
     self._sources.update(vectors)
-    self.action_space = self._action_space(self._env.action_space)
-    self._reset(np.random.SeedSequence().entropy % 2**31)
+    self._acts = self._env.action_space
+    self.action_space = self._action_space(self._acts)
+    # What it makes only once, it may make by the seed of its first reset.
+    first = np.random.SeedSequence().entropy % 2**31 if seed is None else seed
+    self._reset(first)
     words = wanted.split(',')
     offers = {k: self._offer(k, words) for k in self._sources}
-    view = spaces.View(self._task, offers, inputs, record)
+    view = spaces.View(self._task, offers, inputs, record, others)
     self._names, self.observation_space = view.names, view.space
-    self.about = self._describe(view.about, others)
+    self.about = self._describe(view.about)
 
   def reseed(self, seed):
     self._seed = seed
@@ -149,7 +153,7 @@ class GymEnv:
         'terminated, truncated, info) or, as Gym had it, of four values.'
       )
     self._obs, reward, ended, *truncated, info = result
-    info = info or {}
+    info = self._info({} if info is None else info)
     ended = self._truth('terminated', ended)
     cut = truncated[0] if truncated else info.get('TimeLimit.truncated', False)
     cut = self._truth('truncated', cut)
@@ -158,6 +162,14 @@ class GymEnv:
     done = ended or cut or self._steps == self._limit
     about = {'discount': np.float32(0 if ended else 1)}
     return self._number(reward), done, {**about, **self._missed(info)}
+
+  def _info(self, info):
+    if not isinstance(info, collections.abc.Mapping):
+      raise ValueError(
+        f'{self._task}: step() gave a {type(info).__name__} for info, '
+        'which is a dictionary.'
+      )
+    return info
 
   def _missed(self, info):
     """What `info` says of missed ticks, where that is a whole number."""
@@ -187,6 +199,11 @@ class GymEnv:
     info = result[1] if new else ()
     self._obs = result[0] if isinstance(info, dict | None) else result
     self._steps = 0
+    if self._env.action_space != self._acts:
+      raise TaskError(
+        f'{self._task} takes actions {self._env.action_space} now, and took '
+        f'{self._acts} when it was made; they must stay as they are'
+      )
 
   def _seeded_reset(self, seed):
     if seed is not None and self._seeding == 'reset':
@@ -313,9 +330,7 @@ class GymEnv:
       "must give an image, made with render_mode='rgb_array'."
     )
 
-  def _describe(self, about, others):
-    if others:
-      about = [*about, f'Cannot be used: {", ".join(others)}.']
+  def _describe(self, about):
     if not self._seeding:
       about = [
         *about,
@@ -344,7 +359,7 @@ class GymEnv:
 
   def _own_action(self, action):
     """The action as the environment's own space has it."""
-    space = self._env.action_space
+    space = self._acts
     if _is(space, 'Discrete'):
       return int(action) + int(getattr(space, 'start', 0))
     action = np.reshape(action, space.shape)
@@ -548,9 +563,17 @@ class Source:
   convert: typing.Callable | None = None
 
   def find(self, obs):
+    """Its part of an observation; ValueError if there is none."""
+    part = obs
     for key in self.path:
-      obs = obs[key]
-    return obs
+      try:
+        part = part[key]
+      except (KeyError, IndexError, TypeError):
+        raise ValueError(
+          f'The observation has no {key!r}, which its space has: it is a '
+          f'{type(part).__name__}.'
+        ) from None
+    return part
 
 
 MOST_CHOICES = 10_000  # of a discrete observation, as each is a number

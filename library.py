@@ -380,13 +380,8 @@ def train(make_env, logdir, make_agent, **flags):
   config = commandline.parse_flags(
     [f'--{k}={arguments.text(v)}' for k, v in flags.items()]
   )
-  try:
-    cloudpickle.dumps(make_env)
-  except Exception as error:  # whatever its parts raise
-    raise UserError(
-      f'make_env cannot be sent to another process ({error}): it must be a '
-      'function that makes the environment, and not hold one'
-    ) from error
+  if config.parallel in ('process', 'ray'):
+    _check_sendable(make_env)
   stop = StopSignal()
   try:
     with kept_signals():
@@ -396,6 +391,17 @@ def train(make_env, logdir, make_agent, **flags):
   if stop.requested:  # all is saved; the caller is to end, too
     raise KeyboardInterrupt
   return load(config.logdir, make_agent)
+
+
+def _check_sendable(make_env):
+  try:
+    cloudpickle.dumps(make_env)
+  except Exception as error:  # whatever its parts raise
+    raise UserError(
+      f'make_env cannot be sent to another process ({error}): it must be a '
+      'function that makes the environment, and not hold one; or give '
+      "parallel='thread', which sends nothing"
+    ) from error
 
 
 # --- The SavedModel ---------------------------------------------------------
@@ -456,7 +462,8 @@ def _signatures(policy, inputs):
 
   specs = {}
   for name, shape in inputs.items():
-    if _plain(name) in {*specs, *_prefixed(state)}:
+    taken = {k.lower() for k in (*specs, *_prefixed(state))}
+    if _plain(name).lower() in taken:  # TensorFlow looks at no case
       raise UserError(f'--export: two inputs would be called {_plain(name)}')
     specs[_plain(name)] = tf.TensorSpec(
       [None, *shape], spaces.dtype(name), _plain(name)

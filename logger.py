@@ -200,7 +200,7 @@ class Logger:
       initial=step,
       unit=' steps',
       file=sys.stdout,
-      disable=not sys.stdout.isatty(),
+      disable=not getattr(sys.stdout, 'isatty', lambda: False)(),
       dynamic_ncols=True,
       smoothing=0.05,
     )

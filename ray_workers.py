@@ -86,7 +86,10 @@ class RayWorker:
     )
     self._ready = self._expect(starting, self._limits[1])
     self._end = weakref.finalize(
-      self, _end_actor, self._ray, self._head, self._actor, self._ready
+      self,
+      _end_actor,
+      *(self._ray, self._head, self._actor, self._ready, self._pending),
+      self._limits[0].seconds or 60,
     )
 
   def about(self):
@@ -253,14 +256,20 @@ def _why_lost(error):
   return text.partition(' Some common causes')[0].splitlines()[-1].strip('. ')
 
 
-def _end_actor(ray, head, actor, ready):
-  """Ends an actor: kindly, or by force if it has not begun or is stuck."""
+def _end_actor(ray, head, actor, ready, pending, timeout):
+  """Ends an actor: kindly, or by force if it has not begun or is stuck.
+
+  The environment's `close` may take as long as a step.
+  """
   if not (ray.is_initialized() and head.answers):
     return  # it ends with the connection
   if ready.done():
     with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
       closing = actor.call.remote('close', pickle.dumps(()))
-      closing.future().result(RayWorker.GRACE)
+      grace = RayWorker.GRACE
+      waiting = [coming for coming, *_ in pending]
+      stuck = concurrent.futures.wait(waiting, grace).not_done
+      closing.future().result(0 if stuck else timeout + grace)
   ray.kill(actor)
 
 

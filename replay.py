@@ -20,6 +20,7 @@ from episode_files import (
   EpisodeFile,
   OtherShape,
   count_episodes,
+  is_onehot,
   list_episodes,
 )
 
@@ -36,15 +37,22 @@ class Replay:
       enough; 0 for all.
     shapes: {key: shape of a row} that all episodes must have.
     repair: rename broken files to *.broken; else they stay, unused.
+    onehot: whether all actions must be one-hot vectors.
   """
 
   def __init__(
-    self, directory, length=None, capacity=0, shapes=None, repair=True
+    self,
+    directory,
+    length=None,
+    capacity=0,
+    shapes=None,
+    repair=True,
+    onehot=False,
   ):
     self._directory = pathlib.Path(directory)
     self._length = length
     self._capacity = capacity
-    self._shapes = shapes
+    self._needs = shapes, onehot
     self._repair = repair
     self._unused = set()
     self._episodes = {}
@@ -60,7 +68,7 @@ class Replay:
     names = [name for name in names if name not in self._unused]
     known = self._episodes
     self._episodes = {
-      n: known.get(n) or EpisodeFile(self._directory / n, self._shapes)
+      n: known.get(n) or EpisodeFile(self._directory / n, *self._needs)
       for n in names
     }
     self._recent, steps = [], 0
@@ -151,6 +159,7 @@ def load_episodes(
   shapes=None,
   stream=0,
   repair=True,
+  onehot=False,
 ):
   """Yields windows of episodes for ever.
 
@@ -165,13 +174,13 @@ def load_episodes(
     balance: see `Replay.window`.
     seed, start: of the random stream.
     capacity: agent steps to draw from, the newest; 0 for all.
-    shapes, repair: see `Replay`.
+    shapes, repair, onehot: see `Replay`.
     stream: number of the reader, where several draw from one folder.
 
   Raises:
     UserError: no episode is long enough.
   """
-  replay = Replay(directory, length, capacity, shapes, repair)
+  replay = Replay(directory, length, capacity, shapes, repair, onehot)
   for block in itertools.count(start):
     replay.rescan()
     rng = np.random.default_rng([seed, block, stream])
@@ -179,18 +188,24 @@ def load_episodes(
       yield replay.window(rng, balance)
 
 
+LOOKED_AT = 20  # episodes
+
+
 def describe(directory):
-  """What the episodes of a folder hold, by the first that is whole.
+  """What the episodes of a folder hold, by those of the first that are whole.
 
   Returns:
-    {key: shape of a row}, and of how many choices their actions are one-hot
-    vectors, 0 if they are numbers.
+    {key: shape of a row} of the first, and of how many choices their actions
+    are one-hot vectors, 0 if they are numbers.
 
   Raises:
     UserError: none is whole, with actions that an agent can choose.
   """
-  why = ''
-  for name in list_episodes(directory):
+  why, shapes, counts = '', None, set()
+  names = list_episodes(directory)
+  for index, name in enumerate(names):
+    if shapes and index >= LOOKED_AT:
+      break
     episode = EpisodeFile(pathlib.Path(directory) / name)
     if episode.length < 2:
       why = f': {name} should end in its number of rows, as in walk-51.npz'
@@ -201,12 +216,12 @@ def describe(directory):
       why = f': {name}: {error}'
       continue
     actions = rows['action'][1:]  # the first is none
-    ones = np.unique(actions.sum(-1))
-    onehot = np.isin(actions, (0, 1)).all() and len(ones) == 1
-    onehot = onehot and actions.shape[-1] > 1
-    shapes = {k: v.shape[1:] for k, v in rows.items()}
-    return shapes, int(ones[0]) if onehot else 0
-  raise UserError(f'{directory} holds no whole episode{why}')
+    shapes = shapes or {k: v.shape[1:] for k, v in rows.items()}
+    onehot = actions.shape[-1] > 1 and is_onehot(actions)
+    counts.add(int(actions[0].sum()) if onehot else 0)
+  if not shapes:
+    raise UserError(f'{directory} holds no whole episode{why}')
+  return shapes, counts.pop() if len(counts) == 1 else 0
 
 
 def count_steps(datadir, config, folders=1):
@@ -256,6 +271,7 @@ def load_dataset(
     start=start,
     shapes={**inputs, **(dict(action=(actions,)) if actions else {})},
     repair=not config.get('offline') and config.get('role') != 'learn',
+    onehot=config.get('action_dist') == 'onehot',
   )
   while True:
     batch = [next(windows) for _ in range(share)]

@@ -67,6 +67,7 @@ class View:
     inputs: what the agent sees, names with commas between them; `state` stands
       for all that are no images.
     record: what is shown besides, to be stored, likewise; may be empty.
+    others: in words what there is besides, but cannot be shown.
 
   Attributes:
     names: what is shown, a list: images first, and both by their names.
@@ -76,25 +77,27 @@ class View:
     TaskError: there is no such observation, or no number in any of them.
   """
 
-  def __init__(self, task, offers, inputs='image', record=''):
-    used = choose(task, offers, inputs)
+  def __init__(self, task, offers, inputs='image', record='', others=()):
+    used = choose(task, offers, inputs, others=others)
     filled = [k for k in in_order(offers) if np.prod(offers[k].space.shape)]
     if not {*used} & {*filled}:
-      others = f'; choose among {", ".join(filled)}' if filled else ''
+      hint = f'; choose among {", ".join(filled)}' if filled else ''
       raise TaskError(
         f'--inputs {inputs}: there is no number in {_listed(used, offers)} of '
-        f'{task}{others}'
+        f'{task}{hint}'
       )
-    kept = choose(task, offers, record, 'record') if record else []
+    kept = choose(task, offers, record, 'record', others) if record else []
     self.names = in_order({*used, *kept})
     self.space = gym.spaces.Dict({k: offers[k].space for k in self.names})
     self.about = [f'The agent sees {_listed(used, offers)}.']
     unused = in_order(offers.keys() - used)
     if unused:
       self.about.append(f'Not used: {_listed(unused, offers)}.')
+    if others:
+      self.about.append(f'Cannot be used: {", ".join(others)}.')
 
 
-def choose(task, offers, wanted, flag='inputs'):
+def choose(task, offers, wanted, flag='inputs', others=()):
   """The observations that a flag names, in order; see `View`."""
   vectors = [name for name in offers if not is_image(name)]
   chosen = set()
@@ -105,9 +108,10 @@ def choose(task, offers, wanted, flag='inputs'):
       chosen.add(word)
     else:
       names = dict.fromkeys(in_order(offers) + (['state'] if vectors else []))
+      unusable = f'; cannot be used: {", ".join(others)}' if others else ''
       raise TaskError(
         f'--{flag} {word}: {task} has no such observation'
-        f'{nearest(word, names)}; it has {", ".join(names)}'
+        f'{nearest(word, names)}; it has {", ".join(names)}{unusable}'
       )
   return in_order(chosen)
 
@@ -189,8 +193,9 @@ class Layout:
     if array.dtype == np.uint8 and self.scale == 1:
       return array
     if not np.isfinite(array).all():
-      raise FloatingPointError('An image has numbers that are not finite.')
+      raise ValueError('An image has numbers that are not finite.')
     self._check_scale(array)
+    self._check_bounds(array)
     return np.clip(np.rint(array * float(self.scale)), 0, 255).astype(np.uint8)
 
   def _check_scale(self, array):
@@ -204,6 +209,16 @@ class Layout:
       raise ValueError(
         f'An image is {array.dtype}, up to {top:g}; its space says '
         f'{self.dtype}, up to {255 // self.scale}: both must be alike.'
+      )
+
+  def _check_bounds(self, array):
+    """ValueError far beyond the bounds; what is near is clipped."""
+    most = 255 / self.scale
+    low, high = array.min(), array.max()
+    if low < -0.1 * most or high > 1.1 * most:
+      raise ValueError(
+        f'An image has numbers from {low:g} to {high:g}; its space says from 0 '
+        f'to {most:g}.'
       )
 
 
@@ -229,7 +244,8 @@ def image_layout(shape, dtype, low, high):
   stacked, first, count = found
   if count is None and not (high <= 1 or high == 255):
     return None  # a matrix: a map of what is where, perhaps
-  if low < 0 or high > 255:
+  bytes_ = np.dtype(dtype) == np.uint8
+  if low < 0 or not (high <= 1 or high == 255 or (bytes_ and high < 255)):
     if count is None or stacked:  # a matrix of features, perhaps
       return None
     raise ValueError(f'it is {dtype} from {low:g} to {high:g}; {EXPECTED}')
@@ -389,8 +405,9 @@ class OneHotBox(gym.spaces.Box):
     return np.concatenate(parts, -1).astype(self.dtype)
 
   def decode(self, vector):
-    """Numbers of choices, int64 [K], for a one-hot vector [A]."""
-    return np.array([np.argmax(part) for part in self._split(vector)])
+    """Numbers of choices, int64 [..., K], for one-hot vectors [..., A]."""
+    vector = np.asarray(vector)
+    return np.stack([part.argmax(-1) for part in self._split(vector)], -1)
 
   def sample(self, mask=None):
     return self.encode(self.np_random.integers(self.choices))

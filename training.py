@@ -285,6 +285,8 @@ def run(config, make_agent, function=None, stop=None):
   """
   if function or not config.offline:
     suites.check_function(config.task, function)
+  if config.parallel in ('none', 'thread'):  # the environment may go elsewhere
+    config.logdir = config.logdir.absolute()
   with _failures(), contextlib.ExitStack() as held:
     team = setup_devices(config)
     with team.chief_first():
@@ -446,7 +448,7 @@ def _prepare(run, envs, test_env):
   keras.utils.set_random_seed(config.seed)
   policy = setup_precision(config.precision)
   if config.offline:
-    replay.describe(run.datadir)  # or an error that says what is wrong there
+    _, choices = replay.describe(run.datadir)  # or an error that says why not
   everything = [*envs, test_env] if test_env else envs
   if everything:
     spec = environments.common_spec(config, everything)
@@ -461,6 +463,9 @@ def _prepare(run, envs, test_env):
     runfile.check_spaces(run.home, spec.inputs, spec.actions)
   shapes = {**spec.inputs, 'action': spec.actions.shape}
   replay.Replay(run.datadir, shapes=shapes, repair=bool(envs)).check()
+  if config.offline:
+    _check_choices(run, spec, choices)
+    environments.say_short(run)
   if run.team.chief:
     runfile.write_config(config, spec.inputs, spec.actions, run.home)
     _announce(run, policy)
@@ -495,7 +500,11 @@ def _replay_spec(run):
       f'sees {list(spaces.IMAGE_SHAPE)}: convert the images, or choose others '
       'by --inputs'
     )
-  about = [f'The agent sees {", ".join(inputs)}, of the episodes.']
+  acts = f'one-hot vectors of {size}' if choices else f'{size} numbers'
+  about = [
+    f'The agent sees {", ".join(inputs)}, of the episodes; their actions are '
+    f'{acts}.'
+  ]
   return environments.Spec(inputs, actions, about)
 
 
@@ -509,6 +518,15 @@ def _check_origin(run):
     raise UserError(
       f'the episodes of --offline {run.config.offline} were made with '
       f'--action_repeat {origin.action_repeat}; give that'
+    )
+
+
+def _check_choices(run, spec, choices):
+  """UserError where a task of choices would learn from actions of numbers."""
+  if getattr(spec.actions, 'discrete', False) and not choices:
+    raise UserError(
+      f'the actions in {run.datadir} are numbers, and {run.config.task} takes '
+      f'one-hot vectors of {spec.actions.shape[0]}'
     )
 
 

@@ -63,7 +63,8 @@ class ProcessWorker:
     self._end = weakref.finalize(
       self,
       _end_worker,
-      *(self._process, self._connection, self._ready, self._reader),
+      *(self._process, self._connection, self._ready, self._pending),
+      *(self._reader, output, timeout or None),
     )
 
   def about(self):
@@ -196,16 +197,36 @@ def _kill_group(process):
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def _end_worker(process, connection, ready, reader):
-  """Ends a worker: kindly, or by force if it has not begun or is stuck."""
+def _end_worker(process, connection, ready, pending, reader, output, timeout):
+  """Ends a worker: kindly, or by force if it has not begun or is stuck.
+
+  The environment's `close` may take as long as a step. Arguments are those of
+  a `ProcessWorker`, as it may be gone.
+  """
   with contextlib.suppress(OSError):
     connection.send(None)
-  with contextlib.suppress(subprocess.TimeoutExpired):
-    process.wait(2 if ready.done() else 0)
+  answers = ready.done() and _takes_answers(connection, len(pending))
+  try:
+    process.wait(timeout if answers else 0)
+  except subprocess.TimeoutExpired:
+    if answers:
+      output.write(b'close() took too long; the worker was killed.\n')
   _kill_group(process)
   process.wait()
   connection.close()
   reader.join(2)
+
+
+def _takes_answers(connection, count):
+  """Takes answers that nobody waits for; whether they come, 2 s for each."""
+  try:
+    for _ in range(count):
+      if not connection.poll(2):
+        return False
+      connection.recv()
+  except (EOFError, OSError):
+    return False
+  return True
 
 
 def _work(handle, trainer, fallback):

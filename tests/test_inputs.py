@@ -66,9 +66,10 @@ def losses(agent):
   return agent.world.losses(data, agent.seeds(data['action'].shape[1], 0))
 
 
-def test_inputs_of_one_name_are_not_exported(tmp_path):
-  agent = make_agent(tmp_path, {'a/b': (), 'a_b': (2,)})
-  with pytest.raises(cli.UserError, match='two inputs would be called a_b'):
+@pytest.mark.parametrize('other', ['a_b', 'A_b'])
+def test_inputs_of_one_name_are_not_exported(tmp_path, other):
+  agent = make_agent(tmp_path, {'a/b': (), other: (2,)})
+  with pytest.raises(cli.UserError, match='two inputs would be called (a|A)_b'):
     library.export(agent, tmp_path / 'exported')
   assert not (tmp_path / 'exported').exists()
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ import library
 import runfile
 import workers
 from gym_env import GymEnv
+from worker_calls import TaskError
 
 pytestmark = pytest.mark.slow
 # As functions of a script are: workers do not import this, and TensorFlow.
@@ -357,6 +359,17 @@ def test_one_environment_is_not_given_twice(tmp_path, flags, parallel):
   assert not list(tmp_path.glob('run/episodes/*'))
 
 
+@pytest.mark.parametrize('count', [1, 2])
+def test_one_environment_in_new_wrappers_is_one(count):
+  make_env = environments.Distinct(lambda: gymnasium.Wrapper(ONE), count)
+  assert make_env().unwrapped is ONE.unwrapped
+  if count == 1:
+    assert make_env().unwrapped is ONE.unwrapped
+  else:
+    with pytest.raises(TaskError, match='gave one environment twice'):
+      make_env()
+
+
 def test_the_one_environment_is_given_again_where_it_failed():
   make_env = environments.Distinct(the_one, 1)
   assert make_env() is make_env() is ONE
@@ -536,6 +549,41 @@ def test_a_function_that_holds_what_cannot_be_sent(tmp_path):
   with (tmp_path / 'file').open('w') as file, error:
     dreamer.train(lambda: file, tmp_path / 'run', **SMALL)
   assert not (tmp_path / 'run').exists()
+
+
+class Tee(io.StringIO):
+  """What has no `isatty` but `write`, as some programs put over stdout."""
+
+  isatty = property()
+
+
+def test_what_is_not_sent_may_hold_anything(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, 'stdout', Tee())
+  flags = dict(SMALL, inputs='state', parallel='none', eval_episodes=0)
+  with (tmp_path / 'file').open('w') as file:
+
+    def make_env():
+      assert not file.closed
+      return cartpole()
+
+    dreamer.train(make_env, tmp_path / 'run', **flags)
+  assert 'Finished at step' in sys.stdout.getvalue()
+
+
+def test_an_environment_that_goes_elsewhere(tmp_path, monkeypatch):
+  """A relative logdir is meant from where the run began."""
+  (tmp_path / 'elsewhere').mkdir()
+  monkeypatch.chdir(tmp_path)
+
+  class Walker(gymnasium.Wrapper):
+    def reset(self, **kwargs):
+      os.chdir(tmp_path / 'elsewhere')
+      return super().reset(**kwargs)
+
+  flags = dict(SMALL, inputs='state', parallel='none', eval_episodes=0)
+  dreamer.train(lambda: Walker(cartpole()), 'run', **flags)
+  assert not list((tmp_path / 'elsewhere').iterdir())
+  assert list(tmp_path.glob('run/episodes/*.npz'))
 
 
 def test_commands_say_what_custom_tasks_need(mine, capsys):

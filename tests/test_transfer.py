@@ -12,6 +12,7 @@ import commandline
 import dreamer
 import environments
 import episode_files
+import replay
 import runfile
 import spaces
 from logdirs import read_metrics
@@ -248,6 +249,14 @@ ROWS = dict(
 )
 
 
+def test_biases_alone_are_no_weights(reach, tmp_path, capsys):
+  """The last ones have the size of what is put out, in networks of any."""
+  words = ['--task=toy_reach', f'--init_from={reach}', *OTHER, '--cnn_depth=3']
+  words += ['--train_steps=0', '--pretrain=0', '--steps=420']
+  assert run(tmp_path / 'other', *words, '--inputs=image,state') == 2
+  assert 'none of its weights fits this run' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   'changes, message',
   [
@@ -265,6 +274,8 @@ ROWS = dict(
       r'image in \S+ has shape \[64, 64, 1\], and an agent sees \[64, 64, 3\]',
     ),
     (dict(reward=np.full(9, 1e39)), 'reward is not finite, as float32'),
+    (dict(discount=np.full(9, 5)), r'discounts beyond \[0, 1\]'),
+    (dict(discount=np.full(9, -0.5)), r'discounts beyond \[0, 1\]'),
     (dict(name='walk'), 'walk.npz should end in its number of rows, as in'),
     (dict(name='walk-1'), 'walk-1.npz should end in its number of rows, as in'),
   ],
@@ -282,6 +293,55 @@ def test_episodes_that_no_agent_learns_from(tmp_path, changes, message, capsys):
   words = [f'--offline={tmp_path / "data"}', '--task=custom_robot']
   assert run(tmp_path / 'run', *words, f'--inputs={inputs}', '--updates=1') == 2
   assert re.search(message, ''.join(capsys.readouterr()))
+
+
+def test_actions_of_a_folder_are_known_by_several_episodes(tmp_path, capsys):
+  """The first alone could be of choices."""
+  choices = np.eye(2, dtype=np.float32)[[0, 1] * 5]
+  numbers = dict(ROWS, action=np.full((9, 2), 0.5, np.float32))
+  onehot = dict(ROWS, action=choices[:9])
+  data = tmp_path / 'data'
+  episode_files.save_episodes(data, [onehot, numbers, numbers])
+  words = [f'--offline={data}', '--updates=2', '--inputs=state']
+  assert run(tmp_path / 'run', *words, '--task=custom_robot') == 0
+  assert 'their actions are 2 numbers.' in capsys.readouterr().out
+  agent = dreamer.load(tmp_path / 'run')
+  assert not hasattr(agent.action_space, 'discrete')
+  shutil.rmtree(data)
+  episode_files.save_episodes(data, [onehot] * 20 + [numbers])
+  assert run(tmp_path / 'other', *words, '--task=custom_robot') == 0
+  assert 'their actions are one-hot vectors of 2.' in capsys.readouterr().out
+  one = replay.Replay(data, 5, onehot=True, repair=False)
+  one.rescan()
+  rng = np.random.default_rng(0)
+  drawn = [one.window(rng)['action'] for _ in range(300)]
+  assert np.isin(drawn, (0, 1)).all()
+  assert 'it has actions that are no one-hot vectors' in capsys.readouterr().out
+
+
+def test_numbers_are_no_choices_of_a_task(tmp_path, capsys):
+  pair = dict(ROWS, action=np.full((9, 3), 0.5, np.float32))
+  pair['image'] = np.zeros((9, 64, 64, 3), np.uint8)
+  episode_files.save_episodes(tmp_path / 'data', [pair] * 3)
+  words = [f'--offline={tmp_path / "data"}', '--task=toy_catch', '--updates=1']
+  assert run(tmp_path / 'run', *words) == 2
+  text = capsys.readouterr().err
+  assert 'are numbers, and toy_catch takes one-hot vectors of 3' in text
+
+
+def test_what_was_done_before_the_first_row_is_nothing(tmp_path, capsys):
+  rows = dict(ROWS, action=np.full((9, 1), 999.0, np.float32))
+  rows['action'][1:] = 0.5
+  short = {k: v[:3] for k, v in rows.items()}
+  (path, _) = episode_files.save_episodes(tmp_path / 'data', [rows, short])
+  file = episode_files.EpisodeFile(path)
+  assert file.read(0, 4)['action'].tolist() == [[0], [0.5], [0.5], [0.5]]
+  assert file.read(1, 3)['action'].tolist() == [[0.5], [0.5]]
+  words = [f'--offline={tmp_path / "data"}', '--task=custom_robot']
+  words += ['--inputs=state', '--updates=1', '--batch_length=5']
+  assert run(tmp_path / 'run', *words) == 0
+  out = capsys.readouterr().out
+  assert '1 of 2 episodes have fewer rows than --batch_length 5' in out
 
 
 def test_any_names_and_actions_of_one_number(tmp_path):

@@ -320,6 +320,9 @@ def test_one_hot_space_of_several_choices():
   many = space.encode(np.array([[2, 0], [1, 1]]))
   assert many.tolist() == [[0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
   assert space.decode(many[1]).tolist() == [1, 1]
+  assert space.decode(many).tolist() == [[2, 0], [1, 1]]
+  batch = many[None].repeat(3, 0)
+  np.testing.assert_array_equal(space.encode(space.decode(batch)), batch)
 
 
 # --- Images -----------------------------------------------------------------
@@ -407,6 +410,31 @@ def test_images_of_other_types_than_announced(dtype, high, array, expected):
 
 
 @pytest.mark.parametrize(
+  'dtype, high, array',
+  [
+    (np.float32, 1, FLOATS),
+    (np.float32, 1, FLOATS / 255 - 0.5),
+    (np.float32, 1, FLOATS / 200),
+    (np.float32, 255, FLOATS - 128),
+    (np.int64, 255, IMAGE.astype(np.int64) + 60),
+    (np.float32, 1, np.full_like(FLOATS, np.nan)),
+  ],
+)
+def test_images_beyond_their_bounds_are_errors(dtype, high, array):
+  layout = spaces.image_layout(array.shape, dtype, 0, high)
+  with pytest.raises(ValueError, match='says from 0 to|not finite'):
+    layout.read(array)
+
+
+def test_images_a_little_beyond_their_bounds_are_clipped():
+  near = FLOATS / 255 * 1.1 - 0.05
+  layout = spaces.image_layout(near.shape, np.float32, 0, 1)
+  read = layout.read(near)
+  assert read.min() == 0 and read.max() == 255
+  np.testing.assert_allclose(read, np.clip(near * 255, 0, 255), atol=0.51)
+
+
+@pytest.mark.parametrize(
   'shape, dtype, low, high',
   [
     ((128,), np.uint8, 0, 255),
@@ -427,6 +455,8 @@ def test_what_is_no_image(shape, dtype, low, high):
   [
     S.Box(-np.inf, np.inf, (64, 64, 3), np.float32),
     S.Box(-1, 1, (3, 64, 64), np.float32),
+    S.Box(0, 5, (64, 64, 1), np.float32),  # a depth, perhaps
+    S.Box(0, 254, (64, 64, 3), np.int64),
     S.Box(0, 255, (64, 64, 40), np.uint8),
     S.Box(0, 255, (2, 2, 64, 64, 3), np.uint8),
   ],
@@ -436,7 +466,7 @@ def test_other_images_are_an_error_and_not_rendered(space):
     make(variant(observation_space=space))
   text = str(error.value)
   assert '[height, width, 3]' in text and 'channels first' in text
-  assert str(space.shape) in text or 'float32 from' in text
+  assert str(space.shape) in text or f'{space.dtype} from' in text
 
 
 def dictionary(**parts):
@@ -1115,7 +1145,8 @@ def test_too_many_choices_are_no_input():
   kind = variant(observation_space=space, obs=lambda self: space.sample())
   env = suites.make_task('custom_large', function=kind, inputs='state')
   assert sorted(env.observation_space.spaces) == ['reward', 'small']
-  with pytest.raises(TaskError, match='large: .* has no such'):
+  words = r"large: .* has no such.*cannot be used: .*large. \(one of 2147"
+  with pytest.raises(TaskError, match=words):
     suites.make_task('custom_large', function=kind, inputs='large')
 
 
@@ -1290,6 +1321,66 @@ def test_no_info_is_an_empty_one():
   env = make(kind)
   assert env.reset()['image'].shape == (64, 64, 3)
   assert env.step(np.zeros(2, np.float32))[1] == 1.0
+
+
+@pytest.mark.parametrize('info', [False, [], 'none', 3])
+def test_what_is_no_info_is_an_error(info):
+  """As the last of four values that have `truncated` there."""
+  env = make(
+    variant(step=lambda self, action: (*Base.step(self, action)[:3], info))
+  )
+  env.reset()
+  with pytest.raises(ValueError, match=r'Variant.*gave a \w+ for info'):
+    env.step(np.zeros(2, np.float32))
+
+
+@pytest.mark.parametrize(
+  'obs, words',
+  [
+    (dict(pose=np.zeros(2)), "no 'goal', .*: it is a dict"),
+    (None, "no '(pose|goal)', .*: it is a NoneType"),
+    (np.zeros(4), "no '(pose|goal)', .*: it is a ndarray"),
+  ],
+)
+def test_an_observation_without_a_part_is_an_error(obs, words):
+  pair = S.Box(-1, 1, (2,), np.float32)
+  kind = variant(
+    observation_space=S.Dict(pose=pair, goal=pair), obs=lambda self: obs
+  )
+  with pytest.raises(ValueError, match=f'Variant.*the observation.*{words}'):
+    make(kind, inputs='state').reset()
+
+
+def test_an_action_space_that_changes_is_an_error():
+  def reset(self, seed=None, options=None):
+    self.episodes = getattr(self, 'episodes', 0) + 1
+    self.action_space = S.Discrete(3 if self.episodes < 3 else 2)
+    return Base.reset(self, seed=seed)
+
+  env = make(variant(reset=reset, action_space=S.Discrete(3)))
+  env.reset()
+  with pytest.raises(TaskError, match=r'Discrete\(2\) now, and took Discrete'):
+    env.reset()
+
+
+class Level(Base):
+  """Draws its level once, by the seed of its first reset."""
+
+  observation_space = S.Box(0, 1, (1,), np.float32)
+  level = None
+
+  def obs(self):
+    if self.level is None:
+      self.level = self.np_random.uniform()
+    return np.array([self.level], np.float32)
+
+
+def test_a_level_of_the_first_reset_is_that_of_the_seed():
+  levels = [
+    make(Level, inputs='state', seed=seed).reset()['state'].item()
+    for seed in (7, 7, 8)
+  ]
+  assert levels[0] == levels[1] != levels[2]
 
 
 class Numbered(Base):

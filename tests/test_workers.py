@@ -21,6 +21,7 @@ import pytest
 import runfile
 import spaces
 import suites
+import worker_calls
 import workers
 import wrappers
 from processes import alive, run_script, wait_until
@@ -404,6 +405,28 @@ class TestRemote:
     assert not path.exists()
     env.close()
     assert path.read_text() == 'closed once\n'
+
+  @remote
+  @pytest.mark.parametrize('parts', ['idle', 'answers'])
+  def test_close_may_take_as_long_as_a_step(self, parts, strategy, tmp_path):
+    path = tmp_path / 'closed'
+    constructor = functools.partial(Closing, path, 3)
+    env = wrappers.Async(constructor, strategy, timeout=30)
+    env.reset()
+    if parts == 'answers':  # that nobody waits for
+      for _ in range(3):
+        env.step(np.zeros(2), blocking=False)
+    env.close()
+    assert path.read_text() == 'closed once\n'
+
+  def test_close_that_hangs_is_told(self, tmp_path):
+    constructor = functools.partial(Closing, tmp_path / 'closed', 60)
+    log = worker_calls.open_log(tmp_path / 'log')
+    env = wrappers.Async(constructor, 'process', timeout=1, log=log)
+    env.reset()
+    env.close()
+    assert not (tmp_path / 'closed').exists()
+    assert 'close() took too long' in (tmp_path / 'log').read_text()
 
   @remote
   def test_close_ends_a_busy_worker(self, strategy):

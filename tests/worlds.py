@@ -131,13 +131,14 @@ def forever():
 
 
 class Closing(Counting):
-  """Writes into a file that it was closed."""
+  """Writes into a file that it was closed, some seconds later."""
 
-  def __init__(self, path):
+  def __init__(self, path, seconds=0):
     super().__init__()
-    self._path = path
+    self._path, self._seconds = path, seconds
 
   def close(self):
+    time.sleep(self._seconds)
     with open(self._path, 'a') as file:
       file.write('closed once\n')
 
