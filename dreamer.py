@@ -27,6 +27,9 @@ import functools
 import pkgutil
 import sys
 
+import own_names  # noqa: F401  (before what it looks for)
+
+# isort: split
 import cli
 import commandline
 import configs

@@ -9,7 +9,6 @@ Letters in shapes: E environments, A action, H steps of imagination.
 """
 
 import errno
-import importlib.util
 import keyword
 import os
 import pathlib
@@ -295,30 +294,6 @@ class Agent:
     return parts
 
 
-def check_modules():
-  """UserError where a module of the user's has taken the place of one of ours.
-
-  The folder of the user's script comes first in `sys.path`.
-  """
-  folder = pathlib.Path(__file__).parent
-  choices = [*configs.BEHAVIORS.values(), *configs.REPRESENTATIONS.values()]
-  todo = ['dreamer', *(choice.path.partition('.')[0] for choice in choices)]
-  seen = set()
-  while todo:
-    name = todo.pop()
-    ours = folder / f'{name}.py'
-    if name in seen or not ours.exists():
-      continue
-    seen.add(name)
-    found = importlib.util.find_spec(name)
-    if not found or not found.origin or not ours.samefile(found.origin):
-      raise UserError(
-        f'{(found and found.origin) or name} has the name of a module of this '
-        'library: rename it (in scripts that import dreamer)'
-      )
-    todo += re.findall(r'^ *(?:import|from) (\w+)', ours.read_text(), re.M)
-
-
 def _path(logdir):
   """As every flag, with ~ for the home of a user."""
   try:
@@ -333,7 +308,6 @@ def load(logdir, make_agent):
   Raises:
     UserError: there is none, or it is of other code.
   """
-  check_modules()
   logdir = _path(logdir)
   config = runfile.load_config(logdir)
   training.setup_gpus(config)
@@ -368,7 +342,6 @@ def load_dreamer(config, make_agent, env=None):
 
 def train(make_env, logdir, make_agent, **flags):
   """Trains on environments that a function makes; see `dreamer.train`."""
-  check_modules()
   name = re.sub(r'\W+', '', getattr(make_env, '__name__', 'env'))
   flags = {'task': f'custom_{name}', **flags, 'logdir': logdir}
   flags = {k: v for k, v in flags.items() if v is not None}

@@ -54,6 +54,7 @@ setuptools.setup(
     'logger',
     'models',
     'opengl',
+    'own_names',
     'progress',
     'quiet',
     'ray_workers',

@@ -692,10 +692,13 @@ def test_a_logdir_of_nobody():
     dreamer.load('~nobody-of-this-name/run')
 
 
-@pytest.mark.parametrize('name', ['models', 'behaviors'])
+@pytest.mark.parametrize(
+  'name',
+  ['behaviors', 'configs', 'distribute', 'evolution', 'layers', 'suites'],
+)
 def test_a_module_with_a_name_of_ours(name, tmp_path):
   (tmp_path / f'{name}.py').write_text('X = 1')
-  (tmp_path / 'go.py').write_text("import dreamer\ndreamer.load('run')")
+  (tmp_path / 'go.py').write_text('import dreamer')
   done = subprocess.run(
     [sys.executable, 'go.py'],
     cwd=tmp_path,
