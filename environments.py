@@ -181,9 +181,11 @@ def running(run):
         test = if_it_runs(test, lambda x: run.say(f'No evaluations: {x}'))
     yield envs, test
   finally:
-    for env in [*envs, test] if test else envs:
-      env.close()
-    log.close()
+    with contextlib.ExitStack() as closing:  # all, though a signal ends a wait
+      closing.callback(log.close)
+      for env in [*envs, test] if test else envs:
+        env.begin_close()
+        closing.callback(env.close)
 
 
 def _callbacks(run):

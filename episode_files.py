@@ -165,6 +165,13 @@ class EpisodeFile:
         raise ValueError('it has discounts beyond [0, 1]')
       return rows
 
+  def actions(self):
+    """Actions of all rows but the first, as they are, without the rest."""
+    with self._errors():
+      self._locate()
+      with np.load(self.path, allow_pickle=False) as file:
+        return file['action'][1:]
+
   def check(self):
     """ValueError if its structure is broken; reads no images."""
     with self._errors():

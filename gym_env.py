@@ -118,8 +118,9 @@ class GymEnv:
     self._plain_render = self._bytes = False
     self._seeding = _seeding(self._env)
     parts = _flatten(self._env.observation_space)
+    self._unusable = set()
     self._sources = self._find_images(parts, wanted)
-    vectors, others = _find_vectors(parts, self._sources)
+    vectors, others = _find_vectors(parts, self._sources, self._unusable)
     self._sources.update(vectors)
     self._acts = self._env.action_space
     self.action_space = self._action_space(self._acts)
@@ -153,7 +154,7 @@ class GymEnv:
         'terminated, truncated, info) or, as Gym had it, of four values.'
       )
     self._obs, reward, ended, *truncated, info = result
-    info = self._info({} if info is None else info)
+    info = self._info(info)
     ended = self._truth('terminated', ended)
     cut = truncated[0] if truncated else info.get('TimeLimit.truncated', False)
     cut = self._truth('truncated', cut)
@@ -164,6 +165,8 @@ class GymEnv:
     return self._number(reward), done, {**about, **self._missed(info)}
 
   def _info(self, info):
+    if info is None or (isinstance(info, (tuple, list, str)) and not info):
+      return {}
     if not isinstance(info, collections.abc.Mapping):
       raise ValueError(
         f'{self._task}: step() gave a {type(info).__name__} for info, '
@@ -199,7 +202,7 @@ class GymEnv:
     info = result[1] if new else ()
     self._obs = result[0] if isinstance(info, dict | None) else result
     self._steps = 0
-    if self._env.action_space != self._acts:
+    if _sizes(self._env.action_space) != _sizes(self._acts):
       raise TaskError(
         f'{self._task} takes actions {self._env.action_space} now, and took '
         f'{self._acts} when it was made; they must stay as they are'
@@ -228,11 +231,13 @@ class GymEnv:
     for path, space in parts.items():
       if not _is(space, 'Box') or 0 in space.shape:
         continue
+      low, high = np.min(space.low), np.max(space.high)
       try:
-        low, high = np.min(space.low), np.max(space.high)
         layout = spaces.image_layout(space.shape, space.dtype, low, high)
       except ValueError as error:
         reason = f'{_called(path)} cannot be used: {error}'
+        if space.dtype != np.uint8 and low >= 0 and high < 255:
+          self._unusable.add(path)  # a map of depths, perhaps
         continue
       if layout:
         found[path] = layout
@@ -311,7 +316,7 @@ class GymEnv:
   def _rendered_layout(self, image):
     """Floats are up to 1 until a frame has more; ValueError if it is none."""
     floats = image.dtype.kind in 'fb'
-    self._bytes = self._bytes or (floats and np.max(image) > 1)
+    self._bytes = self._bytes or (floats and np.max(image) > 1.1)
     high = 1 if floats and not self._bytes else 255
     layout = spaces.image_layout(image.shape, image.dtype, 0, high)
     if not layout:
@@ -531,6 +536,14 @@ def _is(space, kind):
   return any(c.__name__ == kind for c in type(space).__mro__)
 
 
+def _sizes(space):
+  """Kind and sizes of an action space; its bounds may be others."""
+  kinds = 'Discrete', 'MultiDiscrete', 'MultiBinary', 'Box'
+  names = 'n', 'nvec', 'shape', 'start'
+  sizes = [np.ravel(getattr(space, name, None) or 0).tolist() for name in names]
+  return [_is(space, kind) for kind in kinds], sizes
+
+
 def _flatten(space, path=()):
   """{keys: space} of all within a space; the keys lead to its part."""
   if _is(space, 'Dict'):
@@ -582,15 +595,18 @@ LONGEST = 60_000  # bytes of a name; the file of an episode holds a few more
 RESERVED = (*spaces.TRANSITION_KEYS, 'file', 'allow_pickle')
 
 
-def _find_vectors(parts, images):
-  """{name: Source} of what is made of numbers, and in words what is not."""
+def _find_vectors(parts, images, unusable):
+  """{name: Source} of what is made of numbers, and in words what is not.
+
+  Images that are `unusable`, a set of paths, are not taken for vectors.
+  """
   found, others = {}, []
   taken = [source.path for source in images.values()]
   for path, space in parts.items():
     if path in taken:
       continue
     box, convert = _vector(space)
-    if not box:
+    if not box or path in unusable:
       others.append(f'{_called(path)} ({_outline(space)})')
       continue
     name = _array_name(path)

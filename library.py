@@ -437,7 +437,9 @@ def _signatures(policy, inputs):
   for name, shape in inputs.items():
     taken = {k.lower() for k in (*specs, *_prefixed(state))}
     if _plain(name).lower() in taken:  # TensorFlow looks at no case
-      raise UserError(f'--export: two inputs would be called {_plain(name)}')
+      raise UserError(
+        f'--export: two inputs would be called {_plain(name)}, but for case'
+      )
     specs[_plain(name)] = tf.TensorSpec(
       [None, *shape], spaces.dtype(name), _plain(name)
     )

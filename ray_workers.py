@@ -89,7 +89,7 @@ class RayWorker:
       self,
       _end_actor,
       *(self._ray, self._head, self._actor, self._ready, self._pending),
-      self._limits[0].seconds or 60,
+      *(self._limits[0].seconds or 60, self._output),
     )
 
   def about(self):
@@ -256,7 +256,7 @@ def _why_lost(error):
   return text.partition(' Some common causes')[0].splitlines()[-1].strip('. ')
 
 
-def _end_actor(ray, head, actor, ready, pending, timeout):
+def _end_actor(ray, head, actor, ready, pending, timeout, output):
   """Ends an actor: kindly, or by force if it has not begun or is stuck.
 
   The environment's `close` may take as long as a step.
@@ -269,7 +269,9 @@ def _end_actor(ray, head, actor, ready, pending, timeout):
       grace = RayWorker.GRACE
       waiting = [coming for coming, *_ in pending]
       stuck = concurrent.futures.wait(waiting, grace).not_done
-      closing.future().result(0 if stuck else timeout + grace)
+      answer = closing.future().result(0 if stuck else timeout + grace)
+      (closed, failure), printed = pickle.loads(answer)
+      output.write(printed if closed else printed + failure[-1].encode())
   ray.kill(actor)
 
 

@@ -188,25 +188,23 @@ def load_episodes(
       yield replay.window(rng, balance)
 
 
-LOOKED_AT = 20  # episodes
+LOOKED_AT = 20  # episodes, for what their actions are
 
 
 def describe(directory):
-  """What the episodes of a folder hold, by those of the first that are whole.
+  """What the episodes of a folder hold.
 
   Returns:
-    {key: shape of a row} of the first, and of how many choices their actions
-    are one-hot vectors, 0 if they are numbers.
+    {key: shape of a row} of the first that is whole, and of how many choices
+    the actions of the first ones are one-hot vectors, 0 if they are numbers.
 
   Raises:
     UserError: none is whole, with actions that an agent can choose.
   """
-  why, shapes, counts = '', None, set()
-  names = list_episodes(directory)
+  directory = pathlib.Path(directory)
+  names, why = list_episodes(directory), ''
   for index, name in enumerate(names):
-    if shapes and index >= LOOKED_AT:
-      break
-    episode = EpisodeFile(pathlib.Path(directory) / name)
+    episode = EpisodeFile(directory / name)
     if episode.length < 2:
       why = f': {name} should end in its number of rows, as in walk-51.npz'
       continue
@@ -215,13 +213,19 @@ def describe(directory):
     except ValueError as error:
       why = f': {name}: {error}'
       continue
-    actions = rows['action'][1:]  # the first is none
-    shapes = shapes or {k: v.shape[1:] for k, v in rows.items()}
-    onehot = actions.shape[-1] > 1 and is_onehot(actions)
-    counts.add(int(actions[0].sum()) if onehot else 0)
-  if not shapes:
-    raise UserError(f'{directory} holds no whole episode{why}')
-  return shapes, counts.pop() if len(counts) == 1 else 0
+    shapes = {k: v.shape[1:] for k, v in rows.items()}
+    counts = {_choices(rows['action'][1:])}
+    for other in names[index + 1 : index + LOOKED_AT]:
+      with contextlib.suppress(ValueError):  # of another task, or broken
+        counts.add(_choices(EpisodeFile(directory / other, shapes).actions()))
+    return shapes, counts.pop() if len(counts) == 1 else 0
+  raise UserError(f'{directory} holds no whole episode{why}')
+
+
+def _choices(actions):
+  """How many choices actions [T, A] may be, side by side; 0 for numbers."""
+  onehot = len(actions) and actions.shape[-1] > 1 and is_onehot(actions)
+  return int(actions[0].sum()) if onehot else 0
 
 
 def count_steps(datadir, config, folders=1):

@@ -217,8 +217,8 @@ class Layout:
     low, high = array.min(), array.max()
     if low < -0.1 * most or high > 1.1 * most:
       raise ValueError(
-        f'An image has numbers from {low:g} to {high:g}; its space says from 0 '
-        f'to {most:g}.'
+        f'An image has numbers from {low:g} to {high:g}, where 0 to {most:g} '
+        'is expected.'
       )
 
 

@@ -448,12 +448,12 @@ def _prepare(run, envs, test_env):
   keras.utils.set_random_seed(config.seed)
   policy = setup_precision(config.precision)
   if config.offline:
-    _, choices = replay.describe(run.datadir)  # or an error that says why not
+    stored = replay.describe(run.datadir)  # or an error that says why not
   everything = [*envs, test_env] if test_env else envs
   if everything:
     spec = environments.common_spec(config, everything)
   else:
-    spec = _replay_spec(run) if config.offline else _spec_of_actor(run)
+    spec = _replay_spec(run, *stored) if config.offline else _spec_of_actor(run)
   if config.offline:
     _check_origin(run)
   configs.resolve_actions(config, spec.actions)
@@ -464,7 +464,7 @@ def _prepare(run, envs, test_env):
   shapes = {**spec.inputs, 'action': spec.actions.shape}
   replay.Replay(run.datadir, shapes=shapes, repair=bool(envs)).check()
   if config.offline:
-    _check_choices(run, spec, choices)
+    _check_choices(run, spec, stored[1])
     environments.say_short(run)
   if run.team.chief:
     runfile.write_config(config, spec.inputs, spec.actions, run.home)
@@ -476,9 +476,8 @@ def _prepare(run, envs, test_env):
   return spec
 
 
-def _replay_spec(run):
-  """`Spec` of an agent for the episodes of a folder."""
-  shapes, choices = replay.describe(run.datadir)
+def _replay_spec(run, shapes, choices):
+  """`Spec` of an agent for the episodes of a folder, see `replay.describe`."""
   if len(shapes['action']) != 1:
     raise UserError(
       f'an action in {run.datadir} has shape {list(shapes["action"])}, not '
@@ -500,7 +499,7 @@ def _replay_spec(run):
       f'sees {list(spaces.IMAGE_SHAPE)}: convert the images, or choose others '
       'by --inputs'
     )
-  acts = f'one-hot vectors of {size}' if choices else f'{size} numbers'
+  acts = f'one-hot vectors of {size}' if choices else f'numbers, {size} each'
   about = [
     f'The agent sees {", ".join(inputs)}, of the episodes; their actions are '
     f'{acts}.'
@@ -523,7 +522,8 @@ def _check_origin(run):
 
 def _check_choices(run, spec, choices):
   """UserError where a task of choices would learn from actions of numbers."""
-  if getattr(spec.actions, 'discrete', False) and not choices:
+  several = spec.actions.shape[0] > 1  # one choice alone is always 1
+  if getattr(spec.actions, 'discrete', False) and several and not choices:
     raise UserError(
       f'the actions in {run.datadir} are numbers, and {run.config.task} takes '
       f'one-hot vectors of {spec.actions.shape[0]}'

@@ -24,6 +24,7 @@ from multiprocessing import connection as mp_connection
 
 import cloudpickle
 
+from cli import warn
 from worker_calls import (
   WorkerError,
   attempt,
@@ -60,12 +61,11 @@ class ProcessWorker:
     )
     self._reader.start()
     self._ready = self._expect(start_limit(start_timeout))
-    self._end = weakref.finalize(
-      self,
-      _end_worker,
-      *(self._process, self._connection, self._ready, self._pending),
-      *(self._reader, output, timeout or None),
+    self._ending = _Ending(
+      *(self._process, self._connection, self._reader, self._ready),
+      *(self._pending, output, timeout or 60),
     )
+    self._end = weakref.finalize(self, self._ending)
 
   def about(self):
     return self._wait(self._ready)
@@ -80,6 +80,9 @@ class ProcessWorker:
     return functools.partial(
       self._wait, self._expect(call_limit(self._timeout))
     )
+
+  def begin_close(self):
+    self._ending.ask()
 
   def close(self):
     self._end()
@@ -197,36 +200,75 @@ def _kill_group(process):
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def _end_worker(process, connection, ready, pending, reader, output, timeout):
-  """Ends a worker: kindly, or by force if it has not begun or is stuck.
+class _Ending:
+  """Ends a worker process: kindly, or by force if it is stuck or not begun.
 
-  The environment's `close` may take as long as a step. Arguments are those of
-  a `ProcessWorker`, as it may be gone.
+  The environment's `close` may take as long as a step. This holds nothing of
+  the `ProcessWorker`, which may be gone.
+
+  Args:
+    process, connection, reader: the worker, the way to it, and the thread that
+      follows what it prints.
+    ready: future of its first answer.
+    pending: its calls whose answers nobody has taken yet.
+    output: `worker_calls.Output`, which says in the log if it was killed.
+    limit: seconds that `close` may take.
   """
-  with contextlib.suppress(OSError):
-    connection.send(None)
-  answers = ready.done() and _takes_answers(connection, len(pending))
-  try:
-    process.wait(timeout if answers else 0)
-  except subprocess.TimeoutExpired:
-    if answers:
-      output.write(b'close() took too long; the worker was killed.\n')
-  _kill_group(process)
-  process.wait()
-  connection.close()
-  reader.join(2)
 
+  def __init__(
+    self, process, connection, reader, ready, pending, output, limit
+  ):
+    self._process, self._connection = process, connection
+    self._reader, self._output = reader, output
+    self._ready, self._pending = ready, pending
+    self._limit, self._deadline = limit, None
 
-def _takes_answers(connection, count):
-  """Takes answers that nobody waits for; whether they come, 2 s for each."""
-  try:
-    for _ in range(count):
-      if not connection.poll(2):
-        return False
-      connection.recv()
-  except (EOFError, OSError):
-    return False
-  return True
+  def ask(self):
+    """Asks the worker to end; waits for nothing."""
+    if self._deadline is None:
+      self._deadline = time.monotonic() + self._limit
+      with contextlib.suppress(OSError):
+        self._connection.send(None)
+
+  def __call__(self):
+    self.ask()
+    failure = ''
+    try:
+      if self._ready.done():
+        failure = self._wait()
+    finally:  # a signal may have ended the wait
+      _kill_group(self._process)
+      self._process.wait()
+      self._connection.close()
+      self._reader.join(2)
+      if failure:
+        self._output.write(f'The worker was killed: {failure}.\n'.encode())
+
+  def _wait(self):
+    """Waits until the worker has ended; why it is to be killed, else ''."""
+    if not self._takes_answers():
+      return 'a step was under way, so there was no close()'
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(2)
+      return ''
+    left = max(0, self._deadline - time.monotonic())
+    warn(f'waiting for the close() of an environment, {left:.0f} s at most')
+    try:
+      self._process.wait(left)
+      return ''
+    except subprocess.TimeoutExpired:
+      return 'close() took too long'
+
+  def _takes_answers(self):
+    """Takes answers that nobody waits for; whether they come, 2 s for each."""
+    try:
+      for _ in self._pending:
+        if not self._connection.poll(2):
+          return False
+        self._connection.recv_bytes()
+    except (EOFError, OSError):
+      pass  # it has ended
+    return True
 
 
 def _work(handle, trainer, fallback):

@@ -143,6 +143,14 @@ class Async:
     promise = self._worker.call('step', action)
     return promise() if blocking else promise
 
+  def begin_close(self):
+    """As `close`, but waits for nothing; `close` is to follow.
+
+    So several environments may close at the same time.
+    """
+    if hasattr(self._worker, 'begin_close'):
+      self._worker.begin_close()
+
   def close(self):
     """Closes the environment and ends the worker; may be called repeatedly."""
     self._worker.close()

@@ -157,6 +157,8 @@ def print_table(inputs):
   where even the ratio times that factor is below 1.
   """
   found = areas(inputs)
+  if 'base' not in found:
+    raise cli.UserError(f'--inputs {inputs}: {RUNS} holds no run of the base')
   print('| task, arm | seeds | mean of evaluations | mean | at last |')
   print('|---|---|---|---|---|')
   for task in found['base']:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import episode_files
 import replay
 import runfile
 import spaces
+import training
 from logdirs import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -304,7 +306,7 @@ def test_actions_of_a_folder_are_known_by_several_episodes(tmp_path, capsys):
   episode_files.save_episodes(data, [onehot, numbers, numbers])
   words = [f'--offline={data}', '--updates=2', '--inputs=state']
   assert run(tmp_path / 'run', *words, '--task=custom_robot') == 0
-  assert 'their actions are 2 numbers.' in capsys.readouterr().out
+  assert 'their actions are numbers, 2 each.' in capsys.readouterr().out
   agent = dreamer.load(tmp_path / 'run')
   assert not hasattr(agent.action_space, 'discrete')
   shutil.rmtree(data)
@@ -317,6 +319,21 @@ def test_actions_of_a_folder_are_known_by_several_episodes(tmp_path, capsys):
   drawn = [one.window(rng)['action'] for _ in range(300)]
   assert np.isin(drawn, (0, 1)).all()
   assert 'it has actions that are no one-hot vectors' in capsys.readouterr().out
+
+
+def test_one_choice_alone_and_strangers_among_the_first(tmp_path):
+  one = np.ones((9, 1), np.float32)
+  one = dict(ROWS, action=one, image=np.zeros((9, 64, 64, 3), np.uint8))
+  three = dict(one, action=np.eye(3, dtype=np.float32)[[0, 1, 2] * 3])
+  pair = dict(one, action=np.full((9, 2), 0.5, np.float32))
+  data = tmp_path / 'data'
+  episode_files.save_episodes(data, [three, pair, three])
+  assert replay.describe(data)[1] == 1
+  shutil.rmtree(data)
+  episode_files.save_episodes(data, [one, one])
+  one_choice = environments.Spec({}, spaces.OneHotBox(1), [])
+  run = types.SimpleNamespace(datadir=data)
+  training._check_choices(run, one_choice, replay.describe(data)[1])
 
 
 def test_numbers_are_no_choices_of_a_task(tmp_path, capsys):

@@ -422,8 +422,35 @@ def test_images_of_other_types_than_announced(dtype, high, array, expected):
 )
 def test_images_beyond_their_bounds_are_errors(dtype, high, array):
   layout = spaces.image_layout(array.shape, dtype, 0, high)
-  with pytest.raises(ValueError, match='says from 0 to|not finite'):
+  with pytest.raises(ValueError, match='where 0 to|not finite'):
     layout.read(array)
+
+
+def test_a_depth_beside_an_image_is_not_used():
+  """It is no image of 0 to 1 or 255, and no vector of a robot."""
+  kind = dictionary(
+    rgb=PIXELS,
+    depth=S.Box(0, 10, (64, 64, 1), np.float32),
+    pose=S.Box(-1, 1, (3,), np.float32),
+  )
+  env = make(kind, inputs='image,state')
+  assert {*env.observation_space.spaces} == {'image', 'pose', 'reward'}
+  assert "Cannot be used: the observation 'depth'" in ' '.join(env.about)
+
+
+def test_frames_of_floats_a_little_above_one_stay_bright():
+  near = np.full((64, 64, 3), 0.5, np.float32)
+  near[0, 0] = 1.05
+  kind = variant(
+    observation_space=S.Box(-1, 1, (2,), np.float32),
+    obs=lambda self: np.zeros(2, np.float32),
+    render=lambda self: near if self.time % 2 else np.minimum(near, 1),
+  )
+  env = make(kind)
+  env.reset()
+  for _ in range(4):
+    image = env.step(np.zeros(2, np.float32))[0]['image']
+    assert image[9, 9].tolist() == [128] * 3 and image[0, 0, 0] == 255
 
 
 def test_images_a_little_beyond_their_bounds_are_clipped():
@@ -1323,7 +1350,7 @@ def test_no_info_is_an_empty_one():
   assert env.step(np.zeros(2, np.float32))[1] == 1.0
 
 
-@pytest.mark.parametrize('info', [False, [], 'none', 3])
+@pytest.mark.parametrize('info', [False, np.False_, 'none', 3])
 def test_what_is_no_info_is_an_error(info):
   """As the last of four values that have `truncated` there."""
   env = make(
@@ -1349,6 +1376,29 @@ def test_an_observation_without_a_part_is_an_error(obs, words):
   )
   with pytest.raises(ValueError, match=f'Variant.*the observation.*{words}'):
     make(kind, inputs='state').reset()
+
+
+class OwnBox:
+  """A space of the user's own, of which each is another."""
+
+  dtype, shape = np.dtype(np.float32), (2,)
+
+  def __init__(self, scale):
+    self.low, self.high = np.full((2, 2), [[-scale], [scale]], np.float32)
+
+
+OwnBox.__name__ = 'Box'
+
+
+def test_bounds_and_spaces_may_be_made_anew():
+  kind = variant(
+    action_space=property(lambda self: OwnBox(1 + self.time)),
+    step=lambda self, action: (self.obs(), 1.0, False, False, {}),
+  )
+  env = make(kind)
+  for _ in range(2):
+    env.reset()
+    env.step(np.ones(2, np.float32))
 
 
 def test_an_action_space_that_changes_is_an_error():

@@ -407,17 +407,45 @@ class TestRemote:
     assert path.read_text() == 'closed once\n'
 
   @remote
-  @pytest.mark.parametrize('parts', ['idle', 'answers'])
-  def test_close_may_take_as_long_as_a_step(self, parts, strategy, tmp_path):
+  @pytest.mark.parametrize('state', ['idle', 'answers'])
+  def test_close_may_take_as_long_as_a_step(self, state, strategy, tmp_path):
     path = tmp_path / 'closed'
     constructor = functools.partial(Closing, path, 3)
     env = wrappers.Async(constructor, strategy, timeout=30)
     env.reset()
-    if parts == 'answers':  # that nobody waits for
+    if state == 'answers':  # that nobody waits for
       for _ in range(3):
         env.step(np.zeros(2), blocking=False)
     env.close()
     assert path.read_text() == 'closed once\n'
+
+  def test_environments_close_together(self, tmp_path):
+    paths = [tmp_path / str(index) for index in range(3)]
+    made = [functools.partial(Closing, path, 3) for path in paths]
+    envs = [wrappers.Async(make, 'process', timeout=30) for make in made]
+    for env in envs:
+      env.reset()
+    start = time.time()
+    for env in envs:
+      env.begin_close()
+    for env in envs:
+      env.close()
+    assert time.time() - start < 8.5  # not three times three seconds
+    assert all(path.read_text() == 'closed once\n' for path in paths)
+
+  def test_a_signal_ends_the_wait_for_a_close(self, tmp_path):
+    env = wrappers.Async(functools.partial(Closing, tmp_path / 'x', 60))
+    env.reset()
+    pid = env._worker._process.pid
+    timer = threading.Timer(1, signal.raise_signal, [signal.SIGUSR1])
+    before = signal.signal(signal.SIGUSR1, lambda *_: 1 / 0)
+    try:
+      timer.start()
+      with pytest.raises(ZeroDivisionError):
+        env.close()
+    finally:
+      signal.signal(signal.SIGUSR1, before)
+    assert not alive(pid)
 
   def test_close_that_hangs_is_told(self, tmp_path):
     constructor = functools.partial(Closing, tmp_path / 'closed', 60)
