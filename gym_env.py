@@ -540,7 +540,7 @@ def _sizes(space):
   """Kind and sizes of an action space; its bounds may be others."""
   kinds = 'Discrete', 'MultiDiscrete', 'MultiBinary', 'Box'
   names = 'n', 'nvec', 'shape', 'start'
-  sizes = [np.ravel(getattr(space, name, None) or 0).tolist() for name in names]
+  sizes = [np.ravel(getattr(space, name, None)).tolist() for name in names]
   return [_is(space, kind) for kind in kinds], sizes
 
 

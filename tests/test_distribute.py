@@ -106,7 +106,9 @@ def _update(folder, team, flags):
   progress.receive(team, agent.trackable(), config.seed)
   for opt in agent.optimizers.values():  # so that float16 does not overflow
     opt.optimizer.dynamic_scale.assign(16.0)
-  batches = dreamer.load_dataset(folder / 'episodes', config, inputs=inputs)
+  # Actions there are numbers, in every case.
+  stored = cli.AttrDict(config, action_dist='auto')
+  batches = dreamer.load_dataset(folder / 'episodes', stored, inputs=inputs)
   metrics = []
   for _ in range(UPDATES):
     agent.set_learning_rates()
