@@ -165,6 +165,7 @@ class GymEnv:
     return self._number(reward), done, {**about, **self._missed(info)}
 
   def _info(self, info):
+    """What a step says besides, a dictionary; ValueError for no such thing."""
     if info is None or (isinstance(info, (tuple, list, str)) and not info):
       return {}
     if not isinstance(info, collections.abc.Mapping):

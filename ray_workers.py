@@ -88,8 +88,13 @@ class RayWorker:
     self._end = weakref.finalize(
       self,
       _end_actor,
-      *(self._ray, self._head, self._actor, self._ready, self._pending),
-      *(self._limits[0].seconds or 60, self._output),
+      self._ray,
+      self._head,
+      self._actor,
+      self._ready,
+      self._pending,
+      self._limits[0].seconds or 60,
+      self._output,
     )
 
   def about(self):
@@ -112,6 +117,9 @@ class RayWorker:
     call = self._actor.call.remote(method, args)
     answer = self._expect(call, self._limits[0])
     return functools.partial(self._wait, answer)
+
+  def begin_close(self):
+    pass
 
   def close(self):
     self._end()

@@ -244,8 +244,8 @@ def image_layout(shape, dtype, low, high):
   stacked, first, count = found
   if count is None and not (high <= 1 or high == 255):
     return None  # a matrix: a map of what is where, perhaps
-  bytes_ = np.dtype(dtype) == np.uint8
-  if low < 0 or not (high <= 1 or high == 255 or (bytes_ and high < 255)):
+  is_bytes = np.dtype(dtype) == np.uint8
+  if low < 0 or not (high <= 1 or high == 255 or (is_bytes and high < 255)):
     if count is None or stacked:  # a matrix of features, perhaps
       return None
     raise ValueError(f'it is {dtype} from {low:g} to {high:g}; {EXPECTED}')

@@ -62,8 +62,13 @@ class ProcessWorker:
     self._reader.start()
     self._ready = self._expect(start_limit(start_timeout))
     self._ending = _Ending(
-      *(self._process, self._connection, self._reader, self._ready),
-      *(self._pending, output, timeout or 60),
+      self._process,
+      self._connection,
+      self._reader,
+      self._ready,
+      self._pending,
+      output,
+      limit=timeout or 60,
     )
     self._end = weakref.finalize(self, self._ending)
 
@@ -82,6 +87,7 @@ class ProcessWorker:
     )
 
   def begin_close(self):
+    """Asks the environment to close; `close` waits for it."""
     self._ending.ask()
 
   def close(self):

@@ -146,10 +146,10 @@ class Async:
   def begin_close(self):
     """As `close`, but waits for nothing; `close` is to follow.
 
-    So several environments may close at the same time.
+    So several environments in processes close at the same time; others close
+    one after the other, in `close`.
     """
-    if hasattr(self._worker, 'begin_close'):
-      self._worker.begin_close()
+    self._worker.begin_close()
 
   def close(self):
     """Closes the environment and ends the worker; may be called repeatedly."""
@@ -182,6 +182,9 @@ class _LocalWorker:
     env = resolve(self._env.result())
     future = self._executor.submit(attempt, getattr(env, method), *args)
     return lambda: resolve(future.result())
+
+  def begin_close(self):
+    pass
 
   def close(self):
     if self._closed:
