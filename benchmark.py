@@ -32,6 +32,7 @@ import quiet  # noqa: F401  (before TensorFlow)
 import numpy as np
 import tensorflow as tf
 
+import agent_spec
 import arguments
 import cli
 import commandline
@@ -144,7 +145,7 @@ def training_agent(config):
   """A fresh `dreamer.Dreamer` for the task of a config."""
   training.setup_precision(config.precision)
   env = environments.make_env(config)
-  spec = environments.env_spec(config, env)
+  spec = agent_spec.of_environment(config, env)
   env.close()
   return dreamer.Dreamer(config, spec.actions, inputs=spec.inputs)
 

@@ -1,4 +1,4 @@
-"""The environments of a run: what they show, and where their episodes go.
+"""The environments of a run: how they are made, and where their episodes go.
 
 Each lives in a worker of its own (`workers.Async`), records its episodes
 (`replay.Collect`) and hands them on to be stored and logged.
@@ -7,7 +7,6 @@ Each lives in a worker of its own (`workers.Async`), records its episodes
 import contextlib
 import functools
 import threading
-import typing
 import weakref
 
 import numpy as np
@@ -27,62 +26,6 @@ from worker_calls import (
 )
 
 VIDEO = 1000  # images of an evaluation that are logged, at most
-
-# --- What an agent sees and does --------------------------------------------
-
-
-class Spec(typing.NamedTuple):
-  """What an agent sees and does.
-
-  Attributes:
-    inputs: {name: shape} of the observations that it sees.
-    actions: its action space.
-    about: the same in words, a list of sentences.
-  """
-
-  inputs: dict
-  actions: object
-  about: list
-
-
-def input_shapes(config, shapes):
-  """{name: shape} of what the agent sees, of all observations'."""
-  offers = {k: v for k, v in shapes.items() if k not in spaces.TRANSITION_KEYS}
-  names = spaces.choose(config.task, offers, config.inputs)
-  return {name: offers[name] for name in names}
-
-
-def env_spec(config, env):
-  """`Spec` of an agent for an environment; TaskError for images of others."""
-  shown = env.observation_space.spaces
-  shapes = {k: v.shape for k, v in shown.items()}
-  for name in filter(spaces.is_image, shown):
-    kind = shown[name].dtype, shapes[name]
-    if kind != (np.uint8, spaces.IMAGE_SHAPE):
-      raise TaskError(
-        f'{config.task} shows {name} as {kind[0]} {list(kind[1])}; its class '
-        f'must make images uint8 {list(spaces.IMAGE_SHAPE)}'
-      )
-  return Spec(input_shapes(config, shapes), env.action_space, env.about)
-
-
-def common_spec(config, envs):
-  """`Spec` of an agent for all environments of a run.
-
-  Raises:
-    TaskError: they show or take something else than the first.
-  """
-  first, *others = envs
-  spec = env_spec(config, first)
-  outline = spaces.outline(first.observation_space, first.action_space)
-  for env in others:
-    env.expect(outline)
-    with contextlib.suppress(WorkerLost):  # which its first reset replaces
-      _ = env.about
-  return spec
-
-
-# --- Making them ------------------------------------------------------------
 
 
 def make_env(

@@ -20,6 +20,7 @@ import cloudpickle
 import numpy as np
 import tensorflow as tf
 
+import agent_spec
 import arguments
 import checkpoints
 import commandline
@@ -331,7 +332,7 @@ def load_dreamer(config, make_agent, env=None):
   if env or inputs is None:
     asked = env or environments.make_env(config, 0, 'test')
     try:
-      inputs, actions, _ = environments.env_spec(config, asked)
+      inputs, actions, _ = agent_spec.of_environment(config, asked)
       runfile.check_spaces(config.logdir, inputs, actions)
     finally:
       if not env:

@@ -29,6 +29,7 @@ setuptools.setup(
   description='Dreamer: learning behaviors by latent imagination',
   license='MIT',
   py_modules=[
+    'agent_spec',
     'arguments',
     'atari_env',
     'behaviors',

@@ -24,6 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import agent_spec
 import checkpoints
 import cli
 import configs
@@ -35,7 +36,6 @@ import free
 import replay
 import run_kinds
 import runfile
-import spaces
 import suites
 import tools
 import worker_calls
@@ -443,19 +443,11 @@ def _learn_offline(run, learner, progress, test_env):
 
 
 def _prepare(run, envs, test_env):
-  """What must be known before anything is collected; returns a `Spec`."""
+  """Checks what must hold before anything is collected; returns a `Spec`."""
   config = run.config
   keras.utils.set_random_seed(config.seed)
   policy = setup_precision(config.precision)
-  if config.offline:
-    stored = replay.describe(run.datadir)  # or an error that says why not
-  everything = [*envs, test_env] if test_env else envs
-  if everything:
-    spec = environments.common_spec(config, everything)
-  else:
-    spec = _replay_spec(run, *stored) if config.offline else _spec_of_actor(run)
-  if config.offline:
-    _check_origin(run)
+  spec = agent_spec.find(run, [*envs, test_env] if test_env else envs)
   configs.resolve_actions(config, spec.actions)
   if _takes_weights(config):
     runfile.load_config(config.init_from)  # or an error, before the work
@@ -464,7 +456,7 @@ def _prepare(run, envs, test_env):
   shapes = {**spec.inputs, 'action': spec.actions.shape}
   replay.Replay(run.datadir, shapes=shapes, repair=bool(envs)).check()
   if config.offline:
-    _check_choices(run, spec, stored[1])
+    agent_spec.check_choices(run, spec)
     environments.say_short(run)
   if run.team.chief:
     runfile.write_config(config, spec.inputs, spec.actions, run.home)
@@ -474,85 +466,6 @@ def _prepare(run, envs, test_env):
   run.say(f'Training on {run.team}.')
   number_episodes(run, envs)
   return spec
-
-
-def _replay_spec(run, shapes, choices):
-  """`Spec` of an agent for the episodes of a folder, see `replay.describe`."""
-  if len(shapes['action']) != 1:
-    raise UserError(
-      f'an action in {run.datadir} has shape {list(shapes["action"])}, not '
-      '[A]: numbers within [-1, 1], or choices as one-hot vectors'
-    )
-  size = shapes['action'][0]
-  record = dict(choices=[size]) if choices else dict(size=size)
-  stored = _stored_actions(run)
-  if choices > 1 and not stored:
-    raise UserError(
-      f'the actions in {run.datadir} are {choices} choices side by side, but '
-      'not which: put the config.json of their run beside the folder'
-    )
-  actions = stored or spaces.action_space(record)
-  inputs = environments.input_shapes(run.config, shapes)
-  for name in spaces.odd_images(inputs):
-    raise UserError(
-      f'{name} in {run.datadir} has shape {list(inputs[name])}, and an agent '
-      f'sees {list(spaces.IMAGE_SHAPE)}: convert the images, or choose others '
-      'by --inputs'
-    )
-  acts = f'one-hot vectors of {size}' if choices else f'numbers, {size} each'
-  about = [
-    f'The agent sees {", ".join(inputs)}, of the episodes; their actions are '
-    f'{acts}.'
-  ]
-  return environments.Spec(inputs, actions, about)
-
-
-def _check_origin(run):
-  """UserError where the episodes have another --action_repeat than this run."""
-  try:
-    origin = runfile.load_config(run.datadir.parent)
-  except UserError:
-    return  # a folder of episodes alone
-  if origin.action_repeat != run.config.action_repeat:
-    raise UserError(
-      f'the episodes of --offline {run.config.offline} were made with '
-      f'--action_repeat {origin.action_repeat}; give that'
-    )
-
-
-def _check_choices(run, spec, choices):
-  """UserError where a task of choices would learn from actions of numbers."""
-  several = spec.actions.shape[0] > 1  # one choice alone is always 1
-  if getattr(spec.actions, 'discrete', False) and several and not choices:
-    raise UserError(
-      f'the actions in {run.datadir} are numbers, and {run.config.task} takes '
-      f'one-hot vectors of {spec.actions.shape[0]}'
-    )
-
-
-def _stored_actions(run):
-  """The action space that the run of the episodes wrote; None without one."""
-  try:
-    return runfile.load_spaces(run.datadir.parent)[1]
-  except UserError:
-    return None
-
-
-def _spec_of_actor(run):
-  """`Spec` that a process with environments has written."""
-  home = run.config.logdir
-  for folder in (home / runfile.ACT, home):
-    if (folder / 'config.json').exists():
-      inputs, actions = runfile.load_spaces(folder)
-      if inputs:
-        break
-  else:
-    raise UserError(
-      f'no config.json in --logdir {home} says what the agent sees: start the '
-      'same command with --role act first'
-    )
-  about = [f'The agent sees {", ".join(inputs)}, of another process.']
-  return environments.Spec(inputs, actions, about)
 
 
 def _takes_weights(config):

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import agent_spec
 import checkpoints
 import cli
 import commandline
@@ -264,9 +264,8 @@ def test_learner_whom_nobody_told_what_the_agent_sees(tmp_path, text):
   for folder in (tmp_path / 'act', tmp_path) if text else ():
     folder.mkdir(exist_ok=True)
     (folder / 'config.json').write_text(text)
-  run = types.SimpleNamespace(config=cli.AttrDict(logdir=tmp_path))
   with pytest.raises(cli.UserError, match='with --role act first'):
-    training._spec_of_actor(run)
+    agent_spec.of_actor(tmp_path)
 
 
 def test_no_update_is_due_after_the_end(learner):

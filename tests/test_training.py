@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import agent_spec
 import checkpoints
 import cli
 import commandline
@@ -706,7 +707,7 @@ def test_images_of_a_suite_are_as_the_agent_sees_them(tmp_path, kind):
   env.observation_space.spaces['image'] = gym.spaces.Box(0, 255, *kind)
   words = rf'toy_reach shows image as {kind[1].__name__} \[.*must make images'
   with pytest.raises(cli.UserError, match=words):
-    environments.env_spec(run.config, env)
+    agent_spec.of_environment(run.config, env)
 
 
 @pytest.mark.parametrize('rows, said', [(9, True), (10, False)])

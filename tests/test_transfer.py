@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+import agent_spec
 import checkpoints
 import commandline
 import dreamer
@@ -16,7 +17,6 @@ import episode_files
 import replay
 import runfile
 import spaces
-import training
 from logdirs import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -331,9 +331,9 @@ def test_one_choice_alone_and_strangers_among_the_first(tmp_path):
   assert replay.describe(data)[1] == 1
   shutil.rmtree(data)
   episode_files.save_episodes(data, [one, one])
-  one_choice = environments.Spec({}, spaces.OneHotBox(1), [])
+  one_choice = agent_spec.Spec({}, spaces.OneHotBox(1), [])
   run = types.SimpleNamespace(datadir=data)
-  training._check_choices(run, one_choice, replay.describe(data)[1])
+  agent_spec.check_choices(run, one_choice)
 
 
 def test_numbers_are_no_choices_of_a_task(tmp_path, capsys):
