@@ -128,6 +128,7 @@ def train(config, repeats):
   agent = training_agent(config)
   folder, inputs = config.logdir / 'episodes', agent.world.inputs
   batch = next(replay.load_dataset(folder, config, inputs=inputs))
+  batch = distribute.Team().place(batch)  # as a run does beside an update
   times = median(lambda: agent.train(batch)['model_loss'].numpy(), repeats)
   split, spread = {}, {}
   for name, work in _pieces(agent, batch, config).items():

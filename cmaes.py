@@ -159,7 +159,7 @@ class Generations:
   Args:
     search: `Search`.
     population: P.
-    episodes: of each controller in a generation, at least.
+    episodes: of each controller in a generation, the first that it begins.
 
   Attributes:
     search: as given.
@@ -168,7 +168,7 @@ class Generations:
   """
 
   def __init__(self, search, population, episodes):
-    self.search, self._least = search, episodes
+    self.search, self._count = search, episodes
     self._length = search.length + 2 * population
     self.population = None
     self._candidates = None  # of each environment its controller, or -1
@@ -204,7 +204,9 @@ class Generations:
   def begin_episodes(self, reset):
     """Gives each environment whose episode begins a controller.
 
-    It is the one with the fewest episodes, those under way counted.
+    It is the one with the fewest episodes, those under way counted. Where all
+    have theirs, the episode does not count: the generation may end before it,
+    and episodes that count because they are short would be the bad ones.
 
     Args:
       reset: bool [E].
@@ -219,8 +221,10 @@ class Generations:
     for index in np.flatnonzero(reset):
       counts = self._episodes.copy()
       np.add.at(counts, self._candidates[self._candidates >= 0], 1)
-      self._candidates[index] = candidate = counts.argmin()
+      candidate = counts.argmin()
       acting[index] = self.population[candidate]
+      if counts[candidate] < self._count:
+        self._candidates[index] = candidate
     return acting
 
   def end_episode(self, index, score):
@@ -234,7 +238,7 @@ class Generations:
     candidate, self._candidates[index] = self._candidates[index], -1
     self._returns[candidate] += score
     self._episodes[candidate] += 1
-    if self._episodes.min() < self._least:
+    if self._episodes.min() < self._count:
       return None
     fitness = self._returns / self._episodes
     self.end(fitness)

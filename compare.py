@@ -423,25 +423,44 @@ def binned(runs, bins=-1):
   return edges, curves
 
 
+def mean_curve(edges, curves):
+  """Mean and deviation over runs, where all have begun and none has ended.
+
+  Runs evaluate at different steps; between its bins each is interpolated.
+
+  Args:
+    edges, curves: from `binned`.
+
+  Returns:
+    M of the edges, which may be none, the means there, [M], and the standard
+    deviations, [M].
+  """
+  lines = np.full_like(curves, np.nan)
+  for line, curve in zip(lines, curves, strict=True):
+    has = np.isfinite(curve)
+    line[:] = np.interp(edges, edges[has], curve[has], np.nan, np.nan)
+  shown = np.isfinite(lines).all(0) & np.isfinite(curves).any(0)
+  return edges[shown], lines[:, shown].mean(0), lines[:, shown].std(0)
+
+
 def _draw_runs(panel, runs, label, color, bins):
   """Each run, and mean and spread over seeds; returns where they end."""
   runs = [run for run in runs if len(run.steps)]
   edges, curves = binned(runs, bins)
+
+  def draw(x, y, **style):
+    panel.plot(x, y, color=color, marker='.' if len(x) == 1 else None, **style)
+
   for curve in curves:
     shown = np.isfinite(curve)
-    style = dict(color=color, marker='.' if shown.sum() == 1 else None)
     thin = dict(linewidth=0.6, alpha=0.6) if len(runs) > 1 else {}
-    panel.plot(edges[shown], curve[shown], **style, **thin)
-  shown = np.isfinite(curves).any(0)
-  mean = np.nanmean(curves[:, shown], 0)
-  style = dict(color=color, marker='.' if shown.sum() == 1 else None)
-  panel.plot(edges[shown], mean, linewidth=1.8, label=label, **style)
+    draw(edges[shown], curve[shown], **thin)
+  x, mean, std = mean_curve(edges, curves)
+  draw(x, mean, linewidth=1.8, label=label)
   if len(runs) > 1:
-    std = np.nanstd(curves[:, shown], 0)
-    panel.fill_between(
-      edges[shown], mean - std, mean + std, color=color, alpha=0.2, linewidth=0
-    )
-  return max(edges[shown], default=0)
+    spread = dict(color=color, alpha=0.2, linewidth=0)
+    panel.fill_between(x, mean - std, mean + std, **spread)
+  return max(edges[np.isfinite(curves).any(0)], default=0)
 
 
 def _draw_paper(panel, paper, task):

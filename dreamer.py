@@ -88,6 +88,7 @@ class Dreamer:
     self.actions = actspace.shape[0]
     self._choices = getattr(actspace, 'choices', None)  # of discrete actions
     self._random = tf.random.Generator.from_seed(self._team.seed(config.seed))
+    self._evaluation_random = tf.random.Generator.from_seed(0)
     counter = functools.partial(tf.Variable, 0, dtype=tf.int64, trainable=False)
     self.step = counter()
     with self._team.scope():
@@ -173,8 +174,14 @@ class Dreamer:
     }
 
   def reseed(self, seed):
-    """Begins another stream of the noise of acting."""
+    """Begins another stream of the noise of acting in training."""
     self._random.reset_from_seed(seed)
+
+  def _begin_evaluation(self):
+    """Its noise is by seed and step, and so training goes on as without it."""
+    stream = np.random.SeedSequence([self._c.seed, int(self.step)])
+    seed = int(stream.generate_state(1)[0] >> 1)
+    self._evaluation_random.reset_from_seed(seed)
 
   # Acting
 
@@ -194,6 +201,8 @@ class Dreamer:
       batch = len(reset)
       last = tf.zeros([batch, self.actions])
       state = self.world.dynamics.initial(batch), last
+      if not training:
+        self._begin_evaluation()
     if training:
       self.behavior.before_action(reset)
     seen = {k: np.asarray(obs[k], spaces.dtype(k)) for k in self.world.inputs}
@@ -217,7 +226,8 @@ class Dreamer:
     """
     keep = tf.cast(tf.logical_not(reset), tf.float32)[:, None]
     state = tf.nest.map_structure(lambda x: x * keep, state)
-    seeds = tools.make_seeds(3, self._random)
+    random = self._random if training else self._evaluation_random
+    seeds = tools.make_seeds(3, random)
     latent = self.observe(obs, *state, seeds[0])
     action = self.behavior.act(latent, seeds[1], training)
     action = self.explore(action, noise, seeds[2])

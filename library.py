@@ -164,18 +164,20 @@ class Agent:
     self._seed = self._state['seed'].numpy()
     return action.numpy()[0] if single else action.numpy()
 
-  def imagine(self, obs, actions):
+  def imagine(self, obs, actions, reset=False):
     """What the agent expects of actions; it changes nothing that it remembers.
 
     Args:
       obs: the present observation, as for `act`, before it was acted on; None
         to go on from the last that was.
       actions: [H, A] or [E, H, A], as `act` gives them.
+      reset: whether an episode begins with the observation: bool, or bool [E].
 
     Returns:
-      {name: array [H, ...] or [E, H, ...]}: `reward`; `discount`, the
-      probability that the episode continues, where the run predicts it; images
-      uint8; vectors by their names, float32.
+      {name: array [H, ...] or [E, H, ...]}: `reward`, with `--clip_rewards
+      tanh` (Atari, Lab) its tanh; `discount`, the probability that the episode
+      continues, where the run predicts it; images uint8; vectors by their
+      names, float32.
     """
     actions = np.asarray(actions, np.float32)
     wanted = self.action_space.shape[0]
@@ -194,9 +196,9 @@ class Agent:
           f'Observations are of {count} environments, actions are of '
           f'{len(actions)}.'
         )
-    if obs is None and self._state is None:
+    if obs is None and (self._state is None or np.any(reset)):
       raise ValueError('There is no observation yet: give one, or act first.')
-    predictions = self._imagine(obs, self._before(len(actions), False), actions)
+    predictions = self._imagine(obs, self._before(len(actions), reset), actions)
     predictions = {k: v.numpy() for k, v in predictions.items()}
     predictions.update(self._split(predictions.pop('vector', None)))
     for name in filter(spaces.is_image, predictions):

@@ -126,7 +126,7 @@ def method_colors(methods):
 
 
 def curves(runs, label, color, style=''):
-  """Lines of each seed, thin, and of their mean, by `compare.binned`."""
+  """Lines of each seed, thin, and of their mean, by `compare.mean_curve`."""
   runs = [run for run in runs if len(run.steps)]
   if not runs:
     return []
@@ -137,9 +137,11 @@ def curves(runs, label, color, style=''):
     lines.append(
       Line(label, color, edges[has], values[has], f'thin {style}', shown=False)
     )
-  has = np.isfinite(bins).any(0)
-  mean = np.nanmean(bins[:, has], 0)
-  return [*lines, Line(label, color, edges[has], mean, style)]
+  x, mean, _ = compare.mean_curve(edges, bins)
+  if len(x):
+    return [*lines, Line(label, color, x, mean, style)]
+  lines[0].shown = True  # seeds that have no steps in common
+  return lines
 
 
 def panel_chart(panel, reader, groups, colors):

@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 import compare
+import panels
 import run_folders
 from pages import WALK, write_metrics, write_run
 
@@ -551,6 +552,31 @@ def test_curves_show_mean_and_spread_by_bins(tmp_path):
   (band,) = panel.collections
   heights = band.get_paths()[0].vertices[:, 1]
   assert (heights.min(), heights.max()) == (101.5, 303.5)  # +- 100
+
+
+def test_a_mean_is_of_all_seeds(tmp_path):
+  """Which evaluate at other steps, and end at others."""
+  for seed, base, steps in ((0, 0, (1, 3, 5)), (1, 100, (2, 4, 6, 8))):
+    pairs = [(1000 * s, base + s) for s in steps]
+    write_run(tmp_path / f'a{seed}', WALK, seed, pairs)
+  lines, end = drawn(tmp_path, bins=1000)
+  mean = lines[-1].get_xydata().tolist()
+  assert end == 8000 and mean == [[1000 * s, 50 + s] for s in (2, 3, 4, 5)]
+  runs = run_folders.find_runs([tmp_path])
+  first, second, whole = panels.curves(runs, 'a', 'c0')
+  assert whole.x[-1] == first.x[-1] < second.x[-1]
+  assert whole.y[-1] == pytest.approx(50 + whole.x[-1] / 1000, abs=0.3)
+  assert [line.shown for line in (first, second, whole)] == [0, 0, 1]
+
+
+def test_seeds_without_a_step_in_common_have_no_mean(tmp_path):
+  for seed, steps in enumerate(((1, 2), (3, 4))):
+    pairs = [(1000 * s, s) for s in steps]
+    write_run(tmp_path / f'a{seed}', WALK, seed, pairs)
+  lines, end = drawn(tmp_path, bins=1000)
+  assert end == 4000 and len(lines[-1].get_xydata()) == 0
+  lines = panels.curves(run_folders.find_runs([tmp_path]), 'a', 'c0')
+  assert [line.shown for line in lines] == [True, False]
 
 
 def test_nothing_in_a_logdir_is_touched(tmp_path):

@@ -535,6 +535,32 @@ def test_policy_draws_from_the_saved_generator(tmp_path):
   np.testing.assert_array_equal(agent.policy(*args)[0].numpy(), first)
 
 
+def test_evaluations_change_nothing_of_training(tmp_path):
+  """Nor do those of the same weights differ by what came before."""
+  agent = make_agent(tmp_path)
+  obs, yes, no = {'image': np.zeros((1, 64, 64, 3), np.uint8)}, [True], [False]
+
+  def evaluate():
+    state, reset = None, yes
+    for _ in range(3):
+      action, state = agent(obs, np.array(reset), state, training=False)
+      reset = no
+    return action
+
+  _, state = agent(obs, np.array(yes))
+  saved, actions, told = agent._random.state.numpy(), [], []
+  for between in (False, True):
+    agent._random.state.assign(saved)
+    told += [evaluate()] if between else []
+    action, after = agent(obs, np.array(no), state)
+    told += [evaluate()] if between else []
+    actions.append([action, agent(obs, np.array(no), after)[0]])
+  np.testing.assert_array_equal(*actions)
+  np.testing.assert_array_equal(*told)
+  agent.step.assign(1000)
+  assert (evaluate() != told[0]).any()
+
+
 def test_reset_forgets_the_state(tmp_path):
   """After a reset an environment acts as if it had just begun."""
   agent = make_agent(tmp_path)

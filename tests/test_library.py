@@ -277,6 +277,23 @@ def test_imagines_step_by_step_what_the_model_predicts(runs):
     assert np.abs(told['image'][time] - image).max() < 0.51
 
 
+def test_imagining_where_an_episode_begins(runs):
+  """Of several environments some go on from what they have seen."""
+  agent = load(runs('reach'))
+  agent.reset(agent.config.seed)
+  obs = {k: np.stack([v, v]) for k, v in observations(agent, 1)[0].items()}
+  actions = np.full((2, 3, 2), 0.5, np.float32)
+  for _ in range(3):
+    agent.act(obs)
+  told = agent.imagine(obs, actions, reset=[False, True])['state']
+  agent.reset()  # but the stream of noise is the same
+  fresh = agent.imagine(obs, actions)['state']
+  np.testing.assert_allclose(told[1], fresh[1], atol=1e-6)
+  assert np.abs(told[0] - fresh[0]).max() > 1e-3
+  with pytest.raises(ValueError, match='There is no observation yet'):
+    agent.imagine(None, actions, reset=[False, True])
+
+
 def test_imagining_needs_an_observation_and_actions_of_its_size(mine):
   agent = load(mine)
   agent.reset(seed=0)
