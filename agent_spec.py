@@ -159,11 +159,9 @@ def of_actor(logdir):
     if (folder / 'config.json').exists():
       inputs, actions = runfile.load_spaces(folder)
       if inputs:
-        break
-  else:
-    raise UserError(
-      f'no config.json in --logdir {logdir} says what the agent sees: start '
-      'the same command with --role act first'
-    )
-  about = [f'The agent sees {", ".join(inputs)}, of another process.']
-  return Spec(inputs, actions, about)
+        about = [f'The agent sees {", ".join(inputs)}, of another process.']
+        return Spec(inputs, actions, about)
+  raise UserError(
+    f'no config.json in --logdir {logdir} says what the agent sees: start '
+    'the same command with --role act first'
+  )

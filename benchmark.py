@@ -53,13 +53,12 @@ from logger import Logger
 
 ROOT = pathlib.Path(__file__).parent
 PARTS = ('startup', 'train', 'policy', 'replay', 'env', 'memory')
+# fmt: off
 FLAGS = (
-  *('task', 'preset', 'precision', 'jit'),
-  *('representation', 'behavior', 'inputs'),
+  'task', 'preset', 'precision', 'jit', 'representation', 'behavior', 'inputs',
 )
 # Of dreamer.py, which runs that are timed here cannot have: one process that
 # acts and learns on schedule, for as long as it takes.
-# fmt: off
 NEVER = (
   'logdir', 'steps', 'prefill', 'offline', 'learner', 'role', 'strategy',
 )
@@ -427,16 +426,11 @@ def work(part, words, config, repeats):
 
 def collect(config):
   """Episodes of random actions, for all parts to learn from."""
-  env = environments.make_env(
-    config,
-    0,
-    'train',
-    [
-      lambda episode: episode_files.save_episodes(
-        config.logdir / 'episodes', [episode]
-      )
-    ],
-  )
+
+  def store(episode):
+    episode_files.save_episodes(config.logdir / 'episodes', [episode])
+
+  env = environments.make_env(config, callbacks=[store])
   try:
     act = training.random_agent(env.action_space, 0)
     tools.simulate(act, [env], episodes=EPISODES)
@@ -488,21 +482,6 @@ def table(report):
   return '\n'.join(lines)
 
 
-class Parts:
-  """Names of parts, by commas: a kind of value, as those in `arguments`."""
-
-  metavar = 'parts'
-
-  def __str__(self):
-    return f'some of {", ".join(PARTS)}, by commas'
-
-  def parse(self, text):
-    for part in text.split(','):
-      if part not in PARTS:
-        raise arguments.Refused(cli.nearest(part, PARTS))
-    return text.split(',')
-
-
 def parse_flags(argv):
   """The flags; `words` and `extra` of them are for dreamer.py."""
   own, others = arguments.split(argv)
@@ -511,7 +490,8 @@ def parse_flags(argv):
     'other flags of dreamer.py come last, after --',
     usage='%(prog)s [--what PARTS] [--preset PRESET] [...] [-- FLAGS]',
   )
-  parser.flag('--what', Parts(), list(PARTS), 'parts to time (all)')
+  parts = arguments.Names(arguments.Choice(*PARTS))
+  parser.flag('--what', parts, ','.join(PARTS), 'parts to time (all)')
   parser.flag('--json', arguments.Path(), help='file for the figures')
   for name in FLAGS:
     flag = configs.all_flags()[name]
@@ -528,7 +508,7 @@ def parse_flags(argv):
       raise cli.UserError(f'{name} is of runs that benchmark.py does not time')
   # What is given goes before presets, and defaults do not.
   args.words = [f'--{k}={v}' for k, v in given.items() if k in FLAGS]
-  args.extra = others
+  args.what, args.extra = args.what.split(','), others
   return args
 
 

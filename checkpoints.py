@@ -264,7 +264,7 @@ def load_agent(config, make_agent, actspace, inputs):
 def copy_weights(source, target, only=''):
   """Copies the weights whose names and shapes agree.
 
-  Nothing is copied to a network that only biases would fit.
+  A network of which only biases would agree keeps its own weights.
 
   Args:
     source, target: {name in checkpoints: Keras layer}.

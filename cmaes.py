@@ -22,7 +22,7 @@ class Search:
     size: n.
     population: P.
     std: standard deviation of each weight in the first generation.
-    seed: int; of what is restored, that of its state.
+    seed: int; a state that is restored brings its own.
     full: a full covariance; None: up to `FULL` weights.
   """
 
@@ -233,7 +233,7 @@ class Generations:
     Returns:
       Mean return of each controller [P] if that ended the generation, or None.
     """
-    if self._candidates is None or self._candidates[index] < 0:
+    if self._candidates[index] < 0:
       return None  # it belongs to no generation
     candidate, self._candidates[index] = self._candidates[index], -1
     self._returns[candidate] += score

@@ -13,9 +13,10 @@ release's plots read. Reads only. What is compared, and by which rule:
   from 1e5 to 4.9e6 from the released curves, which are such means too, and 5e6
   from Appendix G (which gives no spread; that of 4.9e6 is used).
 - Verdict: `within` where the 95% interval of the difference of the means
-  (Welch's t, over seeds) holds zero, or the difference is below 10 of the 1000
-  that a return can reach; else `above` or `below`. No verdict with fewer than
-  3 seeds, or before 90,000 environment steps, the first published less 10%.
+  (Welch's t, over seeds) holds zero, or the difference is at most 10 of the
+  1000 that a return can reach; else `above` or `below`. No verdict with fewer
+  than 3 seeds, or before 90,000 environment steps, the first published less
+  10%.
 """
 
 import collections
@@ -240,30 +241,36 @@ def brief(value):
   return f'{value:.3g}'.replace('e+0', 'e').replace('e+', 'e')
 
 
-def cells(rows):
-  """The rows as texts, below those of the header."""
-  lines = [
-    ['task', 'method', 'steps', 'seeds', 'return', 'paper, at', 'difference']
-    + ['verdict', 'paper 5e6', 'PlaNet 5e6', 'D4PG 1e8', 'A3C 1e8']
+TITLES = (
+  *('task', 'method', 'steps', 'seeds', 'return', 'paper, at', 'difference'),
+  *('verdict', 'paper 5e6', 'PlaNet 5e6', 'D4PG 1e8', 'A3C 1e8'),
+)
+
+
+def cells(row):
+  """A row as (text, number or text to sort by), one for each of `TITLES`."""
+  paper, result, gap = row['paper'], number(row['mean']), '-'
+  if row['std'] is not None:
+    result += f' ± {number(row["std"])}'
+  if row['difference'] is not None:
+    gap = f'{row["difference"]:+.0f}'
+  if row['interval'] is not None:
+    gap += f' ± {row["interval"][1] - row["difference"]:.0f}'
+  at = f'{paper["mean"]:.0f}, {brief(paper["steps"])}' if paper else '-'
+  return [
+    *((str(row[k]), row[k]) for k in ('task', 'method', 'steps', 'seeds')),
+    (result, row['mean']),
+    (at, paper and paper['mean']),
+    (gap, row['difference']),
+    (row['verdict'] or '-', row['verdict']),
+    *((number(row[k]), row[k]) for k in ('paper_final', *BASELINES)),
   ]
-  for row in rows:
-    paper, result, gap = row['paper'], number(row['mean']), '-'
-    if row['std'] is not None:
-      result += f' ± {number(row["std"])}'
-    if row['difference'] is not None:
-      gap = f'{row["difference"]:+.0f}'
-    if row['interval'] is not None:
-      gap += f' ± {row["interval"][1] - row["difference"]:.0f}'
-    line = [row['task'], row['method'], str(row['steps']), str(row['seeds'])]
-    at = f'{paper["mean"]:.0f}, {brief(paper["steps"])}' if paper else '-'
-    line += [result, at, gap, row['verdict'] or '-', number(row['paper_final'])]
-    lines.append(line + [number(row[name]) for name in BASELINES])
-  return lines
 
 
 def table(rows):
   """The rows as a Markdown table, aligned."""
-  lines = [[_plain_cell(text) for text in line] for line in cells(rows)]
+  texts = [TITLES, *([text for text, _ in cells(row)] for row in rows)]
+  lines = [[_plain_cell(text) for text in line] for line in texts]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
   lines.insert(1, ['-' * width for width in widths])
   return '\n'.join(
@@ -498,14 +505,8 @@ def parse_flags(argv):
 
 def add_run_flags(parser):
   """Adds the flags of which runs are compared, and over how many steps."""
-  several = dict(nargs='+')
-  parser.flag(
-    '--indir',
-    arguments.Path(),
-    help='folders of runs',
-    required=True,
-    **several,
-  )
+  folder, text = arguments.Path(), 'folders of runs'
+  parser.flag('--indir', folder, help=text, required=True, nargs='+')
   text = 'environment steps averaged (1e5)'
   parser.flag('--window', arguments.Number(0, 1e15, above=True), 1e5, text)
   for name in ('tasks', 'methods'):

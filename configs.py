@@ -135,7 +135,7 @@ FLAGS = {
          'of layers; auto: 16 on a GPU, bfloat16 on a CPU that has it, or 32',
          'release: 16'),
     Flag('jit', JIT, 'auto',
-         'compile with XLA; auto: on a GPU, as a CPU gets slower by it'),
+         'compile with XLA; auto: on a GPU only, as XLA is slower on a CPU'),
     Flag('strategy', STRATEGY, 'auto',
          'devices: one, all GPUs here, or the processes of TF_CONFIG',
          'release: mirrored'),
@@ -169,9 +169,11 @@ FLAGS = {
          'of images of the control suite; low: smaller shadow map and coarser '
          'spheres, auto: low where OpenGL renders in software', 'suite: full'),
     Flag('env_errors', Choice('drop', 'stop'), 'drop',
-         'what an error ends, after a whole episode: the episode, or the run'),
+         'what an error in an environment ends, once there is a whole episode '
+         '(before that, the run): the episode, or the run'),
     Flag('parallel', PARALLEL, 'process',
-         'how environments run; ray: on the hosts of RAY_ADDRESS, or on this',
+         'what each environment runs in: a process, a thread, the process that '
+         'learns (none), or a Ray actor (RAY_ADDRESS names the cluster)',
          'release: none'),
     Flag('worker_timeout', Number(0, 1e6), 60.0,
          'seconds that a step or reset may take; 0: no limit'),
@@ -198,7 +200,7 @@ FLAGS = {
          'images to tell apart: of the batch, the sequence, or near in time',
          'Eq. 12: batch'),
     Flag('contrast_window', POSITIVE, 5,
-         'agent steps to both sides that are near'),
+         'with --contrast window: agent steps before and after a state'),
     Flag('deter_size', SIZE, 200, 'units of the GRU', 'release', FIXED),
     Flag('stoch_size', SIZE, 30,
          'dimensions of the latent Gaussian', 'App. A', FIXED),
@@ -234,7 +236,7 @@ FLAGS = {
     Flag('reward_scale', WEIGHT, 1.0, 'weight of the reward loss', 'Eq. 10'),
     Flag('pcont_scale', WEIGHT, 10.0, 'weight of the discount loss', 'release'),
     Flag('weight_decay', RATE, 0.0,
-         'decoupled, for each update and rate', 'release'),
+         'decoupled weight decay (AdamW), times the learning rate', 'release'),
     Flag('weight_decay_pattern', arguments.Pattern(), r'.*',
          'regular expression of decaying variables', 'release'),
   ],
@@ -287,8 +289,8 @@ FLAGS = {
          'of each controller of a generation, with --evolve environment',
          'World Models'),
     Flag('temperature', Number(0, 100), 1.0,
-         "factor of the variance of the model's noise, in which controllers "
-         'are evolved', 'World Models'),
+         'factor of the variance of the latent noise, where --behavior '
+         'evolution imagines', 'World Models'),
     Flag('discount', Number(0, 1, above=True), 0.99,
          'gamma, for each agent step', 'App. A'),
     Flag('disclam', Number(0, 1), 0.95, 'lambda of Eq. 6', 'App. A'),
@@ -298,11 +300,11 @@ FLAGS = {
          'states of a batch that imagination starts from, drawn anew; 0: all',
          'section 3: all'),
     Flag('slow_value', RATE, 0.0,
-         'share of the way to the value model that a target network goes in '
-         'each update, whose values are those in Eq. 6; 0: none',
+         'rate of a moving average of the value model, whose values Eq. 6 then '
+         'uses (a target network); 0: none',
          'DreamerV3: 0.02', FIXED),
     Flag('actor_entropy', Number(0, 100), 0.0,
-         'weight of the entropy of actions beside Eq. 7, for each nat',
+         "weight of the action model's entropy (in nats), added to Eq. 7",
          'DreamerV2'),
     Flag('action_dist', ACTION_DIST, 'auto',
          'action model; auto: by the action space', 'Eq. 3', FIXED),
@@ -311,7 +313,7 @@ FLAGS = {
     Flag('collect_action', Choice('sample', 'mode'), 'sample',
          'action that exploration noise is added to (paper: mode)', 'release'),
     Flag('expl', EXPL, 'auto',
-         'exploration; auto: the first, or the second for discrete actions',
+         'kind; auto: additive_gaussian, for discrete actions epsilon_greedy',
          'App. A'),
     Flag('expl_amount', AMOUNT, 0.3,
          'standard deviation, or epsilon', 'App. A'),
@@ -392,10 +394,7 @@ STATE = dict(free_nats=1.0, kl_scale=0.6, kl_balance=0.83, actor_entropy=0.01)
 # What presets are there instead.
 STATE_PRESETS = {
   'cpu': dict(
-    PRESETS['cpu'],
-    reward_scale=1.0,
-    decode_images=0,
-    precision='32',
+    PRESETS['cpu'], reward_scale=1.0, decode_images=0, precision='32'
   ),
 }
 

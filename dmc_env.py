@@ -186,9 +186,6 @@ class DeepMindControl:
     spec = self._env.action_spec()
     low = np.broadcast_to(spec.minimum, spec.shape).astype(np.float32)
     high = np.broadcast_to(spec.maximum, spec.shape).astype(np.float32)
-    # The suite writes 1e10, MuJoCo's largest number, where there is no bound.
-    low = np.where(low <= -1e9, -np.inf, low).astype(np.float32)
-    high = np.where(high >= 1e9, np.inf, high).astype(np.float32)
     return gym.spaces.Box(low, high, dtype=np.float32)
 
 

@@ -186,8 +186,8 @@ def if_it_runs(env, say):
   """The environment, or None where its task cannot run here.
 
   Args:
-    env: a `workers.Async`.
-    say: function of the reason.
+    env: from `make_env`.
+    say: called with the error that says why.
   """
   try:
     _ = env.about  # waits
@@ -206,16 +206,15 @@ def summarize_episode(
   The step is that of `count()`, or that of the replay.
   """
   episodes = episode_files.count_episodes(datadir)[0] * folders
-  steps = (count or (lambda: replay.count_steps(datadir, config, folders)))()
+  steps = count() if count else replay.count_steps(datadir, config, folders)
   length = (len(episode['reward']) - 1) * config.action_repeat
   score = episode_files.episode_return(episode)
   name = dict(train='Episode', test='Evaluation')[prefix]
   logger.say(f'{name}: return {score:.1f} in {length} steps, at step {steps}.')
   metrics = {f'{prefix}/return': score, f'{prefix}/length': length}
+  group = '' if prefix == 'train' else 'test_'
   about = describe_behavior(episode, config)
-  metrics.update(
-    {k if prefix == 'train' else f'test_{k}': about[k] for k in about}
-  )
+  metrics.update({f'{group}{k}': v for k, v in about.items()})
   logger.scalars(steps, dict(metrics, episodes=episodes))
   images = sorted(filter(spaces.is_image, episode))
   if prefix == 'test' and config.log_images and images:
@@ -229,10 +228,14 @@ def log_missing_episode(run):
     return
   names = episode_files.list_episodes(run.datadir)
   logged, steps = run.logger.steps_of('train/return'), run.steps()
-  if len(logged) == len(names) - 1 and steps not in logged:
-    with np.load(run.datadir / names[-1]) as file:
-      episode = dict(file)
-    summarize_episode(episode, run.config, run.datadir, run.logger, 'train')
+  if len(logged) != len(names) - 1 or steps in (0, *logged):
+    return
+  file = episode_files.EpisodeFile(run.datadir / names[-1])
+  try:
+    episode = file.read(0, file.length)
+  except ValueError:  # broken: it is set aside when it is drawn
+    return
+  summarize_episode(episode, run.config, run.datadir, run.logger, 'train')
 
 
 def describe_behavior(episode, config):

@@ -37,7 +37,7 @@ def additive_gaussian(action, noise, seed, choices=None):
 
 
 def epsilon_greedy(action, noise, seed, choices=None):
-  """Fair draws with a chance of `noise`, for each environment."""
+  """Uniformly random actions, with probability `noise` in each environment."""
   seed_of_chance = tf.bitwise.invert(seed)
   chance = tf.random.stateless_uniform(tf.shape(action)[:1], seed_of_chance)
   fair = _fair(action, seed, choices)
@@ -45,7 +45,7 @@ def epsilon_greedy(action, noise, seed, choices=None):
 
 
 def completely_random(action, noise, seed, choices=None):
-  """Fair draws, unless the amount is zero."""
+  """Uniformly random actions, unless the amount is zero."""
   return tf.where(noise > 0, _fair(action, seed, choices), action)
 
 
@@ -54,7 +54,7 @@ def _fair(action, seed, choices):
   uniform = tf.random.stateless_uniform(tf.shape(action), seed)
   if not choices:
     return 2.0 * uniform - 1.0
-  # Of each choice, the largest number is a fair draw.
+  # The index of the largest of n uniform numbers is uniform over n choices.
   parts = tf.split(uniform, choices, -1)
   parts = [tf.one_hot(tf.argmax(x, -1), x.shape[-1]) for x in parts]
   return tf.concat(parts, -1)

@@ -32,7 +32,7 @@ def make_outputs(file, *folders):
     raise UserError(f'{file} is a folder; choose another name for the file')
 
 
-TEMPORARY = r'\..+\.\d+\.tmp'  # names of files that `atomic_write` is at
+TEMPORARY = r'\..+\.\d+\.tmp'  # names of the files that `atomic_write` fills
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from cli import UserError, nearest
 from spaces import gym
 from worker_calls import TaskError
 
+SIZE = spaces.IMAGE_SHAPE[:2]
 # Packages that register environments, by the beginning of their ids.
 PACKAGES = {
   'ALE/': 'ale_py',
@@ -78,7 +79,6 @@ class GymEnv:
   Args:
     name: the id; 'module:id' imports the module first.
     function: makes the environment, of any name; None for a registered one.
-    size: height and width of the image in pixels.
     seed: int or None.
     args: arguments of the constructor of a registered one, by name.
     inputs, record: see `spaces.View`.
@@ -95,7 +95,6 @@ class GymEnv:
   def __init__(
     self,
     name,
-    size=(64, 64),
     seed=None,
     args=None,
     inputs='image',
@@ -103,16 +102,15 @@ class GymEnv:
     function=None,
   ):
     self._task = f'custom_{name}' if function else f'gym_{name}'
-    self._size, self._seed = tuple(size), seed
+    self._seed = seed
     wanted = f'{inputs},{record}'
     if function:
       self._env, self._limit = _call(function, self._task), None
     else:
       draws = spaces.names_image(wanted)
       self._env, self._limit = make(name, args or {}, draws)
-    declared = getattr(
-      getattr(self._env, 'spec', None), 'max_episode_steps', None
-    )
+    spec = getattr(self._env, 'spec', None)
+    declared = getattr(spec, 'max_episode_steps', None)
     given = (args or {}).get('max_episode_steps')
     self.longest = given or self._limit or declared
     self._plain_render = self._bytes = False
@@ -131,7 +129,11 @@ class GymEnv:
     offers = {k: self._offer(k, words) for k in self._sources}
     view = spaces.View(self._task, offers, inputs, record, others)
     self._names, self.observation_space = view.names, view.space
-    self.about = self._describe(view.about)
+    self.about = view.about
+    if not self._seeding:
+      self.about.append(
+        'The environment cannot be seeded: its episodes differ in every run.'
+      )
 
   def reseed(self, seed):
     self._seed = seed
@@ -258,7 +260,7 @@ class GymEnv:
       if source.convert:
         return source.convert(source.find(self._obs))
       image, layout = self._image(source)
-      return spaces.resize(layout.read(image), self._size)
+      return spaces.resize(layout.read(image), SIZE)
     except ValueError as error:
       raise ValueError(f'{self._task}, {source.text}: {error}') from error
 
@@ -274,15 +276,15 @@ class GymEnv:
     source = self._sources[name]
     if source.convert:
       return spaces.Offer(source.space, source.text)
-    space, text = spaces.image_space(self._size), source.text
+    space, text = spaces.image_space(SIZE), source.text
     if name not in wanted:
       return spaces.Offer(space, f'{text} ({name})')
     with self._drawing(source):
       image, layout = self._image(source)
       shape = layout.read(image).shape
     text = f'{text}, {layout}'
-    if shape[:2] != self._size:
-      text += f'; resized to {"x".join(map(str, self._size))}'
+    if shape[:2] != SIZE:
+      text += f'; resized to {"x".join(map(str, SIZE))}'
     return spaces.Offer(space, text)
 
   @contextlib.contextmanager
@@ -335,15 +337,6 @@ class GymEnv:
       f'{str(reason).rstrip(".") or type(reason).__name__}. {others}render() '
       "must give an image, made with render_mode='rgb_array'."
     )
-
-  def _describe(self, about):
-    if not self._seeding:
-      about = [
-        *about,
-        'The environment cannot be seeded: its episodes are others in every '
-        'run.',
-      ]
-    return about
 
   # Actions and rewards
 

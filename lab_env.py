@@ -22,7 +22,6 @@ class DeepMindLab:
       path, such as 'lt_chasm'; 'collect' is short for
       'rooms_collect_good_objects_train', the paper's task.
     action_repeat: frames for each action.
-    size: height and width of the image in pixels.
     seed: int or None.
     test: use the levels that Lab holds out for testing: those that end in
       '_test' rather than '_train', and other random layouts.
@@ -46,7 +45,6 @@ class DeepMindLab:
     self,
     level,
     action_repeat=4,
-    size=(64, 64),
     seed=None,
     test=False,
     inputs='image',
@@ -55,15 +53,14 @@ class DeepMindLab:
     require_lab(level)
     import deepmind_lab
 
-    config = {'height': str(size[0]), 'width': str(size[1])}
-    config['logLevel'] = 'WARN'
+    config = dict(height='64', width='64', logLevel='WARN')
     if test:  # the seed that Lab's documentation sets aside for testing
       config.update(allowHoldOutLevels='true', mixerSeed=str(0x600D5EED))
     path = lab_level(level, test)
     self._lab = deepmind_lab.Lab(path, ['RGB_INTERLEAVED'], config=config)
     self._random = np.random.RandomState(seed)
-    self._repeat, self._size = action_repeat, tuple(size)
-    image = spaces.Offer(spaces.image_space(size), 'the screen')
+    self._repeat = action_repeat
+    image = spaces.Offer(spaces.image_space(), 'the screen')
     view = spaces.View(f'dmlab_{level}', dict(image=image), inputs, record)
     self.about, self.observation_space = view.about, view.space
     self.action_space = gym.spaces.Discrete(len(self.ACTIONS))

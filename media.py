@@ -341,13 +341,10 @@ class Gallery:
     behavior = folder / 'behavior.gif'
     if behavior.exists():  # else the task shows no images
       frames, fps = read(behavior.read_bytes(), '.gif')
-      episodes = np.split(frames, min(EPISODES, len(returns)), 2)
-      shown = returns[: len(episodes)]
-      for kind, index in (
-        ('best', np.argmax(shown)),
-        ('worst', np.argmin(shown)),
-      ):
-        text = f'{WORDS[kind]}, return {shown[index]:.4g} ({by})'
+      episodes = np.split(frames, EPISODES, 2)
+      places = dict(best=np.argmax(returns), worst=np.argmin(returns))
+      for kind, index in places.items():
+        text = f'{WORDS[kind]}, return {returns[index]:.4g} ({by})'
         yield self._video(key, kind, run.task, text, episodes[index], fps)
     text = f'{WORDS["dream"]} ({by})'
     video = folder / 'prediction.gif'

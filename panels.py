@@ -37,11 +37,7 @@ SECTIONS = {
     Panel('Image loss', 'nats for an image', {'image_loss': ''}),
     Panel('Vector loss', 'nats for all vectors', {'vector_loss': ''}),
     Panel('Contrastive loss', 'nats for a state', {'state_loss': ''}),
-    Panel(
-      'Reward loss',
-      'nats, times --reward_scale',
-      {'reward_loss': ''},
-    ),
+    Panel('Reward loss', 'nats, times --reward_scale', {'reward_loss': ''}),
     Panel('KL divergence', 'nats, posterior from prior', {'div': ''}),
     Panel('Discount loss', 'nats, scaled', {'pcont_loss': ''}),
   ],

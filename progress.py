@@ -246,11 +246,6 @@ class ExactProgress(Progress):
       super()._resumed(saved)
 
 
-def make_progress(run, learner):
-  """`Progress`, or `ExactProgress` where a run can be exact."""
-  return (ExactProgress if run.exact else Progress)(run, learner)
-
-
 def receive(team, objects, seed):
   """Gives all processes the chief's weights, optimizers and schedules.
 

@@ -9,9 +9,9 @@ import cli
 
 @contextlib.contextmanager
 def _uncollected():
-  """Keeps the garbage collector off the many objects that imports leave.
+  """Imports without garbage collection; later collections skip what they made.
 
-  They stay anyway: it rests meanwhile, and later leaves them out.
+  The many objects of TensorFlow and Keras live as long as the process anyway.
   """
   enabled = gc.isenabled()
   gc.disable()

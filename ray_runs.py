@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from cli import UserError
+from cli import SIGNALS, UserError
 from ray_workers import reach, start_ray
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -147,12 +147,10 @@ def resources(ray):
 
 def places(ray, cpus, gpus):
   """How many runs there is room for at once."""
-  count = 0
-  for have_cpus, have_gpus in resources(ray):
-    rooms = [room(have_cpus, cpus)]
-    rooms += [room(have_gpus, gpus)] if gpus else []
-    count += min(rooms)
-  return count
+  return sum(
+    min(room(c, cpus), room(g, gpus) if gpus else math.inf)
+    for c, g in resources(ray)
+  )
 
 
 def room(have, each):
@@ -203,7 +201,7 @@ class Sweep:
     self._deadline = None
 
   def install(self):
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
       signal.signal(number, self._handle)
 
   def _handle(self, number, frame):

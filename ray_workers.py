@@ -29,7 +29,7 @@ import weakref
 
 import cloudpickle
 
-from cli import quiet_stderr
+from cli import SIGNALS, quiet_stderr
 from worker_calls import (
   Output,
   RenderError,
@@ -191,13 +191,8 @@ class RayWorker:
       self._log.exception(seconds)  # errors come with the other answers, too
     except TimeoutError:
       self._end()
-      total, free = (
-        resources().get('CPU', 0)
-        for resources in (
-          self._ray.cluster_resources,
-          self._ray.available_resources,
-        )
-      )
+      total = self._ray.cluster_resources().get('CPU', 0)
+      free = self._ray.available_resources().get('CPU', 0)
       raise WorkerError(
         f'Ray started no worker for an environment within {seconds:g} seconds. '
         f'Each environment, that of evaluations too, takes {self._cpus} CPU; '
@@ -430,7 +425,7 @@ def _connect_ray():
   if error:
     raise TaskError(f'Cannot connect to {where}: {error}') from error
   # Its C++ has handlers, too, which would abort this process after 3 seconds.
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in SIGNALS:
     with contextlib.suppress(ValueError):  # not in the main thread
       signal.signal(number, signal.getsignal(number))
   return ray

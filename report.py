@@ -50,22 +50,6 @@ RECORD = 'report.json'  # by which a folder is known to be of this program
 OWN = r'((tasks|media)/)?[\w-]+\.\w+'  # names of files in such a folder
 
 
-# By what the table is sorted: for each column of `compare.cells` a number or a
-# text of a row.
-COLUMNS = (
-  lambda row: row['task'],
-  lambda row: row['method'],
-  lambda row: row['steps'],
-  lambda row: row['seeds'],
-  lambda row: row['mean'],
-  lambda row: row['paper'] and row['paper']['mean'],
-  lambda row: row['difference'],
-  lambda row: row['verdict'],
-  lambda row: row['paper_final'],
-  *(lambda row, name=name: row[name] for name in compare.BASELINES),
-)
-
-
 # --- The folder -------------------------------------------------------------
 
 
@@ -260,20 +244,13 @@ class Report:
 
   def _index_page(self, groups, rows, summary, pictures, origins):
     """What the index shows."""
+    paper, axes, window = self._paper, run_folders.AXES, self._args.window
     return dict(
       root='',
       table=table(rows),
-      panels=panels.score_charts(groups, self._paper),
-      sentences=list(
-        compare.sentences(
-          rows,
-          summary,
-          self._paper,
-          run_folders.AXES,
-          self._args.window,
-        )
-      ),
-      rule=rule(self._args.window),
+      panels=panels.score_charts(groups, paper),
+      sentences=list(compare.sentences(rows, summary, paper, axes, window)),
+      rule=rule(window),
       behaviors=first_of_each(pictures, 'behavior', 'best'),
       dreams=first_of_each(pictures, 'dream'),
       facts=facts(groups),
@@ -370,17 +347,13 @@ def table(rows):
     Dictionary of header, (text, whether numbers are below it) each, and lines
     of (text, number or text to sort by).
   """
-  header, *lines = compare.cells(rows)
-  keys = [[column(row) for column in COLUMNS] for row in rows]
+  lines = [compare.cells(row) for row in rows]
   numeric = [
-    not any(isinstance(key, str) for key in column)
-    for column in zip(*keys, strict=True)
+    not any(isinstance(key, str) for _, key in column)
+    for column in zip(*lines, strict=True)
   ]
-  pairs = zip(lines, keys, strict=True)
-  return dict(
-    header=list(zip(header, numeric, strict=True)),
-    lines=[list(zip(*pair, strict=True)) for pair in pairs],
-  )
+  header = list(zip(compare.TITLES, numeric, strict=True))
+  return dict(header=header, lines=lines)
 
 
 def first_of_each(pictures, *kinds):

@@ -259,13 +259,12 @@ def group_runs(runs):
   for (task, method), group in groups.items():
     configs = [run.config for run in group if run.config]
     keys = set.intersection(*map(set, configs or [{}])) - set(MAY_DIFFER)
-    keys = {
+    differ = sorted(
       k
       for k in keys
       if not k.startswith(('log_', 'eval_every', 'eval_episodes'))
-    }
-    differ = [k for k in keys if len({str(c.get(k)) for c in configs}) > 1]
+      and len({str(config[k]) for config in configs}) > 1
+    )
     if differ:
-      names = ', '.join(sorted(differ))
-      warn(f'runs of {task}, {method} differ in {names}')
+      warn(f'runs of {task}, {method} differ in {", ".join(differ)}')
   return dict(groups)

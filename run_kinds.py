@@ -69,7 +69,7 @@ class Run:
     """Called when there is a learner."""
 
   def episode_ended(self, index, episode):
-    """Of environment `index`, in training."""
+    """Called when environment `index` has ended an episode of training."""
     metrics = self.after_episode(index, episode)
     if metrics:
       self.logger.scalars(self.steps(), metrics)

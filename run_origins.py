@@ -117,12 +117,15 @@ def differences(runs, origins):
 
 
 def random_return(reader, runs, origins):
-  """Mean return of the random actions that training begins with, or None."""
+  """Mean return of the random actions that training begins with, or None.
+
+  None for Atari, whose training episodes end with a life.
+  """
   returns = []
   for run, about in zip(runs, origins, strict=True):
     prefill = about.flags.get('prefill')
-    clipped = about.flags.get('clip_rewards') != 'none'
-    if isinstance(prefill, (int, float)) and not clipped:
+    whole = not str(about.flags.get('task')).startswith('atari_')
+    if isinstance(prefill, (int, float)) and whole:
       train, learned = (reader.of(run, k) for k in ('train/return', 'updates'))
       first = learned.steps[learned.scores > 0].min(initial=prefill)
       returns += train.scores[train.steps <= first].tolist()

@@ -14,7 +14,6 @@ import lab_env
 import opengl
 import spaces
 import toys
-import workers
 import wrappers
 from cli import nearest
 from gym_env import GymEnv, right_form
@@ -278,17 +277,12 @@ def check_function(task, function):
 
 
 def check_parallel(task, strategy, inputs='image'):
-  """Raises TaskError where `strategy` is unknown or would crash for `task`.
+  """Raises TaskError where `strategy` would crash for `task`.
 
   Tasks that render (those of `inputs` without an image do not) cannot share a
   process with TensorFlow, so 'thread' and 'none' are refused for them in a
   process that has imported it. 'ray' is refused where it is not installed.
   """
-  if strategy not in workers.STRATEGIES:
-    raise TaskError(
-      f'There is no parallel strategy {strategy!r}; choose one of '
-      f'{", ".join(workers.STRATEGIES)}.'
-    )
   if strategy == 'ray':
     import ray_workers  # optional
 

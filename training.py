@@ -42,7 +42,7 @@ import worker_calls
 from cli import UserError
 from learner import Learner
 from logger import Logger
-from progress import make_progress
+from progress import ExactProgress, Progress
 
 # --- Prefill -----------------------------------------------------------------
 
@@ -408,9 +408,9 @@ def _make_learner(run, agent, spec):
 
 
 def _make_progress(run, learner):
-  if run.config.learner == 'scheduled':
-    return make_progress(run, learner)
-  return free.PROGRESS[run.config.role](run, learner)
+  if run.config.learner == 'free':
+    return free.PROGRESS[run.config.role](run, learner)
+  return (ExactProgress if run.exact else Progress)(run, learner)
 
 
 def _collect(run, learner, progress, envs, test_env):

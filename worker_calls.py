@@ -10,7 +10,7 @@ import signal
 import traceback
 import typing
 
-from cli import Failure, UserError, nearest
+from cli import SIGNALS, Failure, UserError, nearest
 
 
 class TaskError(UserError):
@@ -74,7 +74,7 @@ def leave_signals():
       signal.signal(number, signal.SIG_DFL)
       os.kill(os.getpid(), number)
 
-  for number in (signal.SIGINT, signal.SIGTERM):
+  for number in SIGNALS:
     signal.signal(number, handle)
 
 
@@ -187,7 +187,7 @@ class Output:
     return f' What workers print is in {path}.' if path else ''
 
   def lost(self, cause, tail=None):
-    """The answer of a worker that can give none any more.
+    """The answer that stands for that of a worker which has ended.
 
     Args:
       cause: how it ended, in words.

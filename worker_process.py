@@ -141,7 +141,7 @@ class ProcessWorker:
     return self._obituary(str(limit))
 
   def _obituary(self, cause=None):
-    """Returns the answer of a worker that can give none any more."""
+    """Returns what stands for the answer of a worker that has ended."""
     if not self._end.alive:
       return False, ('', 'The environment is closed.', '')
     cause = cause or self._cause()
@@ -352,6 +352,8 @@ def _send(connection, answer):
 
 # --- Modules of the user ----------------------------------------------------
 
+FOLDER = os.path.dirname(os.path.abspath(__file__))  # of our modules
+
 
 class _Agent(types.ModuleType):
   """`dreamer` in a worker, which has no agent: names without what they do."""
@@ -377,8 +379,7 @@ def _leave_out_agent():
   if 'dreamer' in sys.modules:
     return
   spec = importlib.util.find_spec('dreamer')
-  own = os.path.dirname(os.path.abspath(__file__))
-  if spec and spec.origin == os.path.join(own, 'dreamer.py'):
+  if spec and spec.origin == os.path.join(FOLDER, 'dreamer.py'):
     sys.modules['dreamer'] = _Agent('dreamer')
 
 
@@ -399,11 +400,10 @@ def _make_way(folder):
   Args:
     folder: where the user is; modules are found there, too.
   """
-  own = os.path.dirname(os.path.abspath(__file__))
-  rest = [p for p in map(os.path.abspath, sys.path) if p != own]
-  if folder not in (own, *rest):
+  rest = [p for p in map(os.path.abspath, sys.path) if p != FOLDER]
+  if folder not in (FOLDER, *rest):
     rest.insert(0, folder)
-  sys.path[:] = [*rest, own]
+  sys.path[:] = [*rest, FOLDER]
   for name in OWN:
     if importlib.machinery.PathFinder.find_spec(name, rest):
       _hidden[name] = sys.modules.pop(name, None) or _hidden.get(name)

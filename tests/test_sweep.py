@@ -385,7 +385,7 @@ REACH = ('--tasks', 'toy_reach')
     (('--tasks', 'toy_reach,'), 'names, with commas between them'),
     (('--tasks', 'custom_mine'), 'custom_mine is made by a function'),
     ((*REACH, '--methods', 'dremer'), 'did you mean dreamer'),
-    ((*REACH, '--methods', ''), 'names, with commas between them'),
+    ((*REACH, '--methods', ''), 'with commas between them'),
     (('--tasks', 'figure8', '--methods', 'planet'), 'figure8 has none of them'),
     ((*REACH, '--seeds', '0'), '--seeds takes a whole number from 1'),
     ((*REACH, '--seeds', 'x'), '--seeds'),

@@ -391,6 +391,21 @@ def test_line_of_an_episode_that_a_kill_came_before(make_learner, tmp_path):
     assert lines()[-1]['train/return'] == pytest.approx(episode['reward'].sum())
 
 
+@pytest.mark.parametrize('rows', [26, 1])
+def test_no_line_of_an_episode_that_is_broken(make_learner, tmp_path, rows):
+  agent = make_learner(tmp_path)
+  run = agent._run
+  for name in episode_files.list_episodes(run.datadir):
+    (run.datadir / name).unlink()
+  episode = random_episode(np.random.default_rng(1), rows, 2)
+  (path,) = episode_files.save_episodes(run.datadir, [episode])
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= rows > 1  # a bit of the image
+  path.write_bytes(content)
+  environments.log_missing_episode(run)
+  assert not run.logger.steps_of('train/return')
+
+
 def test_weights_are_evaluated_once_at_a_step(make_learner, tmp_path):
   """Though several evaluations may be due when an episode ends."""
   agent = make_learner(tmp_path, eval_every=10)
@@ -467,7 +482,7 @@ def test_exact_run_keeps_what_its_checkpoint_knew(make_learner, tmp_path):
   """By name: a file that was set aside does not count for another."""
   agent = make_learner(tmp_path, deterministic=True, prefill=10**6)
   run = agent._run
-  made = progress.make_progress(run, agent)
+  made = training._make_progress(run, agent)
   assert isinstance(made, progress.ExactProgress)
   made.save()
   saved = made._collect()
