@@ -188,6 +188,14 @@ class AttrDict(dict):
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
+def signal_name(number):
+  """SIGTERM for 15; those without a name, of real time, by their numbers."""
+  try:
+    return signal.Signals(number).name
+  except ValueError:
+    return str(number)
+
+
 @contextlib.contextmanager
 def interruptible():
   """Ctrl-C ends the program at once, without a traceback: while it loads."""

@@ -141,11 +141,13 @@ def _callbacks(run):
     folders=run.team.folders,
     count=run.steps,
   )
-  store = [
-    lambda x: episode_files.save_episodes(run.datadir, [x], run.exact),
-    functools.partial(summarize, prefix='train'),
-    ShortEpisodes(run),
-  ]
+
+  def save(episode):
+    run.datadir.mkdir(exist_ok=True)  # an error where the logdir is gone
+    episode_files.save_episodes(run.datadir, [episode], run.exact)
+
+  store = [save, functools.partial(summarize, prefix='train')]
+  store.append(ShortEpisodes(run))
   return store, functools.partial(summarize, prefix='test')
 
 

@@ -9,6 +9,8 @@ import re
 
 from cli import Failure, UserError
 
+RUN_FILES = 'config.json', 'metrics.jsonl', 'run.json'
+
 
 def make_folders(*paths):
   """Makes the folders of what will be written, before the work is done.
@@ -26,10 +28,15 @@ def make_folders(*paths):
 
 
 def make_outputs(file, *folders):
-  """As `make_folders`, for folders and a file, each a path or None."""
+  """As `make_folders`, for folders and a file, each a path or None.
+
+  Files that a run has written are not written over.
+  """
   make_folders(*folders, file and file.parent)
   if file and file.is_dir():
     raise UserError(f'{file} is a folder; choose another name for the file')
+  if file and file.name in RUN_FILES and file.exists():
+    raise UserError(f'{file} is a file of a run; choose another name')
 
 
 TEMPORARY = r'\..+\.\d+\.tmp'  # names of the files that `atomic_write` fills

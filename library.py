@@ -353,9 +353,7 @@ def train(make_env, logdir, make_agent, **flags):
       'make_env is a function that makes an environment, not a '
       f'{type(make_env).__name__}; a task with a name is given as task='
     )
-  config = commandline.parse_flags(
-    [f'--{k}={arguments.text(v)}' for k, v in flags.items()]
-  )
+  config = commandline.parse_flags([_word(*flag) for flag in flags.items()])
   if config.parallel in ('process', 'ray'):
     _check_sendable(make_env)
   stop = StopSignal()
@@ -367,6 +365,16 @@ def train(make_env, logdir, make_agent, **flags):
   if stop.requested:  # all is saved; the caller is to end, too
     raise KeyboardInterrupt
   return load(config.logdir, make_agent)
+
+
+def _word(name, value):
+  """A flag as on the command line; UserError for what cannot be written."""
+  if name == 'logdir' and not isinstance(value, (str, os.PathLike)):
+    raise UserError(f'logdir is a path, not a {type(value).__name__}')
+  try:
+    return f'--{name}={arguments.text(value)}'
+  except (TypeError, ValueError) as error:
+    raise UserError(f'{name} cannot be written as JSON: {error}') from None
 
 
 def _check_sendable(make_env):

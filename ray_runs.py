@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from cli import SIGNALS, UserError
+from cli import SIGNALS, UserError, signal_name
 from ray_workers import reach, start_ray
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -267,7 +267,7 @@ class Sweep:
     elif code == 2 and not (used and run.tries):
       self._release(run, 'refused', words.removeprefix('dreamer.py: error: '))
     elif code < 0:
-      self._again(run, f'killed by {signal.Signals(-code).name}')
+      self._again(run, f'killed by {signal_name(-code)}')
     elif code == 0:
       self._again(run, 'stopped by another than sweep.py')
     else:

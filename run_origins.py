@@ -125,7 +125,8 @@ def random_return(reader, runs, origins):
   for run, about in zip(runs, origins, strict=True):
     prefill = about.flags.get('prefill')
     whole = not str(about.flags.get('task')).startswith('atari_')
-    if isinstance(prefill, (int, float)) and whole:
+    known = isinstance(prefill, (int, float)) and 0 <= prefill <= 1e15
+    if known and whole:
       train, learned = (reader.of(run, k) for k in ('train/return', 'updates'))
       first = learned.steps[learned.scores > 0].min(initial=prefill)
       returns += train.scores[train.steps <= first].tolist()

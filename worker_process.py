@@ -24,7 +24,7 @@ from multiprocessing import connection as mp_connection
 
 import cloudpickle
 
-from cli import warn
+from cli import signal_name, warn
 from worker_calls import (
   WorkerError,
   attempt,
@@ -159,7 +159,7 @@ class ProcessWorker:
         'TensorFlow: does what makes the environment import that?)'
       )
     if code is not None and code < 0:
-      return f'was killed by signal {signal.Signals(-code).name}'
+      return f'was killed by signal {signal_name(-code)}'
     return f'ended with exit code {code}'
 
 

@@ -31,6 +31,7 @@ import arguments
 import cli
 import commandline
 import dreamer
+import episode_files
 import file_io
 import layers
 import replay
@@ -91,9 +92,26 @@ def split(folder, learned):
     raise cli.UserError(
       f'--episodes {folder} holds {len(paths)} episodes; each fifth is held out'
     )
+  rows = CONTEXT + max(AHEAD)
+  if min(map(episode_files.episode_length, paths[4::5])) < rows:
+    raise cli.UserError(
+      f'--episodes {folder} has held-out episodes of fewer than {rows} rows'
+    )
   for path in set(paths) - set(paths[4::5]):
     shutil.copy(path, learned)
   return paths[4::5]
+
+
+def make_agent(folder, config):
+  """A fresh agent for the actions of a run that has stored images."""
+  _, actions = runfile.load_spaces(folder)
+  shapes, _ = replay.describe(folder / 'episodes')
+  if 'image' not in shapes or actions is None:
+    raise cli.UserError(
+      f'--episodes {folder} must have images (--record image), and say in its '
+      'config.json what actions are'
+    )
+  return dreamer.Dreamer(config, actions)
 
 
 def make_update(agent):
@@ -139,8 +157,7 @@ def learn(folder, flags, seed, updates):
   keras.backend.clear_session()
   keras.utils.set_random_seed(seed)
   training.setup_precision(config.precision)
-  _, actions = runfile.load_spaces(folder)
-  agent = dreamer.Dreamer(config, actions)
+  agent = make_agent(folder, config)
   update = make_update(agent)
   size = config.batch_size, config.batch_length, config.decode_images
   with tempfile.TemporaryDirectory() as learned:
@@ -161,7 +178,8 @@ def time_costs(folder, repeats=15):
   for size in COSTS:
     flags = dict(zip(names, size, strict=True))
     config = make_config(folder, flags, 0)
-    agent = dreamer.Dreamer(config, runfile.load_spaces(folder)[1])
+    agent = make_agent(folder, config)
+    config.offline = str(folder)  # its episodes stay as they are
     batch = next(replay.load_dataset(folder / 'episodes', config))
     calls[size] = make_update(agent), batch
   times = {size: [] for size in calls}
@@ -176,13 +194,16 @@ def time_costs(folder, repeats=15):
 def read_done(path):
   """What a file of earlier calls holds; nothing without one."""
   try:
-    return json.loads(path.read_text()) if path else {}
+    done = json.loads(path.read_text()) if path else {}
   except FileNotFoundError:
     return {}
   except (OSError, ValueError) as error:
     raise cli.UserError(
       f'--json {path} cannot be gone on with: {error}'
     ) from None
+  if not isinstance(done, dict):
+    raise cli.UserError(f'--json {path} is not of an earlier call')
+  return done
 
 
 def run(argv):
@@ -207,7 +228,7 @@ def run(argv):
   for seed in range(args.seeds):
     for folder in args.episodes:
       for arm in args.arms.split(','):
-        name = f'{folder.name} {arm} {seed}'
+        name = f'{folder} {arm} {seed}'
         if name in done:
           continue
         done[name] = learn(folder, ARMS[arm], seed, args.updates)

@@ -74,7 +74,7 @@ def command(logdir, task, arm, seed, inputs):
 
 def train(logdir, words):
   """One run in a process of its own; whether it finished."""
-  logdir.parent.mkdir(parents=True, exist_ok=True)
+  file_io.make_folders(logdir.parent)
   with logdir.with_suffix('.out').open('a') as out:
     code = subprocess.run(
       ['nice', sys.executable, *words],

@@ -662,6 +662,15 @@ def test_other_axes_than_steps_may_be_below_one(tmp_path, capsys):
   assert np.isfinite(curves).sum() == 9 and edges[-1] == pytest.approx(0.9)
 
 
+def test_files_of_a_run_are_not_written_over(tmp_path, capsys):
+  folder = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
+  before = (folder / 'config.json').read_bytes()
+  words = [f'--indir={folder}', f'--json={folder}/config.json']
+  assert compare.main(words) == 2
+  assert 'config.json is a file of a run' in capsys.readouterr().err
+  assert (folder / 'config.json').read_bytes() == before
+
+
 def test_a_picture_that_cannot_be_written(tmp_path, capsys):
   write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
   (tmp_path / 'plots/curves.png').mkdir(parents=True)

@@ -396,6 +396,12 @@ def test_the_one_environment_is_given_again_where_it_failed():
     (cartpole, dict(inputs='pose'), '--inputs pose: custom_cartpole has no'),
     (cartpole, dict(inputs=['pose', 'state']), '--inputs pose: custom_cart'),
     (cartpole, dict(prest='cpu'), 'did you mean --preset'),
+    (
+      cartpole,
+      dict(env_args=dict(a=np.int64(3))),
+      'env_args cannot be written',
+    ),
+    (cartpole, dict(logdir=b'/tmp/x'), 'logdir is a path, not a bytes'),
     (cartpole, dict(steps=-3), '--steps takes a whole number'),
     (None, dict(task='custom_x'), 'custom_x is made by a function'),
     ('CartPole-v1', {}, 'make_env is a function that makes an environment'),
@@ -404,9 +410,9 @@ def test_the_one_environment_is_given_again_where_it_failed():
   ],
 )
 def test_bad_input(tmp_path, make_env, flags, message):
-  flags = {'inputs': 'state', **SMALL, **flags}
+  flags = {'inputs': 'state', 'logdir': tmp_path / 'run', **SMALL, **flags}
   with pytest.raises(cli.UserError, match=re.escape(message)):
-    dreamer.train(make_env, tmp_path / 'run', **flags)
+    dreamer.train(make_env, **flags)
 
 
 def test_a_logdir_is_needed():

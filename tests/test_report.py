@@ -422,6 +422,7 @@ BROKEN = [
   dict(prefill=True, logdir=7, horizon=None, env_args='x'),
   dict(env_args={'a': ['<b>']}, logdir={'a': 1}, steps=[1, {}]),
   dict(task='toy_\ud800', preset='\ud801', logdir='\udcff'),
+  dict(prefill=10**400, clip_rewards='none'),
 ]
 
 
@@ -440,7 +441,7 @@ def test_nonsense_in_files_of_a_run(tmp_path):
   write_metrics(strange, [(100, 1.0)])
   (tmp_path / 'runs/4/metrics.jsonl').unlink()
   make_site(tmp_path / 'runs', tmp_path / 'site')
-  assert len(pages(tmp_path / 'site')) == 8
+  assert len(pages(tmp_path / 'site')) == 9
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,24 @@ def test_screen_foretells_rewards(tmp_path):
 
 
 @pytest.mark.slow
+def test_screen_of_episodes_that_it_cannot_use(tmp_path, capsys):
+  """They stay as they are."""
+  logdir = tmp_path / 'run'
+  words = [f'--logdir={logdir}', '--task=toy_reach', '--preset=debug']
+  words += ['--precision=32', '--time_limit=30', '--inputs=state']
+  assert dreamer.main([*words, '--steps=500', '--pretrain=0']) == 0
+  episodes = sorted((logdir / 'episodes').iterdir())
+  for costs in ('True', 'False'):
+    assert screen.main([f'--episodes={logdir}', f'--costs={costs}']) == 2
+    assert 'must have images' in capsys.readouterr().err
+  assert sorted((logdir / 'episodes').iterdir()) == episodes
+  for path in episodes:
+    path.rename(path.with_name(path.name.replace('-31.npz', '-19.npz')))
+  with pytest.raises(cli.UserError, match='fewer than 20 rows'):
+    screen.split(logdir, tmp_path)
+
+
+@pytest.mark.slow
 def test_search_keeps_finished_runs(tmp_path, monkeypatch):
   small = dict(steps=300, prefill=200, pretrain=1, train_steps=1)
   monkeypatch.setitem(search.ARMS, 'base', small)
@@ -154,6 +172,7 @@ def test_times_of_a_gpu_on_a_cpu(tmp_path, monkeypatch):
     (release, ['--out=x'], '--out'),
     (search, [f'--logdir={__file__}/x'], f'cannot write to {__file__}/x'),
     (screen, ['--episodes=x', f'--json={__file__}'], 'cannot be gone on with'),
+    (screen, ['--episodes=x', f'--json={__file__}/x'], 'cannot write to'),
   ],
 )
 def test_bad_input(capsys, script, words, message):

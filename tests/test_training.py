@@ -391,6 +391,43 @@ def test_line_of_an_episode_that_a_kill_came_before(make_learner, tmp_path):
     assert lines()[-1]['train/return'] == pytest.approx(episode['reward'].sum())
 
 
+@pytest.mark.slow
+def test_steps_that_are_made_again_are_evaluated_again(make_learner, tmp_path):
+  """By other weights than those of the evaluation that metrics.jsonl has."""
+  changes = dict(task='toy_reach', time_limit=20, parallel='none')
+  agent = make_learner(tmp_path, eval_every=5, **changes)
+  made = progress.Progress(agent._run, agent)
+  made.resume()
+  with environments.running(agent._run) as (_, env):
+    made.evaluate_if_due(env)
+    made.save()
+    newest = episode_files.newest(agent._run.datadir)
+    episode = dict(np.load(agent._run.datadir / newest))
+    (agent._run.datadir / newest).unlink()
+    agent = learner.Learner(agent._agent, agent._run)
+    again = progress.Progress(agent._run, agent)
+    again.resume()
+    episode_files.save_episodes(agent._run.datadir, [episode])
+    agent.step = agent._run.steps()
+    again.evaluate_if_due(env)
+  logged = agent._run.logger.steps_of('test/return')
+  assert logged == 2 * [agent._run.steps()]
+
+
+def test_a_logdir_that_was_removed_is_not_made_anew(make_learner, tmp_path):
+  """It would lack its config.json, and nobody would know what run it was."""
+  run = make_learner(tmp_path / 'run')._run
+  (save, *_), _ = environments._callbacks(run)
+  episode = random_episode(np.random.default_rng(1), 26, 2)
+  shutil.rmtree(run.datadir)
+  save(episode)
+  assert len(episode_files.list_episodes(run.datadir)) == 1
+  shutil.rmtree(tmp_path / 'run')
+  with pytest.raises(FileNotFoundError):
+    save(episode)
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('rows', [26, 1])
 def test_no_line_of_an_episode_that_is_broken(make_learner, tmp_path, rows):
   agent = make_learner(tmp_path)

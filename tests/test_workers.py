@@ -824,6 +824,14 @@ def test_a_worker_that_dies_is_noticed_though_its_children_live(tmp_path):
   assert wait_until(lambda: not alive(child) and not alive(program))
 
 
+def test_a_signal_without_a_name():
+  env = wrappers.Async(Faulty, 'process')
+  os.kill(env.step('go')[3]['pid'], signal.SIGRTMIN + 2)
+  with pytest.raises(WorkerLost, match=f'by signal {signal.SIGRTMIN + 2}'):
+    env.step('go')
+  env.close()
+
+
 class Leaving(Simulator):
   """Ends nothing of what it started."""
 
