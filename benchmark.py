@@ -106,9 +106,10 @@ def startup(words, config, repeats):
 
 def _first_update(words, logdir):
   command = [sys.executable, str(ROOT / 'dreamer.py'), *words, '--prefill=0']
+  env = {k: v for k, v in os.environ.items() if k != 'TF_CONFIG'}
   start = time.perf_counter()
   process = subprocess.Popen(
-    [*command, f'--logdir={logdir}'], stdout=subprocess.PIPE, text=True
+    [*command, f'--logdir={logdir}'], stdout=subprocess.PIPE, text=True, env=env
   )
   try:
     for line in process.stdout:

@@ -9,6 +9,7 @@ import errno
 import gc
 import os
 import signal
+import stat
 import sys
 import threading
 
@@ -185,7 +186,7 @@ class AttrDict(dict):
 # --- Signals ----------------------------------------------------------------
 
 
-SIGNALS = signal.SIGINT, signal.SIGTERM
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 def signal_name(number):
@@ -194,6 +195,35 @@ def signal_name(number):
     return signal.Signals(number).name
   except ValueError:
     return str(number)
+
+
+def take_signals(handle):
+  """Has a function called for each of `SIGNALS`.
+
+  SIGHUP says that the terminal or the parent is gone; where it is ignored, as
+  under nohup, it stays so.
+  """
+  for number in SIGNALS:
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, handle)
+
+
+def leave_terminal():
+  """What is printed to a terminal that is gone is dropped, and no error."""
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  for number in (1, 2):
+    with contextlib.suppress(OSError):  # it may be closed
+      terminal = stat.S_ISCHR(os.fstat(number).st_mode)
+      if terminal and not _is_there(number):
+        os.dup2(nowhere, number)
+  os.close(nowhere)
+
+
+def _is_there(terminal):
+  try:
+    return os.tcgetpgrp(terminal) >= 0
+  except OSError:
+    return False
 
 
 @contextlib.contextmanager
@@ -228,15 +258,17 @@ def kept_signals():
 
 
 class StopSignal:
-  """Lets a run end at a safe place after Ctrl-C or SIGTERM.
+  """Lets a run end at a safe place after Ctrl-C, SIGTERM or SIGHUP.
 
   The first signal is noted, and `check` then raises `Stopped`; inside
   `immediate`, where nothing has changed since the last checkpoint, it is
-  raised at once. A second signal always is.
+  raised at once. A second signal always is, but for SIGHUP, which often comes
+  with another.
   """
 
   def __init__(self):
     self._requested = False
+    self._asked = 0  # signals but for SIGHUP
     self._immediate = False
 
   @property
@@ -244,10 +276,9 @@ class StopSignal:
     return self._requested
 
   def install(self):
-    """Takes both signals; in other threads than the main one it cannot."""
+    """Takes the signals; in other threads than the main one it cannot."""
     if _in_main_thread():
-      for number in SIGNALS:
-        signal.signal(number, self._handle)
+      take_signals(self._handle)
 
   def check(self):
     if self._requested:
@@ -263,6 +294,10 @@ class StopSignal:
       self._immediate = False
 
   def _handle(self, number, frame):
-    again, self._requested = self._requested, True
-    if self._immediate or again:
+    self._requested = True
+    if number == signal.SIGHUP:
+      leave_terminal()
+    else:
+      self._asked += 1
+    if self._immediate or self._asked > 1:
       raise Stopped

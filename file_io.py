@@ -32,7 +32,8 @@ def make_outputs(file, *folders):
 
   Files that a run has written are not written over.
   """
-  make_folders(*folders, file and file.parent)
+  written = file and not _is_stdout(file) and not _is_no_file(file)
+  make_folders(*folders, file.parent if written else None)
   if file and file.is_dir():
     raise UserError(f'{file} is a folder; choose another name for the file')
   if file and file.name in RUN_FILES and file.exists():
@@ -79,11 +80,24 @@ def write_json(path, record):
   To what is no file, such as a pipe at /dev/stdout, it is written as it is.
   """
   path, data = pathlib.Path(path), to_json(record)
-  if path.exists() and not path.is_file():
+  if _is_stdout(path):  # after what was printed, though it may be a file
+    print(data.decode(), end='', flush=True)
+    return
+  if _is_no_file(path):
     path.write_bytes(data)
     return
   with atomic_write(os.path.realpath(path)) as file:
     file.write(data)
+
+
+def _is_stdout(path):
+  with contextlib.suppress(OSError):
+    return os.path.samestat(path.stat(), os.fstat(1))
+  return False
+
+
+def _is_no_file(path):
+  return path.exists() and not path.is_file()
 
 
 def read_json(path):

@@ -299,6 +299,8 @@ class Agent:
 
 def _path(logdir):
   """As every flag, with ~ for the home of a user."""
+  if not isinstance(logdir, (str, os.PathLike)):
+    raise UserError(f'logdir is a path, not a {type(logdir).__name__}')
   try:
     return arguments.Path().parse(str(logdir))
   except ValueError as error:
@@ -369,8 +371,7 @@ def train(make_env, logdir, make_agent, **flags):
 
 def _word(name, value):
   """A flag as on the command line; UserError for what cannot be written."""
-  if name == 'logdir' and not isinstance(value, (str, os.PathLike)):
-    raise UserError(f'logdir is a path, not a {type(value).__name__}')
+  value = _path(value) if name == 'logdir' else value
   try:
     return f'--{name}={arguments.text(value)}'
   except (TypeError, ValueError) as error:

@@ -158,12 +158,12 @@ def encode(frames, fps):
 
 @functools.cache
 def has_ffmpeg():
-  """Whether imageio-ffmpeg is there, with a program that runs."""
+  """Whether imageio-ffmpeg is there, with a program that makes H.264."""
   try:
-    import imageio_ffmpeg
+    import imageio_ffmpeg  # noqa: F401
 
-    return bool(imageio_ffmpeg.get_ffmpeg_version())
-  except (ImportError, RuntimeError, OSError, subprocess.SubprocessError):
+    return bool(_mp4(np.zeros([2, 64, 64, 3], np.uint8), 20, 30))
+  except (ImportError, RuntimeError, OSError, ValueError):
     return False
 
 
@@ -245,14 +245,15 @@ class Gallery:
       folder: of the pictures.
       tasks: names.
     """
-    names = {}
+    names = collections.defaultdict(list)
     for task in tasks:
-      for name in (task, task.partition('_')[2]):
+      for name in {task, task.partition('_')[2]}:
         for ending, kind in ENDINGS.items():
-          names[name + ending] = task, kind
+          names[name + ending].append((task, kind))
     for path in sorted(folder.iterdir()):
-      if path.stem in names and path.suffix in VIDEOS + STILLS:
-        yield from self._given(path, *names[path.stem])
+      if path.suffix in VIDEOS + STILLS:
+        for task, kind in names.get(path.stem, ()):
+          yield from self._given(path, task, kind)
 
   def _given(self, path, task, kind):
     try:

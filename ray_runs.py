@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 
-from cli import SIGNALS, UserError, signal_name
+from cli import UserError, leave_terminal, signal_name, take_signals
 from ray_workers import reach, start_ray
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -26,12 +26,14 @@ GRACE = 300  # seconds that runs have for saving when they are stopped
 POLL = 1  # seconds
 ENDED = ('done', 'failed', 'refused', 'stopped')
 
-# Starts dreamer.py so that it ends with the process that asked for it, however
-# that ends: PR_SET_PDEATHSIG (1) lasts beyond exec. Ray blocks signals.
+# Starts dreamer.py so that it saves and ends when what asked for it is gone,
+# however that ended: PR_SET_PDEATHSIG (1) lasts beyond exec. Ray blocks
+# signals, and nohup ignores SIGHUP.
 BOOT = """
 import ctypes, os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if sys.platform == 'linux':
-  ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+  ctypes.CDLL(None).prctl(1, signal.SIGHUP)
 if os.getppid() != int(sys.argv[1]):
   sys.exit('the process that started this run is gone')
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
@@ -55,6 +57,7 @@ class Runner:
     threads = str(max(1, int(cpus)))
     env.update(OMP_NUM_THREADS=threads, TF_NUM_INTRAOP_THREADS=threads)
     env.update(RAY_USAGE_STATS_ENABLED='0')
+    env.pop('TF_CONFIG', None)  # a run is of one process
     if not gpus:
       env['CUDA_VISIBLE_DEVICES'] = ''
     self._logdir = logdir
@@ -110,6 +113,8 @@ def import_ray():
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
   os.environ.setdefault('RAY_worker_niceness', '0')  # runs inherit it
   os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
+  # Runs that a worker leaves behind save first (see `BOOT`).
+  os.environ.setdefault('RAY_kill_child_processes_on_worker_exit', '0')
   try:
     import ray
     import rich  # noqa: F401
@@ -122,6 +127,9 @@ def import_ray():
 
 def connect(ray, address):
   """Joins the cluster at an address, or starts one here."""
+  address = '' if address == 'local' else address
+  # Ray prints what it hears of dead workers, which arrives as errors anyway.
+  ray._private.worker.listen_error_messages = lambda *args: None
   try:
     reach(address or '')
     where = address or start_ray(
@@ -195,17 +203,21 @@ class Sweep:
   def __init__(self, ray, runs, retries, cpus, gpus):
     self._ray, self._runs, self._retries = ray, runs, retries
     self._share = cpus, gpus
+    self._folder = os.getcwd()
     self._make = ray.remote(num_cpus=cpus, num_gpus=gpus)(Runner).remote
     self._wanted = 0  # signals that came
     self._asked = 0  # signals that were passed on
     self._deadline = None
 
   def install(self):
-    for number in SIGNALS:
-      signal.signal(number, self._handle)
+    take_signals(self._handle)
 
   def _handle(self, number, frame):
-    self._wanted += 1
+    if number == signal.SIGHUP:
+      leave_terminal()
+      self._wanted = max(self._wanted, 1)
+    else:
+      self._wanted += 1
 
   def run(self, board):
     """Returns when all have ended; whether it was stopped before."""
@@ -227,7 +239,7 @@ class Sweep:
     for run in due[: max(0, room)]:
       run.actor = self._make()
       run.answer = run.actor.start.remote(
-        run.logdir, run.flags, os.getcwd(), *self._share
+        run.logdir, run.flags, self._folder, *self._share
       )
 
   def _listen(self):

@@ -454,13 +454,14 @@ def _is_own_ray(ray):
 # Ends with the trainer, however that ends, because its input does.
 _RAY_CODE = """
 import json, shutil, sys, tempfile
-import ray
+import ray, signal
 folder = tempfile.mkdtemp(prefix='ray-', dir='/tmp')
 try:
   ray.init(
     'local', include_dashboard=False, log_to_driver=False, _temp_dir=folder,
     **json.loads(sys.argv[1]),
   )
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or the folder would stay
   print('address', ray.get_runtime_context().gcs_address, flush=True)
   sys.stdin.read()
 finally:
@@ -508,8 +509,13 @@ def start_ray(**options):
     if line.startswith(b'address '):
       atexit.register(_end_own_ray, keeper)
       return line.decode().split()[1]
+  keeper.wait()
   log.seek(0)
-  raise TaskError(f'Ray does not start: {log.read().decode()[-1000:]}')
+  said = log.read().decode(errors='replace').split('\n')
+  last = next((line for line in reversed(said) if line.strip()), 'no word')
+  raise TaskError(
+    f'Ray does not start: {last.strip()} (it needs some 100 MB in /tmp)'
+  )
 
 
 def _end_own_ray(keeper):

@@ -202,7 +202,7 @@ def check_flags(pairs, extra):
     if method != arm.method:
       choice = f'; choose it by --methods {method}' if method in METHODS else ''
       raise UserError(f'the flags after -- make {method} of {arm.name}{choice}')
-    name = arm.name + configs.method_name(config)[len(method) :]
+    name = configs.method_name(config) + arm.name[len(method) :]
     found[task, dataclasses.replace(arm, name=name)] = config
   return found
 

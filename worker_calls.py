@@ -10,7 +10,7 @@ import signal
 import traceback
 import typing
 
-from cli import SIGNALS, Failure, UserError, nearest
+from cli import Failure, UserError, nearest, take_signals
 
 
 class TaskError(UserError):
@@ -62,7 +62,7 @@ def fail(error):
 
 
 def leave_signals():
-  """Leaves Ctrl-C and SIGTERM to the trainer, in this process alone.
+  """Leaves the signals that stop a run to the trainer, in this process alone.
 
   Not by SIG_IGN, which programs that an environment starts would inherit; and
   processes that it forks end as they would elsewhere.
@@ -74,8 +74,7 @@ def leave_signals():
       signal.signal(number, signal.SIG_DFL)
       os.kill(os.getpid(), number)
 
-  for number in SIGNALS:
-    signal.signal(number, handle)
+  take_signals(handle)
 
 
 def attempt(function, *args):

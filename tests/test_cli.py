@@ -76,6 +76,27 @@ def test_second_signal_raises_anywhere(stop):
       pass
 
 
+def test_a_terminal_that_is_gone_is_no_second_signal(stop):
+  """It comes with others, in any order."""
+  for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+    os.kill(os.getpid(), number)
+  for _ in range(1000):
+    pass
+  with pytest.raises(cli.Stopped):
+    stop.check()
+  with pytest.raises(cli.Stopped):
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+      pass
+
+
+def test_nohup_is_heeded():
+  with cli.kept_signals():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    cli.StopSignal().install()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 def test_what_handles_errors_lets_a_stop_pass(tmp_path, monkeypatch):
   """Else a whole episode would be set aside, and the run go on."""
 

@@ -662,6 +662,21 @@ def test_other_axes_than_steps_may_be_below_one(tmp_path, capsys):
   assert np.isfinite(curves).sum() == 9 and edges[-1] == pytest.approx(0.9)
 
 
+def test_json_comes_after_what_was_printed(tmp_path):
+  """In a file that standard output goes to as well; what it held stays."""
+  folder = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
+  path = tmp_path / 'all.txt'
+  path.write_text('of last month\n')
+  words = [f'--indir={folder}', '--json=/dev/stdout']
+  with path.open('a') as file:
+    subprocess.run(
+      [sys.executable, compare.__file__, *words], stdout=file, check=True
+    )
+  text = path.read_text()
+  assert text.startswith('of last month\n| task')
+  assert json.loads(text[text.index('\n{') :])['rows']
+
+
 def test_files_of_a_run_are_not_written_over(tmp_path, capsys):
   folder = write_run(tmp_path / 'runs', WALK, 0, [(100_000, 1.0)])
   before = (folder / 'config.json').read_bytes()

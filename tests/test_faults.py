@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import pty
 import re
 import shutil
 import signal
@@ -42,6 +43,30 @@ def whole(request, tmp_path_factory):
   result = run(logdir, *EXACT, '--seed=3', task=request.param)
   assert result.returncode == 0, result.stderr
   return request.param, logdir
+
+
+def test_a_run_whose_terminal_is_closed_saves(tmp_path):
+  """Its output goes nowhere then."""
+  logdir = tmp_path / 'run'
+  pid, terminal = pty.fork()
+  if not pid:
+    words = command(logdir, '--steps=100000', '--train_every=20')
+    os.execv(words[0], words)
+  with open(terminal, 'rb') as out:
+    while b'at step 600' not in out.readline():
+      pass
+    before = newest(logdir)
+  assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+  saved = newest(logdir)
+  assert saved > before
+  steps = 50 * len(read_episodes(logdir)) + 100
+  done = run(logdir, f'--steps={steps}', '--train_every=20')
+  assert f', {saved} updates.' in done.stdout
+
+
+def newest(logdir):
+  """Updates of the newest checkpoint."""
+  return max(runfile.checkpoint_numbers(logdir / 'checkpoints'), default=0)
 
 
 def test_exact_resume(tmp_path, whole):

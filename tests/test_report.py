@@ -16,6 +16,7 @@ import time
 import tracemalloc
 
 import imageio.v3 as imageio
+import imageio_ffmpeg
 import numpy as np
 import PIL.Image
 import pytest
@@ -677,6 +678,26 @@ def test_videos_of_odd_size_lose_a_row(caplog):
 def test_a_program_that_does_not_run(monkeypatch, program):
   monkeypatch.setenv('IMAGEIO_FFMPEG_EXE', program)
   assert not media.has_ffmpeg.__wrapped__()
+
+
+def test_an_ffmpeg_without_h264(monkeypatch, tmp_path):
+  program = tmp_path / 'ffmpeg'
+  real = imageio_ffmpeg.get_ffmpeg_exe()
+  program.write_text(
+    f'#!/bin/sh\ncase "$*" in *libx264*) exit 1;; esac\nexec {real} "$@"\n'
+  )
+  program.chmod(0o755)
+  monkeypatch.setenv('IMAGEIO_FFMPEG_EXE', str(program))
+  assert not media.has_ffmpeg.__wrapped__()
+
+
+def test_a_picture_of_two_tasks(tmp_path):
+  for task in ('atari_boxing', 'gym_boxing'):
+    write_run(tmp_path / 'runs' / task, task, 0, [(100, 1.0)])
+  PIL.Image.new('RGB', (32, 32)).save(tmp_path / 'boxing.png')
+  make_site(tmp_path / 'runs', tmp_path / 'site', '--pictures', tmp_path)
+  tasks = [x['alt'] for x in Page(tmp_path / 'site/index.html').all('img')]
+  assert [x.partition(':')[0] for x in tasks] == ['atari_boxing', 'gym_boxing']
 
 
 def test_gifs_keep_their_length_where_no_image_is_shown_once():

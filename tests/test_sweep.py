@@ -183,7 +183,9 @@ def test_nothing_is_lost_or_left_however_it_ends(tmp_path):
     command.process.kill()
     assert command.wait() == -signal.SIGKILL
   for name in runs[:2]:
-    assert re.search(r'Resumed at step [1-9]', printed(logdir, name))
+    text = printed(logdir, name)
+    assert re.search(r'Resumed at step [1-9]', text)
+    assert text.count('Stopped at step') == 2  # and saved
 
 
 def test_runs_that_cannot_get_better_are_refused_on_a_terminal(tmp_path):
@@ -257,29 +259,34 @@ def test_a_run_of_other_flags_is_told(tmp_path, capsys):
   assert capsys.readouterr().err == line
 
 
-def test_arms_are_what_dreamer_and_compare_take_them_for(tmp_path):
+@pytest.mark.parametrize('setting', [(), ('--inputs', 'state')])
+def test_arms_are_what_dreamer_and_compare_take_them_for(tmp_path, setting):
   """dreamer.py accepts the flags of all, and compare.py tells them apart."""
   pairs = sweep.choose('dmc20,atari9', 'dreamer,dreamer-reward')
   pairs += sweep.choose('toy_reach,figure4,figure8,figure12')
   pairs += sweep.choose('toy_reach', ','.join(sweep.METHODS))
-  checked = sweep.check_flags(list(dict.fromkeys(pairs)), ['--steps', '7'])
+  pairs = [x for x in pairs if not setting or not x[0].startswith('atari')]
+  extra = ['--steps', '7', *setting]
+  checked = sweep.check_flags(list(dict.fromkeys(pairs)), extra)
   seen = set()
   for (task, arm), config in checked.items():
     assert (config['task'], config['steps']) == (task, 7)
-    assert configs.method_name(config) == arm.method
+    method = configs.method_name(config)
+    assert method == arm.method + ('-state' if setting else '')
     flags = dict(zip(arm.flags[::2], arm.flags[1::2], strict=True))
     for flag, value in flags.items():
       assert str(config[flag[2:]]) == value
-    assert arm.name == arm.method or flags
+    assert arm.name == method or flags
     folder = tmp_path / 'runs' / task / arm.name / '0'
     folder.mkdir(parents=True)
-    record = dict(method=arm.method, config=config)
+    record = dict(method=method, config=config)
     (folder / 'config.json').write_text(json.dumps(record, default=str))
     seen.add((task, arm.name))
   runs = run_folders.find_runs([tmp_path / 'runs'])
   assert {(run.task, run.method) for run in runs} == seen
   assert len(runs) == len(checked)
-  assert ('dmc_walker_walk', 'planet-horizon45') in seen
+  last = 'planet-state-horizon45' if setting else 'planet-horizon45'
+  assert ('dmc_walker_walk', last) in seen
 
 
 def test_flags_of_all_runs_are_part_of_the_folders_names():
