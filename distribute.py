@@ -282,8 +282,8 @@ class Team:
     """UserError in all processes if they were started with other flags."""
     own = ('logdir', 'parallel', 'worker_timeout', 'start_timeout')
     names = [name for name in config if name not in own]
-    sums = [zlib.crc32(json.dumps(config[name]).encode()) for name in names]
-    sums = np.array(sums, np.int64)
+    texts = [json.dumps(config[name], sort_keys=True) for name in names]
+    sums = np.array([zlib.crc32(text.encode()) for text in texts], np.int64)
     differ = np.flatnonzero(self.sum(sums) != self.workers * sums)
     if self.any(len(differ)):
       flags = ', '.join(f'--{names[i]}' for i in differ) or 'some flags'

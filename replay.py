@@ -20,6 +20,7 @@ from episode_files import (
   EpisodeFile,
   OtherShape,
   count_episodes,
+  episode_length,
   is_onehot,
   list_episodes,
 )
@@ -215,7 +216,8 @@ def describe(directory):
       continue
     shapes = {k: v.shape[1:] for k, v in rows.items()}
     counts = {_choices(rows['action'][1:])}
-    for other in names[index + 1 : index + LOOKED_AT]:
+    others = [n for n in names[index + 1 :] if episode_length(n) > 1]
+    for other in others[: LOOKED_AT - 1]:
       with contextlib.suppress(ValueError):  # of another task, or broken
         counts.add(_choices(EpisodeFile(directory / other, shapes).actions()))
     return shapes, counts.pop() if len(counts) == 1 else 0

@@ -96,6 +96,7 @@ def test_table_of_the_paper():
     ([10, 11, 12], 100_000, 'below'),
     ([400, 410], 100_000, 'too few seeds'),
     ([400], 100_000, 'too few seeds'),
+    ([400, 410, 420], 90_000, 'above'),
     ([400, 410, 420], 89_000, 'too few steps'),
   ],
 )
@@ -106,6 +107,8 @@ def test_verdicts(tmp_path, returns, step, expected, capsys):
   (row,) = result['rows']
   assert row['verdict'] == expected
   assert row['mean'] == np.mean(returns)
+  if len(returns) > 1:  # divided by their number
+    assert row['std'] == pytest.approx(np.std(returns))
   assert row['seeds'] == len(returns) and row['steps'] == step
   assert (row['paper_final'], row['planet']) == (961.67, 944.7)
   assert (row['d4pg'], row['a3c']) == (968.3, 311.0)
@@ -232,10 +235,16 @@ def test_summary_by_hand(tmp_path, capsys):
   assert 'at or above the paper in 50%' in capsys.readouterr().out
 
 
+def test_interquartile_mean_leaves_a_quarter_out_at_each_end():
+  value, (low, high) = compare.interquartile_mean([np.arange(8.0) ** 2])
+  assert value == (4 + 9 + 16 + 25) / 4 and low < value < high
+
+
 def test_broken_lines_are_left_out(tmp_path, capsys):
   folder = write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 7.0)])
   with (folder / 'metrics.jsonl').open('ab') as file:
     file.write(b'{"step": 101000, "test/return": NaN}\n')
+    file.write(b'{"step": 101000, "test/return": -Infinity}\n')
     file.write(b'{"step": 101000, "test/return": Infinity}\n')
     file.write(b'\xff\xfe nonsense\n[1, 2]\n3\n')
     file.write(b'{"step": 102000, "test/return": "high"}\n')
@@ -245,8 +254,17 @@ def test_broken_lines_are_left_out(tmp_path, capsys):
   assert result['rows'][0]['scores'] == {'0': 7.0}
   assert result['rows'][0]['steps'] == 100_000
   err = capsys.readouterr().err
-  assert 'metrics.jsonl: 2 numbers that are not finite' in err
+  assert 'metrics.jsonl: 3 numbers that are not finite' in err
   assert 'metrics.jsonl: 4 broken lines' in err
+
+
+def test_lines_in_any_order(tmp_path):
+  """As an actor and a learner write to two files, and two writers to one."""
+  pairs = [(300_000, 5.0), (100_000, 1.0), (280_000, 3.0)]
+  write_run(tmp_path / 'runs/a', WALK, 0, pairs)
+  _, result = report(tmp_path / 'runs')
+  (row,) = result['rows']
+  assert (row['steps'], row['scores']) == (300_000, {'0': 4.0})
 
 
 def test_numbers_beyond_whole_ones(tmp_path):
@@ -299,6 +317,13 @@ def test_of_one_seed_twice_the_longer_counts(tmp_path, capsys):
   assert result['rows'][0]['scores'] == {'0': 3.0}
   err = capsys.readouterr().err
   assert 'runs/a is left out' in err and 'runs/c is left out' in err
+
+
+def test_a_folder_that_is_given_twice(tmp_path, capsys):
+  write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
+  folders = [str(tmp_path / name) for name in ('runs', 'runs/a')]
+  assert compare.main(['--indir', *folders]) == 0
+  assert 'left out' not in capsys.readouterr().err
 
 
 def test_tasks_and_methods_are_chosen_by_patterns(tmp_path, capsys):

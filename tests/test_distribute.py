@@ -7,6 +7,7 @@ Run as a script it is one process of such a test:
 makes five updates from the episodes in FOLDER and writes all weights there.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -274,6 +275,25 @@ def test_unusable_cluster(monkeypatch, config, message):
     monkeypatch.setenv('TF_CONFIG', config)
   with pytest.raises(cli.UserError, match=message):
     distribute.make_team('multiworker', 4)
+
+
+def test_as_many_gpus_as_divide_the_batch(monkeypatch):
+  monkeypatch.delenv('TF_CONFIG', raising=False)
+  gpus = ['GPU'] * 4
+  monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: gpus)
+  monkeypatch.setattr(distribute, '_mirror', lambda count: count)
+  assert [distribute.make_team('auto', n) for n in (8, 6, 2)] == [4, 3, 2]
+  assert distribute.make_team('auto', 5).replicas == 1
+
+
+@pytest.mark.parametrize('count, folders', [(1, 3), (2, None), (3, 1)])
+def test_all_processes_share_a_folder_or_none(tmp_path, count, folders):
+  team = distribute.Team(workers=3)
+  team.sum = lambda value: count if value is True else value
+  wrong = pytest.raises(cli.UserError, match='2 of 3 processes share')
+  with contextlib.nullcontext() if folders else wrong:
+    team.compare_folders(tmp_path)
+    assert team.folders == folders
 
 
 @pytest.mark.parametrize('host', ['localhost', '127.0.0.2'])

@@ -251,6 +251,15 @@ def test_pcont_weights_and_starts(tmp_path):
   assert np.allclose(imag['returns'][0], first, rtol=1e-5)
 
 
+def test_no_imagination_starts_where_an_episode_may_have_ended(tmp_path):
+  agent = make_agent(tmp_path, pcont=True)
+  _, _, post = model_losses(agent)
+  starts = agent.behavior.starts(post, tf.constant([0, 1]))
+  for name, value in post.items():
+    expected = tf.reshape(value[:, :-1], [2 * 4, -1])
+    np.testing.assert_array_equal(starts[name], expected)
+
+
 def test_chance_to_get_there_is_no_way_to_a_larger_objective(tmp_path):
   """The weights of Eq. 7 have no gradient, though they are predicted."""
   agent = make_agent(
@@ -589,6 +598,8 @@ def test_exploration_noise(tmp_path):
   clipped = agent.explore(action + 0.9, np.float32(0.3), seed).numpy()
   assert clipped.max() == 1 and clipped.min() < 0.5
   assert (agent.noise(True), agent.noise(False)) == (np.float32(0.3), 0)
+  agent._c.update(eval_noise=0.1)
+  assert agent.noise(False) == np.float32(0.1)
   agent._c.update(expl='epsilon_greedy', action_dist='onehot')
   agent._choices = (2,)
   greedy = tf.one_hot(tf.zeros(20000, tf.int32), 2)

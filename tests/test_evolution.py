@@ -244,6 +244,14 @@ def test_good_controllers_are_not_underrated_where_episodes_end_early(envs):
   assert np.mean(means) == pytest.approx(50.5, abs=4)
 
 
+def test_an_episode_that_was_lost_is_begun_again():
+  generations = cmaes.Generations(Search(3, 4, 0.5, seed=1), 4, 1)
+  generations.load(generations.blank(), np.zeros(3))
+  first = generations.begin_episodes(np.ones(4, bool))
+  again = generations.begin_episodes(np.array([False, True, False, False]))
+  np.testing.assert_array_equal(again[1], first[1])
+
+
 def test_search_in_the_environment_goes_on_where_it_was_saved(tmp_path):
   """In the middle of a generation, with the returns so far."""
   flags = dict(SMALL, evolve='environment', evolve_episodes=2)

@@ -225,6 +225,10 @@ def broken_length(path):
   np.savez(path, **make_episode(9, 5))
 
 
+def broken_longer(path):
+  np.savez(path, **make_episode(9, 7))
+
+
 def broken_length_of_one_key(path):
   episode = make_episode(9, 6)
   episode['discount'] = episode['discount'][:-1]
@@ -427,6 +431,14 @@ def test_names_sort_by_age_even_if_the_clock_goes_back(tmp_path):
   assert sorted(tmp_path.glob('*.npz')) == [future, *paths]
 
 
+def test_the_newest_episode_is_one_with_a_time(tmp_path):
+  (path,) = tools.save_episodes(tmp_path, [make_episode(1, 5)])
+  np.savez(tmp_path / 'walk-5.npz', **make_episode(2, 5))
+  assert episode_files.newest(tmp_path) == path.name
+  (later,) = tools.save_episodes(tmp_path, [make_episode(3, 5)])
+  assert path.name < later.name < 'walk-5.npz'
+
+
 def test_names_at_the_end_of_time(tmp_path):
   last = '99991231T235959999999-x-3.npz'
   tools.save_episodes(tmp_path, [make_episode(1, 3)])[0].rename(tmp_path / last)
@@ -577,6 +589,15 @@ def test_episodes_of_another_task_stay_beside_a_broken_one(tmp_path):
   assert all(path.exists() for path in paths)
 
 
+def test_an_episode_of_another_task_beside_one_of_this_is_set_aside(tmp_path):
+  paths = tools.save_episodes(tmp_path, [make_episode(n, 6) for n in (1, 2)])
+  other = make_episode(3, 6)
+  del other['position']
+  tools.save_episodes(tmp_path, [other])
+  replay.Replay(tmp_path, shapes=dict(position=(3,))).check()
+  assert sorted(tmp_path.glob('*.npz')) == paths
+
+
 def test_capacity_counts_what_is_long_enough(tmp_path):
   """The newest 20 steps of episodes that windows fit into."""
   lengths = [11, 11, 11, 3, 3, 3, 3, 3, 3, 3, 3]
@@ -594,14 +615,14 @@ def test_episodes_without_what_the_agent_sees_are_of_another_task(tmp_path):
   assert path.exists()
 
 
-def batches(folder, count, part=(0, 1), folders=1, **flags):
+def batches(folder, count, part=(0, 1), folders=1, start=0, **flags):
   """(episode, first row) of the windows of batches, by the flags of a run."""
   defaults = dict(batch_size=20, batch_length=3, dataset_balance=False)
   defaults.update(seed=0, replay_capacity=0, action_repeat=4)
   config = cli.AttrDict({**defaults, **flags})
   inputs = dict(image=(4, 4, 3))
   drawn = replay.load_dataset(
-    folder, config, part=part, inputs=inputs, folders=folders
+    folder, config, start, part=part, inputs=inputs, folders=folders
   )
   found = [batch for batch, _ in zip(drawn, range(count), strict=False)]
   images = np.concatenate([batch['image'] for batch in found])
@@ -613,6 +634,8 @@ def test_batches_are_drawn_as_the_flags_say(tmp_path):
   plain = batches(tmp_path, 10)
   assert {number for number, _ in plain} == {1, 2, 3, 4, 5}
   # In environment steps: 36 in each episode.
+  config = cli.AttrDict(action_repeat=4)
+  assert replay.count_steps(tmp_path, config, folders=2) == 2 * 5 * 36
   few = batches(tmp_path, 10, replay_capacity=72)
   assert batches(tmp_path, 10, folders=2, replay_capacity=144) == few
   assert {number for number, _ in few} == {4, 5}
@@ -624,19 +647,47 @@ def test_batches_are_drawn_as_the_flags_say(tmp_path):
   halves = [batches(tmp_path, 10, part=(index, 2)) for index in (0, 1)]
   assert len(halves[0]) == len(halves[1]) == 100
   assert halves[0] != halves[1]
+  # Batch number n is the same, however often the run was interrupted.
+  assert batches(tmp_path, 7, start=3) == plain[60:]
 
 
 @pytest.mark.parametrize(
   'flags, stays',
   [({}, False), ({'role': 'learn'}, True), ({'offline': 'x'}, True)],
 )
-def test_who_sets_broken_episodes_aside(tmp_path, flags, stays):
+def test_who_sets_broken_episodes_aside(tmp_path, capsys, flags, stays):
   """Only who writes to the folder: --role learn leaves it to --role act."""
   tools.save_episodes(tmp_path, [make_episode(1, 10)])
   path = tmp_path / '20260101T000000000000-broken-10.npz'
   path.write_bytes(b'broken')
   assert {number for number, _ in batches(tmp_path, 2, **flags)} == {1}
   assert path.exists() == stays
+  assert capsys.readouterr().out.count('the broken episode') == 1
+
+
+def test_numbers_are_no_choices(tmp_path, capsys):
+  episodes = [make_episode(n, 10) for n in (1, 2, 3)]
+  episodes[0]['action'] = np.eye(2)[[0, 1] * 5]
+  episodes[1]['action'] = np.array([[0, 1], [1, 1]] * 5)  # one choice, then two
+  tools.save_episodes(tmp_path, episodes)
+  found = batches(tmp_path, 3, action_dist='onehot')
+  assert {number for number, _ in found} == {1}
+  text = 'actions that are no one-hot vectors'
+  assert capsys.readouterr().out.count(text) == 2
+
+
+def test_batches_hold_float32(tmp_path):
+  rows = {k: v.astype(np.float64) for k, v in make_episode(1, 6).items()}
+  rows['image'] = make_episode(1, 6)['image']
+  tools.save_episodes(tmp_path, [rows])
+  config = cli.AttrDict(batch_size=2, batch_length=3, dataset_balance=False)
+  config.update(seed=0, replay_capacity=0, action_repeat=1)
+  inputs = dict(image=(4, 4, 3), position=(3,))
+  batch = next(replay.load_dataset(tmp_path, config, inputs=inputs))
+  kinds = {key: value.dtype for key, value in batch.items()}
+  assert kinds.pop('image') == np.uint8
+  assert set(kinds) == {'position', 'action', 'reward', 'discount'}
+  assert set(kinds.values()) == {np.dtype(np.float32)}
 
 
 def test_observations_that_are_not_finite_are_set_aside(tmp_path):

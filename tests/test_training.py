@@ -317,7 +317,7 @@ def test_portions_and_pauses_between_checkpoints(make_learner, tmp_path):
   episode = dict(reward=np.zeros(101, np.float32))
   episode_files.save_episodes(tmp_path / 'episodes', [episode])
   assert made.portion() == dict(steps=15)
-  made._should_eval.skip(agent.step - 80)  # when a run resumes between two
+  made._should_eval.skip(agent.step - 81)  # when a run resumes between two
   agent._c.steps += 1000
   assert made.portion() == dict(steps=10)
   made._should_eval.skip(agent.step)
@@ -389,6 +389,20 @@ def test_line_of_an_episode_that_a_kill_came_before(make_learner, tmp_path):
       environments.log_missing_episode(run)
     assert [x['step'] for x in lines()] == [50, 100][:count]
     assert lines()[-1]['train/return'] == pytest.approx(episode['reward'].sum())
+
+
+@eagerly()
+def test_each_evaluation_has_episodes_of_its_own(make_learner, tmp_path):
+  changes = dict(task='toy_reach', time_limit=2, parallel='none')
+  agent = make_learner(tmp_path, eval_every=10, eval_episodes=2, **changes)
+  made, begun = progress.Progress(agent._run, agent), []
+  with environments.running(agent._run) as (_, env):
+    number = env.number
+    env.number = lambda n: (begun.append(n), number(n))
+    for step in (10, 20, 30):
+      agent.step = step
+      made.evaluate_if_due(env)
+  assert begun == [0, 2, 4]
 
 
 @pytest.mark.slow
@@ -656,6 +670,8 @@ def test_true_score_is_logged_though_the_model_sees_tanh(tmp_path):
   (path,) = tmp_path.glob('events.*')
   assert b'test/policy' in path.read_bytes()
   assert read_metrics(tmp_path)[-1]['test/return'] == 60
+  # In environment steps, and the row of the reset is none.
+  assert read_metrics(tmp_path)[-1]['test/length'] == 11 * config.action_repeat
   seen = dreamer.preprocess(episode, config, {'image_2': image.shape[1:]})
   np.testing.assert_allclose(seen['reward'], np.tanh(5), rtol=1e-6)
 
@@ -766,7 +782,7 @@ def test_images_of_a_suite_are_as_the_agent_sees_them(tmp_path, kind):
 def test_which_episodes_are_short(tmp_path, capsys, rows, said):
   run = make_run(tmp_path / 'run', '--prefill=1')  # --batch_length 10
   rng = np.random.default_rng(0)
-  episodes = [random_episode(rng, n) for n in (rows, 12)]
+  episodes = [random_episode(rng, n) for n in (rows, 10)]
   tools.save_episodes(run.datadir, episodes)
   look = environments.ShortEpisodes(run)
   for episode in episodes * 2:

@@ -328,6 +328,8 @@ def test_one_choice_alone_and_strangers_among_the_first(tmp_path):
   pair = dict(one, action=np.full((9, 2), 0.5, np.float32))
   data = tmp_path / 'data'
   episode_files.save_episodes(data, [three, pair, three])
+  short = {k: v[:1] for k, v in three.items()}
+  episode_files.save_episodes(data, [short])  # it has no action
   assert replay.describe(data)[1] == 1
   shutil.rmtree(data)
   episode_files.save_episodes(data, [one, one])

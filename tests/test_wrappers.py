@@ -565,6 +565,13 @@ def test_toys_are_seeded(task):
   assert not same(fresh, fresh2)
 
 
+def test_the_first_episode_can_be_run_again_after_others():
+  env = suites.make_task('toy_reach', seed=0, inputs='state')
+  first, *others = (env.reset(number=n)['state'] for n in (0, 3, 4))
+  assert all((first != other).any() for other in others)
+  np.testing.assert_array_equal(env.reset(number=0)['state'], first)
+
+
 @pytest.mark.parametrize('task', ['toy_reach', 'toy_catch'])
 def test_toys_with_repeat(task):
   env = suites.make_task(task, 2, 1000, seed=0)
@@ -668,6 +675,12 @@ class TestWrappers:
         env.step(np.zeros(2))
     with pytest.raises(ValueError, match='time limit'):
       wrappers.TimeLimit(Counting(), 0)
+
+  @pytest.mark.parametrize('length, discount', [(4, 1.0), (9, 0.5)])
+  def test_discount_of_the_environment_at_the_limit(self, length, discount):
+    env = wrappers.TimeLimit(Counting(length, dict(discount=discount)), 4)
+    rows = rollout(env, [np.zeros(2)] * 4)
+    assert rows[-1][2] and rows[-1][3]['discount'] == discount
 
   @pytest.mark.parametrize('length', [3, 4])
   def test_true_end_before_or_at_the_limit(self, length):
