@@ -137,16 +137,22 @@ def areas(inputs):
 
 
 def beside_base(found, arm):
-  """Logarithms of an arm's areas over the base's of equal task and seed."""
-  base = found['base']
-  return np.array(
-    [
-      np.log(of_arm[0] / base[task][seed][0])
-      for task, seeds in found[arm].items()
-      for seed, of_arm in seeds.items()
-      if seed in base.get(task, {})
-    ]
-  )
+  """Logarithms of an arm's areas over the base's of equal task and seed.
+
+  Returns:
+    {group of tasks: array}, of the search tasks, of the others, and of all.
+  """
+  base, groups = found['base'], {}
+  for task, seeds in found[arm].items():
+    searched = task.removeprefix('dmc_') in TASKS
+    group = 'search tasks' if searched else 'held out'
+    for seed, of_arm in seeds.items():
+      if seed in base.get(task, {}):
+        log = np.log(of_arm[0] / base[task][seed][0])
+        groups.setdefault(group, []).append(log)
+  if len(groups) > 1:
+    groups['all'] = sum(groups.values(), [])
+  return {group: np.array(logs) for group, logs in groups.items()}
 
 
 def print_table(inputs):
@@ -168,12 +174,12 @@ def print_table(inputs):
         cells = [', '.join(tasks[task]), *map(_numbers, (means, last))]
         cells.insert(2, _numbers([np.mean(means)]))
         print(f'| `{task}`, {arm} | {" | ".join(cells)} |')
-  print('\n| arm | pairs | ratio | standard error | interval |')
+  print('\n| arm, tasks | pairs | ratio | standard error | interval |')
   print('|---|---|---|---|---|')
-  for arm in found:
-    logs = beside_base(found, arm)
-    if arm != 'base' and len(logs) > 1:
-      print(f'| {arm} | {len(logs)} | {_ratio(logs)} |')
+  for arm in [arm for arm in found if arm != 'base']:
+    for group, logs in beside_base(found, arm).items():
+      if len(logs) > 1:
+        print(f'| {arm}, {group} | {len(logs)} | {_ratio(logs)} |')
 
 
 def _numbers(values):

@@ -128,8 +128,13 @@ def test_arms_beside_the_base(tmp_path, monkeypatch, capsys):
     'horizon10/1': [(5, 500), (15, 700)],
     'horizon10/3': [(5, 9)],
   }
-  for name, points in runs.items():
-    folder = tmp_path / f'toy_reach/dreamer-state-cpu-{name}'
+  places = {f'toy_reach/dreamer-state-cpu-{k}': v for k, v in runs.items()}
+  for arm in ('base', 'horizon10'):  # a task that is not held out
+    for seed in '01':
+      folder = f'dmc_finger_spin/dreamer-state-cpu-{arm}/{seed}'
+      places[folder] = [(5, 7)]
+  for name, points in places.items():
+    folder = tmp_path / name
     folder.mkdir(parents=True)
     (folder / 'run.json').touch()
     rows = [{'step': s, 'test/return': r} for s, r in points]
@@ -139,11 +144,15 @@ def test_arms_beside_the_base(tmp_path, monkeypatch, capsys):
   assert search.main(['--table']) == 0
   lines = capsys.readouterr().out.splitlines()
   first = '| `toy_reach`, base | 0, 1, 2 | 100, 300, 1 | 134 | 160, 300, 1 |'
-  assert lines[2] == first
-  assert lines[3].endswith(
+  assert lines[4] == first
+  assert lines[5].endswith(
     'horizon10 | 0, 1, 3 | 50, 600, 9 | 220 | 50, 700, 9 |'
   )
-  assert lines[-1] == '| horizon10 | 2 | 1.00 | 2.00 | 0.50 to 2.00 |'
+  assert lines[-3:] == [
+    '| horizon10, search tasks | 2 | 1.00 | 1.00 | 1.00 to 1.00 |',
+    '| horizon10, held out | 2 | 1.00 | 2.00 | 0.50 to 2.00 |',
+    '| horizon10, all | 4 | 1.00 | 1.33 | 0.71 to 1.41 |',
+  ]
 
 
 def test_table_in_the_docs(capsys):
