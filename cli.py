@@ -49,7 +49,7 @@ class UserError(Failure):
 
 
 class Stopped(BaseException):
-  """Ctrl-C or SIGTERM asked the run to save and leave.
+  """Ctrl-C, SIGTERM or SIGHUP asked the run to save and leave.
 
   As KeyboardInterrupt no Exception: what handles errors lets it pass.
   """
@@ -210,20 +210,19 @@ def take_signals(handle):
 
 def leave_terminal():
   """What is printed to a terminal that is gone is dropped, and no error."""
-  nowhere = os.open(os.devnull, os.O_WRONLY)
   for number in (1, 2):
     with contextlib.suppress(OSError):  # it may be closed
-      terminal = stat.S_ISCHR(os.fstat(number).st_mode)
-      if terminal and not _is_there(number):
-        os.dup2(nowhere, number)
+      device = stat.S_ISCHR(os.fstat(number).st_mode)
+      if device and not os.isatty(number):
+        drop_output(number)
+
+
+def drop_output(*numbers):
+  """What is written to file descriptors goes nowhere from now on."""
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  for number in numbers:
+    os.dup2(nowhere, number)
   os.close(nowhere)
-
-
-def _is_there(terminal):
-  try:
-    return os.tcgetpgrp(terminal) >= 0
-  except OSError:
-    return False
 
 
 @contextlib.contextmanager

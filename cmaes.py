@@ -159,7 +159,8 @@ class Generations:
   Args:
     search: `Search`.
     population: P.
-    episodes: of each controller in a generation, the first that it begins.
+    episodes: of each controller, the first ones that it begins, which count
+      in a generation.
 
   Attributes:
     search: as given.
@@ -222,9 +223,11 @@ class Generations:
       counts = self._episodes.copy()
       np.add.at(counts, self._candidates[self._candidates >= 0], 1)
       candidate = counts.argmin()
-      acting[index] = self.population[candidate]
       if counts[candidate] < self._count:
         self._candidates[index] = candidate
+      else:
+        candidate = index % len(counts)
+      acting[index] = self.population[candidate]
     return acting
 
   def end_episode(self, index, score):

@@ -17,6 +17,7 @@ import runfile
 import spaces
 import suites
 import workers
+from cli import Failure
 from worker_calls import (
   RenderError,
   TaskError,
@@ -143,7 +144,11 @@ def _callbacks(run):
   )
 
   def save(episode):
-    run.datadir.mkdir(exist_ok=True)  # an error where the logdir is gone
+    try:
+      run.datadir.mkdir(exist_ok=True)
+    except FileNotFoundError:
+      logdir = run.config.logdir
+      raise Failure(f'--logdir {logdir} was removed during the run') from None
     episode_files.save_episodes(run.datadir, [episode], run.exact)
 
   store = [save, functools.partial(summarize, prefix='train')]

@@ -205,7 +205,7 @@ def write_video(path, frames):
   gif, mp4 = path.with_suffix('.gif'), path.with_suffix('.mp4')
   _write(gif, logger.encode_gif(frames, FPS))
   if not media.has_ffmpeg():
-    print(f'No {mp4}: pip install imageio-ffmpeg, with an ffmpeg that runs.')
+    print(f'No {mp4}: pip install imageio-ffmpeg, and an ffmpeg with H.264.')
     return
   try:
     _write(mp4, media.encode_mp4(frames, fps=FPS))

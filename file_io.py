@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import stat
 
 from cli import Failure, UserError
 
@@ -37,7 +38,9 @@ def make_outputs(file, *folders):
   if file and file.is_dir():
     raise UserError(f'{file} is a folder; choose another name for the file')
   if file and file.name in RUN_FILES and file.exists():
-    raise UserError(f'{file} is a file of a run; choose another name')
+    others = {*RUN_FILES, 'checkpoints', 'episodes'} - {file.name}
+    if any((file.parent / name).exists() for name in others):
+      raise UserError(f'{file} is a file of a run; choose another name')
 
 
 TEMPORARY = r'\..+\.\d+\.tmp'  # names of the files that `atomic_write` fills
@@ -97,7 +100,9 @@ def _is_stdout(path):
 
 
 def _is_no_file(path):
-  return path.exists() and not path.is_file()
+  with contextlib.suppress(OSError):
+    return not stat.S_ISREG(path.stat().st_mode)
+  return False
 
 
 def read_json(path):

@@ -196,8 +196,10 @@ class Agent:
           f'Observations are of {count} environments, actions are of '
           f'{len(actions)}.'
         )
-    if obs is None and (self._state is None or np.any(reset)):
+    if obs is None and self._state is None:
       raise ValueError('There is no observation yet: give one, or act first.')
+    if obs is None and np.any(reset):
+      raise ValueError('An episode begins: give its first observation.')
     predictions = self._imagine(obs, self._before(len(actions), reset), actions)
     predictions = {k: v.numpy() for k, v in predictions.items()}
     predictions.update(self._split(predictions.pop('vector', None)))
@@ -299,10 +301,12 @@ class Agent:
 
 def _path(logdir):
   """As every flag, with ~ for the home of a user."""
-  if not isinstance(logdir, (str, os.PathLike)):
+  if isinstance(logdir, os.PathLike):
+    logdir = os.fspath(logdir)
+  if not isinstance(logdir, str):
     raise UserError(f'logdir is a path, not a {type(logdir).__name__}')
   try:
-    return arguments.Path().parse(str(logdir))
+    return arguments.Path().parse(logdir)
   except ValueError as error:
     raise UserError(f'logdir {logdir!r} is not a path{error}') from None
 

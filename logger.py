@@ -141,8 +141,8 @@ METRICS = {
   'behavior/imag_return': 'Mean return of imagined states: Eq. 6, or 4',
   'behavior/imag_value': 'Mean value of imagined states',
   'behavior/imag_return_best': 'Largest imagined return of a controller',
-  'behavior/generation': 'Generations so far, scored in the environment',
-  'behavior/generation_return': 'Mean return of all controllers of it',
+  'behavior/generation': 'Generations scored in the environment so far',
+  'behavior/generation_return': 'Mean return of controllers of a generation',
   'behavior/generation_return_best': 'Largest mean return of a controller',
   'behavior/evolve_std': 'Standard deviation of the weights of controllers',
 }

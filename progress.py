@@ -132,7 +132,7 @@ class Progress:
     gone = max(0, known - self._learner.step)
     if gone or self._c.offline:  # whose steps follow from flags
       self._go_back()
-    self._perhaps_begun &= not gone  # or what is made again has other weights
+    self._perhaps_begun &= not gone  # steps made again have other weights
     self._should_eval.repeat_from(self._learner.step)
     self._learner.repeat_entries()
     if restored and not self._c.offline:  # due since then, though none was made

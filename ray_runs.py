@@ -17,7 +17,7 @@ import sys
 import time
 
 from cli import UserError, leave_terminal, signal_name, take_signals
-from ray_workers import reach, start_ray
+from ray_workers import quiet_errors, reach, start_ray
 
 ROOT = pathlib.Path(__file__).resolve().parent
 FINISHED = 'sweep.json'  # in a logdir: the step at which its run finished
@@ -39,6 +39,10 @@ if os.getppid() != int(sys.argv[1]):
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
+
+
+# Ray would kill at once what a worker leaves behind.
+KEPT = dict(env_vars={'RAY_kill_child_processes_on_worker_exit': '0'})
 
 
 def say(line):
@@ -113,8 +117,6 @@ def import_ray():
   os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
   os.environ.setdefault('RAY_worker_niceness', '0')  # runs inherit it
   os.environ.setdefault('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
-  # Runs that a worker leaves behind save first (see `BOOT`).
-  os.environ.setdefault('RAY_kill_child_processes_on_worker_exit', '0')
   try:
     import ray
     import rich  # noqa: F401
@@ -127,11 +129,10 @@ def import_ray():
 
 def connect(ray, address):
   """Joins the cluster at an address, or starts one here."""
-  address = '' if address == 'local' else address
-  # Ray prints what it hears of dead workers, which arrives as errors anyway.
-  ray._private.worker.listen_error_messages = lambda *args: None
+  address = '' if address in (None, 'local') else address
+  quiet_errors(ray)
   try:
-    reach(address or '')
+    reach(address)
     where = address or start_ray(
       object_store_memory=2**27, _node_ip_address='127.0.0.1'
     )
@@ -204,8 +205,10 @@ class Sweep:
     self._ray, self._runs, self._retries = ray, runs, retries
     self._share = cpus, gpus
     self._folder = os.getcwd()
-    self._make = ray.remote(num_cpus=cpus, num_gpus=gpus)(Runner).remote
-    self._wanted = 0  # signals that came
+    options = dict(num_cpus=cpus, num_gpus=gpus, runtime_env=KEPT)
+    self._make = ray.remote(**options)(Runner).remote
+    self._counted = 0  # signals but for SIGHUP, which comes with others
+    self._wanted = 0  # 1: runs are to save and end, more: at once
     self._asked = 0  # signals that were passed on
     self._deadline = None
 
@@ -215,9 +218,9 @@ class Sweep:
   def _handle(self, number, frame):
     if number == signal.SIGHUP:
       leave_terminal()
-      self._wanted = max(self._wanted, 1)
     else:
-      self._wanted += 1
+      self._counted += 1
+    self._wanted = max(self._wanted, self._counted, 1)
 
   def run(self, board):
     """Returns when all have ended; whether it was stopped before."""

@@ -403,9 +403,7 @@ def _connect_ray():
   import ray
 
   logging.getLogger('ray').setLevel(logging.ERROR)
-  # Ray prints what it hears of dead workers, which arrives as errors anyway.
-  ray._private.worker.listen_error_messages = lambda *args: None
-
+  quiet_errors(ray)
   ended = queue.SimpleQueue()
 
   def connect():
@@ -431,6 +429,11 @@ def _connect_ray():
   return ray
 
 
+def quiet_errors(ray):
+  """Ray prints what it hears of dead workers, which come as errors anyway."""
+  ray._private.worker.listen_error_messages = lambda *args: None
+
+
 def reach(address):
   """OSError where nobody listens at a cluster's address.
 
@@ -453,8 +456,8 @@ def _is_own_ray(ray):
 
 # Ends with the trainer, however that ends, because its input does.
 _RAY_CODE = """
-import json, shutil, sys, tempfile
-import ray, signal
+import json, shutil, signal, sys, tempfile
+import ray
 folder = tempfile.mkdtemp(prefix='ray-', dir='/tmp')
 try:
   ray.init(

@@ -354,8 +354,12 @@ def _train(run, envs, test_env):
     run.say(_ending(run, learner, before))
     run.team.wait()  # to leave together
   except cli.Stopped:
-    run.say('Stopping after the update under way; a second signal: unsaved.')
+    with contextlib.suppress(BrokenPipeError):  # what reads it may have ended
+      run.say('Stopping after the update under way; a second signal: unsaved.')
     _stop(run, learner, progress)
+  except BrokenPipeError:
+    _stop(run, learner, progress)
+    raise
   except worker_calls.ERRORS:
     _stop(run, learner, progress)
     raise
@@ -371,7 +375,8 @@ def _stop(run, learner, progress):
   learner.halt()
   line = f'Stopped at step {learner.step}, {learner.updates} updates;'
   line += progress.save_when_stopped()
-  run.say(f'{line} saved to {run.config.logdir}. The same command resumes.')
+  with contextlib.suppress(BrokenPipeError):
+    run.say(f'{line} saved to {run.config.logdir}. The same command resumes.')
 
 
 def _begin(run, envs, test_env):

@@ -223,12 +223,15 @@ def run(argv):
   if args.costs:
     time_costs(args.episodes[0])
     return
+  names = [folder.name for folder in args.episodes]
+  if len(set(names)) < len(names):
+    raise cli.UserError('--episodes: folders need names that differ')
   file_io.make_outputs(args.json)
   done = read_done(args.json)
   for seed in range(args.seeds):
     for folder in args.episodes:
       for arm in args.arms.split(','):
-        name = f'{folder} {arm} {seed}'
+        name = f'{folder.name} {arm} {seed}'
         if name in done:
           continue
         done[name] = learn(folder, ARMS[arm], seed, args.updates)

@@ -290,7 +290,8 @@ def test_imagining_where_an_episode_begins(runs):
   fresh = agent.imagine(obs, actions)['state']
   np.testing.assert_allclose(told[1], fresh[1], atol=1e-6)
   assert np.abs(told[0] - fresh[0]).max() > 1e-3
-  with pytest.raises(ValueError, match='There is no observation yet'):
+  agent.act(obs)
+  with pytest.raises(ValueError, match='give its first observation'):
     agent.imagine(None, actions, reset=[False, True])
 
 

@@ -259,6 +259,21 @@ def test_a_run_of_other_flags_is_told(tmp_path, capsys):
   assert capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize(
+  'signals, wanted',
+  [('HUP TERM', 1), ('TERM HUP', 1), ('HUP', 1), ('INT HUP TERM', 2)],
+)
+def test_a_terminal_that_is_gone_kills_no_runs(monkeypatch, signals, wanted):
+  """A closed terminal often sends SIGTERM as well; runs are to save."""
+  monkeypatch.setattr(ray_runs, 'leave_terminal', lambda: None)  # pytest's own
+  ray = types.SimpleNamespace(remote=lambda **options: lambda actor: actor)
+  monkeypatch.setattr(ray_runs.Runner, 'remote', None, raising=False)
+  made = ray_runs.Sweep(ray, [], 0, 1, 0)
+  for name in signals.split():
+    made._handle(signal.Signals[f'SIG{name}'], None)
+  assert made._wanted == wanted
+
+
 @pytest.mark.parametrize('setting', [(), ('--inputs', 'state')])
 def test_arms_are_what_dreamer_and_compare_take_them_for(tmp_path, setting):
   """dreamer.py accepts the flags of all, and compare.py tells them apart."""

@@ -437,13 +437,13 @@ def test_a_logdir_that_was_removed_is_not_made_anew(make_learner, tmp_path):
   save(episode)
   assert len(episode_files.list_episodes(run.datadir)) == 1
   shutil.rmtree(tmp_path / 'run')
-  with pytest.raises(FileNotFoundError):
+  with pytest.raises(cli.Failure, match='was removed during the run'):
     save(episode)
   assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('rows', [26, 1])
-def test_no_line_of_an_episode_that_is_broken(make_learner, tmp_path, rows):
+def test_no_line_of_an_episode_broken_or_empty(make_learner, tmp_path, rows):
   agent = make_learner(tmp_path)
   run = agent._run
   for name in episode_files.list_episodes(run.datadir):
