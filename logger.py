@@ -1,6 +1,7 @@
 """What a run shows: metrics.jsonl, TensorBoard, progress, pictures."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import PIL.Image
 import tensorflow as tf
 import tqdm
 
+import cli
 import file_io
 
 # --- Pictures ---------------------------------------------------------------
@@ -250,8 +252,13 @@ class Logger:
 
   def say(self, line):
     line = f'[worker {self._worker}] {line}' if self._worker else line
-    self._bar.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    try:
+      self._bar.write(line, file=sys.stdout)
+      sys.stdout.flush()
+    except OSError as error:
+      if error.errno != errno.EIO:
+        raise
+      cli.leave_terminal()  # it was closed: SIGHUP is on its way
 
   def progress(self, step, updates):
     self._bar.n = min(step, self._bar.total)

@@ -4,6 +4,10 @@ import io
 import json
 import os
 import pathlib
+import pty
+import subprocess
+import sys
+import textwrap
 
 from logdirs import read_metrics
 
@@ -142,3 +146,29 @@ def test_logger_keeps_whole_lines(tmp_path):
   path.write_text('{"step": 10}\n{"step": 20}\n')
   logger.Logger(tmp_path, total=100).close()
   assert path.read_text() == '{"step": 10}\n{"step": 20}\n'
+
+
+def test_a_terminal_that_is_gone_costs_nothing(tmp_path):
+  """What is printed before the signal of that comes fails."""
+  code = f"""
+    import logger
+    log = logger.Logger({str(tmp_path)!r}, 100)
+    input()
+    for line in ('first', 'second'):
+      log.say(line)
+    log.scalars(7, dict(fps=1))
+    log.flush()
+  """
+  ours, theirs = pty.openpty()
+  process = subprocess.Popen(
+    [sys.executable, '-c', textwrap.dedent(code)],
+    cwd=pathlib.Path(logger.__file__).parent,
+    stdin=subprocess.PIPE,
+    stdout=theirs,
+    stderr=theirs,
+  )
+  os.close(theirs)
+  os.close(ours)
+  process.communicate(b'\n', timeout=120)
+  assert process.returncode == 0
+  assert read_metrics(tmp_path)[-1]['step'] == 7
