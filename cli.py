@@ -210,18 +210,12 @@ def take_signals(handle):
 
 def leave_terminal():
   """What is printed to a terminal that is gone is dropped, and no error."""
+  nowhere = os.open(os.devnull, os.O_WRONLY)
   for number in (1, 2):
     with contextlib.suppress(OSError):  # it may be closed
       device = stat.S_ISCHR(os.fstat(number).st_mode)
       if device and not os.isatty(number):
-        drop_output(number)
-
-
-def drop_output(*numbers):
-  """What is written to file descriptors goes nowhere from now on."""
-  nowhere = os.open(os.devnull, os.O_WRONLY)
-  for number in numbers:
-    os.dup2(nowhere, number)
+        os.dup2(nowhere, number)
   os.close(nowhere)
 
 

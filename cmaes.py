@@ -159,8 +159,8 @@ class Generations:
   Args:
     search: `Search`.
     population: P.
-    episodes: of each controller, the first ones that it begins, which count
-      in a generation.
+    episodes: how many of each controller count in a generation, the first
+      that it begins.
 
   Attributes:
     search: as given.

@@ -241,10 +241,12 @@ def brief(value):
   return f'{value:.3g}'.replace('e+0', 'e').replace('e+', 'e')
 
 
+# fmt: off
 TITLES = (
-  *('task', 'method', 'steps', 'seeds', 'return', 'paper, at', 'difference'),
-  *('verdict', 'paper 5e6', 'PlaNet 5e6', 'D4PG 1e8', 'A3C 1e8'),
+  'task', 'method', 'steps', 'seeds', 'return', 'paper, at', 'difference',
+  'verdict', 'paper 5e6', 'PlaNet 5e6', 'D4PG 1e8', 'A3C 1e8',
 )
+# fmt: on
 
 
 def cells(row):

@@ -151,9 +151,10 @@ def _callbacks(run):
       raise Failure(f'--logdir {logdir} was removed during the run') from None
     episode_files.save_episodes(run.datadir, [episode], run.exact)
 
-  store = [save, functools.partial(summarize, prefix='train')]
-  store.append(ShortEpisodes(run))
-  return store, functools.partial(summarize, prefix='test')
+  train, test = (
+    functools.partial(summarize, prefix=prefix) for prefix in ('train', 'test')
+  )
+  return [save, train, ShortEpisodes(run)], test
 
 
 class Distinct:

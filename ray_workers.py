@@ -516,9 +516,7 @@ def start_ray(**options):
   log.seek(0)
   said = log.read().decode(errors='replace').split('\n')
   last = next((line for line in reversed(said) if line.strip()), 'no word')
-  raise TaskError(
-    f'Ray does not start: {last.strip()} (it needs some 100 MB in /tmp)'
-  )
+  raise TaskError(f'Ray does not start: {last.strip()} (is /tmp full?)')
 
 
 def _end_own_ray(keeper):
