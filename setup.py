@@ -48,6 +48,8 @@ setuptools.setup(
     'file_io',
     'free',
     'gym_env',
+    'gym_make',
+    'gym_spaces',
     'lab_env',
     'layers',
     'learner',

@@ -16,7 +16,8 @@ import spaces
 import toys
 import wrappers
 from cli import nearest
-from gym_env import GymEnv, right_form
+from gym_env import GymEnv
+from gym_make import right_form
 from spaces import gym
 from worker_calls import TaskError
 

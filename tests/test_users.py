@@ -21,6 +21,7 @@ import pytest
 import cli
 import episode_files
 import gym_env
+import gym_make
 import processes
 import spaces
 import suites
@@ -1073,9 +1074,9 @@ def test_an_id_without_its_package_gets_the_right_form():
     suites.make_task('gym_MiniGrid-Empty-5x5-v0')
   assert '--task gym_minigrid:MiniGrid-Empty-5x5-v0' in str(error.value)
   with pytest.raises(TaskError, match='pip install'):
-    gym_env.make('metaworld:Meta-World/MT1', {})
+    gym_make.make('metaworld:Meta-World/MT1', {})
   with pytest.raises(TaskError, match='current folder'):
-    gym_env.make('no_such_module_of_mine:X-v0', {})
+    gym_make.make('no_such_module_of_mine:X-v0', {})
 
 
 # fmt: off
