@@ -6,9 +6,10 @@ import dataclasses
 
 import numpy as np
 
-import compare
+import plots
 import run_folders
 from charts import Chart, Level, Line
+from paper_scores import SCALE, brief
 
 RETURN = run_folders.AXES[1]
 COLORS = 8  # of methods, in templates/style.css
@@ -122,18 +123,18 @@ def method_colors(methods):
 
 
 def curves(runs, label, color, style=''):
-  """Lines of each seed, thin, and of their mean, by `compare.mean_curve`."""
+  """Lines of each seed, thin, and of their mean, by `plots.mean_curve`."""
   runs = [run for run in runs if len(run.steps)]
   if not runs:
     return []
-  edges, bins = compare.binned(runs)
+  edges, bins = plots.binned(runs)
   lines = []
   for values in bins if len(runs) > 1 else ():
     has = np.isfinite(values)
     lines.append(
       Line(label, color, edges[has], values[has], f'thin {style}', shown=False)
     )
-  x, mean, _ = compare.mean_curve(edges, bins)
+  x, mean, _ = plots.mean_curve(edges, bins)
   if len(x):
     return [*lines, Line(label, color, x, mean, style)]
   lines[0].shown = True  # seeds that have no steps in common
@@ -160,7 +161,7 @@ def return_chart(task, groups, colors, paper, random):
     return None
   last = max(line.x[-1] for line in lines)
   if task in paper['final']:
-    curve, span = paper['curves'][task], (0, compare.SCALE)
+    curve, span = paper['curves'][task], (0, SCALE)
     lines.insert(0, _paper_line(curve['steps'], curve['mean'], last))
     last = max(last, lines[0].x[-1])
     levels.append(_paper_level(paper, paper['final'][task]['dreamer']))
@@ -178,7 +179,7 @@ def _paper_line(steps, values, last):
 
 
 def _paper_level(paper, value):
-  steps = compare.brief(paper['methods']['dreamer']['steps'])
+  steps = brief(paper['methods']['dreamer']['steps'])
   return Level(f'paper at {steps}, {value:.4g}', 'paper', value)
 
 
@@ -214,9 +215,9 @@ def _score_chart(method, tasks, paper):
   count = f'{len(tasks)} task{"s" * (len(tasks) > 1)}'
   return Chart(
     method,
-    f'return / {compare.SCALE}, mean of {count}',
-    [theirs, Line(method, 'c0', steps, np.mean(scores, 0) / compare.SCALE)],
-    [_paper_level(paper, final / compare.SCALE)],
+    f'return / {SCALE}, mean of {count}',
+    [theirs, Line(method, 'c0', steps, np.mean(scores, 0) / SCALE)],
+    [_paper_level(paper, final / SCALE)],
     (0, 1),
     max(last, theirs.x[-1]),
   )
@@ -227,7 +228,7 @@ def _paper_mean(tasks, paper):
   curves = [paper['curves'][task] for task in tasks]
   steps = np.array(min((curve['steps'] for curve in curves), key=len))
   means = [np.interp(steps, curve['steps'], curve['mean']) for curve in curves]
-  return steps, np.mean(means, 0) / compare.SCALE
+  return steps, np.mean(means, 0) / SCALE
 
 
 def _at(run, steps):

@@ -42,6 +42,7 @@ with cli.interruptible():
   import compare
   import media
   import panels
+  import paper_scores
   import run_folders
   import run_origins
 from cli import UserError
@@ -165,7 +166,7 @@ class Report:
   def __init__(self, args):
     self._args = args
     self._reader = panels.Reader()
-    self._paper = compare.load_paper()
+    self._paper = paper_scores.load()
     self._templates = make_templates()
     self._state = None
     self._site = None

@@ -42,9 +42,9 @@ import time
 import arguments
 import cli
 import commandline
-import compare
 import configs
 import file_io
+import paper_scores
 import ray_runs
 import run_folders
 import suites
@@ -116,7 +116,7 @@ def expand(name, methods=None):
     name: one of `SETS`, or a task.
     methods: names of those to keep; None: all of a figure, else Dreamer.
   """
-  dmc20 = list(compare.load_paper()['final'])
+  dmc20 = list(paper_scores.load()['final'])
   arms = [plain(method) for method in methods or ['dreamer']]
   tasks = {
     'dmc20': dmc20,

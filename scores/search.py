@@ -26,9 +26,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import arguments
 import cli
 import commandline
-import compare
 import configs
 import file_io
+import paper_scores
 import run_folders
 import spaces
 
@@ -248,7 +248,7 @@ def run(argv):
     time_costs(tasks[0], args.inputs)
     tasks = []
   if tasks == ['dmc20']:
-    tasks = list(compare.load_paper()['final'])
+    tasks = list(paper_scores.load()['final'])
   for seed in args.seeds.split(','):
     for arm in args.arms.split(','):
       for task in tasks:

@@ -17,6 +17,7 @@ import dreamer
 import spaces
 import tools
 import training
+import update_parts
 from processes import marked, wait_until
 
 pytestmark = pytest.mark.slow
@@ -157,7 +158,7 @@ def test_split_of_an_update_has_all_heads(tmp_path):
     reward=np.zeros(shape, np.float32),
     discount=np.ones(shape, np.float32),
   )
-  pieces = benchmark._pieces(agent, batch, config)
+  pieces = update_parts.pieces(agent, batch, config)
   seen.clear()  # what making them has run
   pieces['decoder_heads']()
   assert seen == {'reward', 'pcont'}

@@ -14,6 +14,8 @@ from scipy import stats
 
 import compare
 import panels
+import paper_scores
+import plots
 import run_folders
 from pages import WALK, write_metrics, write_run
 
@@ -61,7 +63,7 @@ def report(indir, *words):
 
 
 def test_table_of_the_paper():
-  paper = compare.load_paper()
+  paper = paper_scores.load()
   names = ('a3c', 'd4pg', 'planet', 'dreamer')
   final = {}
   for line in TABLE.split('\n')[1:-1]:
@@ -193,7 +195,7 @@ def test_runs_that_do_not_count_are_named(tmp_path, capsys):
   ],
 )
 def test_nearest_published_step(step, nearest, mean):
-  found = compare.published(compare.load_paper(), WALK, step)
+  found = paper_scores.published(paper_scores.load(), WALK, step)
   assert (found['steps'], found['mean']) == (nearest, mean)
   assert (found['source'] == 'Appendix G') == (nearest == 5_000_000)
   if nearest == 100_000:  # sample standard deviation of 5 seeds
@@ -569,7 +571,7 @@ def test_curves_show_mean_and_spread_by_bins(tmp_path):
     write_run(tmp_path / f'a{seed}', WALK, seed, pairs)
   runs = run_folders.find_runs([tmp_path])
   panel = Figure().subplots()
-  assert compare._draw_runs(panel, runs, 'label', 'C0', bins=2000) == 4000
+  assert plots._draw_runs(panel, runs, 'label', 'C0', bins=2000) == 4000
   first, second, mean = (line.get_xydata().tolist() for line in panel.lines)
   assert first == [[2000, 101.5], [4000, 103.5]]
   assert second == [[2000, 301.5], [4000, 303.5]]
@@ -651,7 +653,7 @@ def drawn(folder, bins=0.0):
 
   panel = Figure().subplots()
   runs = run_folders.find_runs([folder])
-  end = compare._draw_runs(panel, runs, 'label', 'C0', bins)
+  end = plots._draw_runs(panel, runs, 'label', 'C0', bins)
   return panel.lines, end
 
 
@@ -683,7 +685,7 @@ def test_other_axes_than_steps_may_be_below_one(tmp_path, capsys):
   assert code == 0 and (row['steps'], row['seeds']) == (0.9, 1)
   assert row['scores'] == {'0': pytest.approx(8.5)}
   (run,) = run_folders.find_runs([tmp_path / 'runs'], 'ratio')
-  edges, curves = compare.binned([run], 0)
+  edges, curves = plots.binned([run], 0)
   assert np.isfinite(curves).sum() == 9 and edges[-1] == pytest.approx(0.9)
 
 

@@ -27,6 +27,8 @@ import compare
 import logger
 import media
 import panels
+import paper_scores
+import plots
 import report
 import run_folders
 import run_origins
@@ -299,7 +301,7 @@ def test_normalized_score_by_hand(tmp_path):
   cheetah = [(50_000, 0.0), (50_000, 200.0), (150_000, 300.0)]
   write_run(tmp_path / 'c', 'dmc_cheetah_run', 0, cheetah)
   groups = run_folders.group_runs(run_folders.find_runs([tmp_path]))
-  paper = compare.load_paper()
+  paper = paper_scores.load()
   (chart,) = panels.score_charts(groups, paper)
   assert chart.about == 'return / 1000, mean of 2 tasks'
   # At 1e5 (200 + 200) / 2, at 150,000 ((200 + 500) / 2 + 300) / 2.
@@ -361,7 +363,7 @@ def test_random_actions_end_where_learning_begins(tmp_path):
 def test_the_last_step_of_a_run_is_in_the_last_bin(tmp_path):
   # 31000 / 30 is rounded so that the last of 31 edges is below 31000.
   write_run(tmp_path / 'a', WALK, 0, [(10_000, 1.0), (31_000, 5.0)])
-  edges, curves = compare.binned(run_folders.find_runs([tmp_path]))
+  edges, curves = plots.binned(run_folders.find_runs([tmp_path]))
   assert len(edges) == 31 and curves[0, -1] == 5.0
 
 
@@ -872,7 +874,7 @@ def test_the_page_of_this_repository_is_of_its_runs():
   """If not: docs/usage.md has the command that makes it."""
   site = ROOT / 'docs/site'
   groups = run_folders.group_runs(run_folders.find_runs([ROOT / 'scores/runs']))
-  rows = compare.compare(groups, compare.load_paper(), 1e5)
+  rows = compare.compare(groups, paper_scores.load(), 1e5)
   shown = json.loads((site / 'compare.json').read_text())['rows']
   for name in ('task', 'method', 'steps', 'seeds', 'verdict'):
     assert [r[name] for r in shown] == [r[name] for r in rows]
