@@ -17,7 +17,7 @@ import sys
 import time
 
 from cli import UserError, leave_terminal, signal_name, take_signals
-from ray_workers import quiet_errors, reach, start_ray
+from ray_cluster import quiet_errors, reach, start_ray
 
 ROOT = pathlib.Path(__file__).resolve().parent
 FINISHED = 'sweep.json'  # in a logdir: the step at which its run finished

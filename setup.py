@@ -60,6 +60,7 @@ setuptools.setup(
     'own_names',
     'progress',
     'quiet',
+    'ray_cluster',
     'ray_workers',
     'replay',
     'representations',

@@ -285,9 +285,9 @@ def check_parallel(task, strategy, inputs='image'):
   process that has imported it. 'ray' is refused where it is not installed.
   """
   if strategy == 'ray':
-    import ray_workers  # optional
+    import ray_cluster  # optional
 
-    ray_workers.require_ray()
+    ray_cluster.require_ray()
   suite, _ = find(task)
   renders = suite.renders and spaces.names_image(inputs)
   if strategy in ('thread', 'none') and renders:

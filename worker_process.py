@@ -387,9 +387,9 @@ def _leave_out_agent():
 # fmt: off
 OWN = (
   'atari_env', 'cli', 'dmc_env', 'episode_files', 'file_io', 'gym_env',
-  'gym_make', 'gym_spaces', 'lab_env', 'opengl', 'ray_workers', 'replay',
-  'spaces', 'suites', 'toys', 'worker_calls', 'worker_process', 'workers',
-  'wrappers',
+  'gym_make', 'gym_spaces', 'lab_env', 'opengl', 'ray_cluster', 'ray_workers',
+  'replay', 'spaces', 'suites', 'toys', 'worker_calls', 'worker_process',
+  'workers', 'wrappers',
 )
 # fmt: on
 _hidden = {}  # those of them whose names the user has taken

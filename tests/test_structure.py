@@ -12,11 +12,12 @@ import configs
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = {p.stem: p for p in ROOT.glob('*.py') if p.stem != 'setup'}
+RAY = 'ray_cluster', 'ray_workers'
 # What may be imported inside a function: packages that are optional or slow to
 # load.
 OPTIONAL = {
   *('ray', 'rich', 'gym', 'ale_py', 'deepmind_lab', 'dm_control'),
-  *('cma', 'matplotlib', 'OpenGL', 'ray_workers', 'imageio_ffmpeg'),
+  *('cma', 'matplotlib', 'OpenGL', 'imageio_ffmpeg', *RAY),
 }
 
 
@@ -91,7 +92,7 @@ def test_setup_installs_what_the_agent_imports():
     for node in ast.walk(tree)
     if isinstance(node, ast.keyword) and node.arg == 'py_modules'
   )
-  assert installed == sorted(reached('dreamer', *named()) | {'ray_workers'})
+  assert installed == sorted(reached('dreamer', *named()) | {*RAY})
 
 
 def defined(name):

@@ -900,9 +900,9 @@ def test_the_users_modules_go_before_ours(tmp_path, monkeypatch, strategy):
   for name in names:
     (tmp_path / f'{name}.py').write_text('MINE = 9')
   if strategy == 'ray':  # it keeps the folder that it is started in
-    import ray_workers
+    import ray_cluster
 
-    ray_workers._connect_ray()
+    ray_cluster.connect()
   monkeypatch.chdir(tmp_path)
   make = functools.partial(
     suites.make_task, 'gym_my_envs:Mine-v7', 1, 10, seed=0
@@ -930,7 +930,8 @@ def test_our_modules_and_their_place_in_a_worker():
   from worlds import in_worker
 
   own, path = in_worker(own_modules)
-  assert own == set(worker_process.OWN) - {'ray_workers'}  # that is for actors
+  for_actors = {'ray_cluster', 'ray_workers'}
+  assert own == set(worker_process.OWN) - for_actors
   assert path[-1] == ROOT and ROOT not in path[:-1]
 
 

@@ -732,13 +732,13 @@ def test_a_run_whose_cluster_ends_is_saved(tmp_path):
     import time
     from ray import cluster_utils
     import dreamer
-    import ray_workers
+    import ray_cluster
     os.makedirs('/tmp/ray', exist_ok=True)  # where Ray notes the address
     logdir, folder = sys.argv[1:]
     cluster = cluster_utils.Cluster(
         True, head_node_args=dict(num_cpus=2, temp_dir=folder))
     os.environ['RAY_ADDRESS'] = cluster.address
-    ray_workers._Head.EVERY, ray_workers._Head.PATIENCE = 0.5, 1.0
+    ray_cluster.Head.EVERY, ray_cluster.Head.PATIENCE = 0.5, 1.0
 
     def end():
       metrics = pathlib.Path(logdir, 'metrics.jsonl')
