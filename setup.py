@@ -68,6 +68,7 @@ setuptools.setup(
     'runfile',
     'spaces',
     'suites',
+    'tf_config',
     'tools',
     'toys',
     'training',

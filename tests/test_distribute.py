@@ -25,6 +25,7 @@ import cli
 import configs
 import distribute
 import spaces
+import tf_config
 import training
 from logdirs import read_metrics
 
@@ -302,7 +303,7 @@ def test_a_process_that_has_the_index_of_another(host):
   (port,) = free_ports(1)
   mine, other = f'127.0.0.1:{port}', f'{host}:{port}'
   with pytest.raises(cli.UserError, match=f'{other} in TF_CONFIG is another'):
-    distribute._wait_for_peers(0, [mine, other])
+    tf_config._wait_for_peers(0, [mine, other])
 
 
 def test_cluster_numbers_the_chief_first(monkeypatch):
@@ -312,7 +313,7 @@ def test_cluster_numbers_the_chief_first(monkeypatch):
     task = dict(type=kind, index=index)
     text = json.dumps(dict(cluster=cluster, task=task))
     monkeypatch.setenv('TF_CONFIG', text)
-    found.append(distribute._read_cluster())
+    found.append(tf_config.read())
   addresses = ['a:1', 'b:1', 'c:1']
   assert found == [(0, addresses), (1, addresses), (2, addresses)]
 
