@@ -37,6 +37,7 @@ import library
 import logger
 import media
 import runfile
+import saved_model
 import spaces
 import tools
 import training
@@ -273,7 +274,8 @@ def run(argv):
   training.setup_precision('32' if args.export else config.precision)
   with file_io.file_errors():
     if args.export:
-      library.export(library.load_dreamer(config, dreamer.Dreamer), args.export)
+      agent = library.load_dreamer(config, dreamer.Dreamer)
+      saved_model.export(agent, args.export)
       print(f'Wrote {args.export}.')
       return
     evaluate(config, args.episodes, args.outdir, args.json)

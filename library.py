@@ -1,4 +1,4 @@
-"""The agent as a library: NumPy in and out, and a SavedModel for elsewhere.
+"""The agent as a library: NumPy in and out.
 
     agent = dreamer.load('./logdir/walker')
     action = agent.act(obs, reset=True)
@@ -8,13 +8,8 @@
 Letters in shapes: E environments, A action, H steps of imagination.
 """
 
-import errno
-import keyword
 import os
-import pathlib
 import re
-import shutil
-import tempfile
 
 import cloudpickle
 import numpy as np
@@ -24,93 +19,13 @@ import agent_spec
 import arguments
 import checkpoints
 import commandline
-import configs
 import environments
-import file_io
 import runfile
 import spaces
 import training
-from cli import AttrDict, Failure, Stopped, StopSignal, UserError, kept_signals
+from cli import AttrDict, Stopped, StopSignal, UserError, kept_signals
 from logger import to_uint8
-
-
-class Policy(tf.Module):
-  """Acting as pure functions of tensors, which a SavedModel can hold.
-
-  A state is a dictionary of what the agent remembers: the model state, its last
-  action, and the seed of its next noise, int32 [2].
-
-  Args:
-    agent: `dreamer.Dreamer`.
-  """
-
-  def __init__(self, agent):
-    super().__init__()
-    self.agent = agent
-    layers = agent.networks().values()
-    self.weights = [w.value for layer in layers for w in layer.weights]
-
-  def start(self, batch, seed):
-    """The state before an episode.
-
-    Args:
-      batch: E, int32 scalar.
-      seed: int32 [2], of the noise.
-    """
-    latent = self.agent.world.dynamics.initial(batch)
-    action = tf.zeros([batch, self.agent.actions])
-    return dict(latent, action=action, seed=seed)
-
-  def act(self, obs, state, sample=False):
-    """An action for each environment; no exploration noise.
-
-    Args:
-      obs: the inputs: images uint8 [E, 64, 64, 3], vectors float32 [E, ...].
-      state: from `start`, or of the last call.
-      sample: draw from the action model, else take its mode.
-
-    Returns:
-      Actions [E, A] in [-1, 1] or one-hot, and the new state.
-    """
-    seeds = tf.random.experimental.stateless_split(state['seed'], 3)
-    latent = self._observe(obs, state, seeds[0])
-    action = self.agent.behavior.act(latent, seeds[1], sample)
-    return action, dict(latent, action=action, seed=seeds[2])
-
-  def imagine(self, obs, state, actions):
-    """What the model predicts after `obs` for actions [E, H, A].
-
-    Args:
-      obs: as in `act`; None to go on from `state` itself.
-      state: as in `act`.
-
-    Returns:
-      {name: [E, H, ...]}: reward, discount where it is predicted, images about
-      in [0, 1] (not clipped), and `vector`, as the model sees it.
-    """
-    world = self.agent.world
-    seeds = tf.random.experimental.stateless_split(state['seed'], 2)
-    latent = _latent(state)
-    if obs is not None:
-      latent = self._observe(obs, state, seeds[0])
-    steps = tf.random.experimental.stateless_split(seeds[1], actions.shape[1])
-    feat = world.dynamics.get_feat(
-      world.dynamics.imagine(actions, latent, steps)
-    )
-    predictions = {k: head(feat).mean() for k, head in world.heads.items()}
-    if predictions.pop('pcont', None) is not None:
-      predictions['discount'] = world.continuation(feat)
-    for name, decoder in world.representation.decoders.items():
-      predictions[name] = decoder(feat).mean() + 0.5
-    return predictions
-
-  def _observe(self, obs, state, seed):
-    return self.agent.observe(obs, _latent(state), state['action'], seed)
-
-
-def _latent(state):
-  """The model state within the state of a `Policy`."""
-  return {k: v for k, v in state.items() if k not in ('action', 'seed')}
+from pure_policy import Policy
 
 
 class Agent:
@@ -391,127 +306,3 @@ def _check_sendable(make_env):
       'function that makes the environment, and not hold one; or give '
       "parallel='thread', which sends nothing"
     ) from error
-
-
-# --- The SavedModel ---------------------------------------------------------
-
-
-ABOUT = 'agent.json'
-PARTIAL = '.export-'  # names begin so while files are written
-
-
-def export(agent, folder):
-  """Writes a SavedModel that acts with TensorFlow alone.
-
-  Its signatures, with the names and shapes of their tensors:
-
-    reset  batch int32 [], seed int32 [2]    -> memory_*
-    act    the inputs [E, ...], and memory_*  -> action [E, A], and memory_*
-
-  Args:
-    agent: `dreamer.Dreamer`.
-    folder: which it makes.
-
-  Raises:
-    UserError: two inputs would have one name, or the folder holds something
-      else or cannot be written.
-  """
-  folder = pathlib.Path(folder)
-  if not _replaceable(folder):
-    raise UserError(
-      f'--export {folder} holds something else; choose a new folder, an empty '
-      'one, or one that was exported to before'
-    )
-  policy = Policy(agent)
-  signatures = _signatures(policy, agent.world.inputs)
-  about = dict(
-    task=agent.config.task,
-    method=configs.method_name(agent.config),
-    action_repeat=agent.config.action_repeat,
-    inputs={k: [_plain(k), list(v)] for k, v in agent.world.inputs.items()},
-    actions=spaces.action_record(agent.action_space),
-  )
-  _save_whole(policy, signatures, about, folder)
-
-
-def _signatures(policy, inputs):
-  """The two functions of `export`, {name: concrete function}."""
-  state = policy.start(1, tf.zeros([2], tf.int32))
-
-  @tf.function(autograph=False)
-  def reset(batch, seed):
-    return _prefixed(policy.start(batch, seed))
-
-  @tf.function(autograph=False)
-  def act(**tensors):
-    before = {k: tensors[f'memory_{k}'] for k in state}
-    obs = {k: tensors[_plain(k)] for k in inputs}
-    action, after = policy.act(obs, before)
-    return dict(_prefixed(after), action=action)
-
-  specs = {}
-  for name, shape in inputs.items():
-    taken = {k.lower() for k in (*specs, *_prefixed(state))}
-    if _plain(name).lower() in taken:  # TensorFlow looks at no case
-      raise UserError(
-        f'--export: two inputs would be called {_plain(name)}, but for case'
-      )
-    specs[_plain(name)] = tf.TensorSpec(
-      [None, *shape], spaces.dtype(name), _plain(name)
-    )
-  for name, value in _prefixed(state).items():
-    shape = value.shape if name == 'memory_seed' else [None, *value.shape[1:]]
-    specs[name] = tf.TensorSpec(shape, value.dtype, name)
-  start = dict(
-    batch=tf.TensorSpec([], tf.int32), seed=tf.TensorSpec([2], tf.int32)
-  )
-  return dict(
-    reset=reset.get_concrete_function(**start),
-    act=act.get_concrete_function(**specs),
-  )
-
-
-def _replaceable(folder):
-  """Whether nothing is there but what an export wrote."""
-  if not folder.is_dir():
-    return True
-  names = {path.name for path in folder.iterdir()}
-  killed = any(name.startswith(PARTIAL) for name in names)
-  return not names or ABOUT in names or killed
-
-
-def _save_whole(policy, signatures, about, folder):
-  """Writes all files, or none where one cannot be written.
-
-  What says that they are all there comes last.
-  """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f'{PARTIAL}*'):  # by one that was killed
-      shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as temporary:
-      tf.saved_model.save(policy, temporary, signatures)
-      pathlib.Path(temporary, ABOUT).write_bytes(file_io.to_json(about))
-      files = pathlib.Path(temporary).iterdir()
-      for made in sorted(files, key=lambda path: path.name == ABOUT):
-        before = folder / made.name
-        if before.is_dir():
-          shutil.rmtree(before)
-        made.rename(before)
-  except (OSError, tf.errors.OpError) as error:
-    reason = str(error).partition('\n')[0]
-    full = os.strerror(errno.ENOSPC) in str(error)
-    kind = Failure if full else UserError
-    raise kind(f'cannot write to {folder}: {reason}') from None
-
-
-def _prefixed(state):
-  return {f'memory_{k}': v for k, v in state.items()}
-
-
-def _plain(name):
-  """The name of an observation as one of a tensor, and of an argument."""
-  name = re.sub(r'\W+', '_', name, flags=re.ASCII)
-  taken = keyword.iskeyword(name) or name == 'self'
-  plain = name[:1].isalpha() and not taken
-  return name if plain else f'obs_{name.lstrip("_")}'

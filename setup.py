@@ -59,6 +59,7 @@ setuptools.setup(
     'opengl',
     'own_names',
     'progress',
+    'pure_policy',
     'quiet',
     'ray_cluster',
     'ray_workers',

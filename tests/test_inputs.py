@@ -13,6 +13,7 @@ import distribute
 import dreamer
 import layers
 import library
+import saved_model
 import spaces
 import tools
 import world_model
@@ -70,7 +71,7 @@ def losses(agent):
 def test_inputs_of_one_name_are_not_exported(tmp_path, other):
   agent = make_agent(tmp_path, {'a/b': (), other: (2,)})
   with pytest.raises(cli.UserError, match='two inputs would be called (a|A)_b'):
-    library.export(agent, tmp_path / 'exported')
+    saved_model.export(agent, tmp_path / 'exported')
   assert not (tmp_path / 'exported').exists()
 
 

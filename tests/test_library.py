@@ -23,8 +23,8 @@ import cli
 import dreamer
 import environments
 import evaluate
-import library
 import runfile
+import saved_model
 import workers
 from gym_env import GymEnv
 from worker_calls import TaskError
@@ -558,7 +558,7 @@ def test_exported_names_are_those_of_arguments(tmp_path):
   config = dreamer.define_config('toy_reach', 'debug', 'state')
   inputs = {'0': (2,), '_pose': (3,), 'ä b': (), 'self': (), 'from': (1,)}
   space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-  library.export(dreamer.Dreamer(config, space, inputs=inputs), tmp_path)
+  saved_model.export(dreamer.Dreamer(config, space, inputs=inputs), tmp_path)
   act = tf.saved_model.load(str(tmp_path)).signatures['act']
   names = {n for n in act.structured_input_signature[1] if n[:6] != 'memory'}
   assert names == {'obs_0', 'obs_pose', 'obs_b', 'obs_self', 'obs_from'}
@@ -699,12 +699,13 @@ def test_an_export_replaces_nothing_but_an_export(runs, tmp_path, capsys):
 
 def test_an_export_follows_one_that_was_killed(runs, tmp_path):
   words = [f'--logdir={runs("catch")}', f'--export={tmp_path}']
-  for half in ('saved_model.pb', library.ABOUT):  # moved already, and not yet
-    (tmp_path / f'{library.PARTIAL}1').mkdir()
+  # Moved already, and not yet.
+  for half in ('saved_model.pb', saved_model.ABOUT):
+    (tmp_path / f'{saved_model.PARTIAL}1').mkdir()
     (tmp_path / half).write_text('half')
     assert evaluate.main(words) == 0
-    json.loads((tmp_path / library.ABOUT).read_text())
-    assert not list(tmp_path.glob(f'{library.PARTIAL}*'))
+    json.loads((tmp_path / saved_model.ABOUT).read_text())
+    assert not list(tmp_path.glob(f'{saved_model.PARTIAL}*'))
 
 
 def test_a_logdir_of_nobody():
