@@ -44,6 +44,7 @@ import episode_files
 import file_io
 import replay
 import run_kinds
+import run_setup
 import runfile
 import tools
 import training
@@ -144,7 +145,7 @@ def train(config, repeats):
 
 def training_agent(config):
   """A fresh `dreamer.Dreamer` for the task of a config."""
-  training.setup_precision(config.precision)
+  run_setup.setup_precision(config.precision)
   env = environments.make_env(config)
   spec = agent_spec.of_environment(config, env)
   env.close()

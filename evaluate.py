@@ -36,11 +36,11 @@ import file_io
 import library
 import logger
 import media
+import run_setup
 import runfile
 import saved_model
 import spaces
 import tools
-import training
 from cli import UserError
 from episode_files import episode_return
 from world_model import CONTEXT
@@ -269,9 +269,9 @@ def run(argv):
   config = runfile.load_config(args.logdir)  # or an error, before all else
   file_io.make_outputs(args.json, args.outdir, args.export)
   config.update(seed=args.seed, eval_noise=0.0)
-  training.setup_gpus(config)
+  run_setup.setup_gpus(config)
   # An exported agent may run where there is no bfloat16.
-  training.setup_precision('32' if args.export else config.precision)
+  run_setup.setup_precision('32' if args.export else config.precision)
   with file_io.file_errors():
     if args.export:
       agent = library.load_dreamer(config, dreamer.Dreamer)

@@ -20,6 +20,7 @@ import arguments
 import checkpoints
 import commandline
 import environments
+import run_setup
 import runfile
 import spaces
 import training
@@ -234,8 +235,8 @@ def load(logdir, make_agent):
   """
   logdir = _path(logdir)
   config = runfile.load_config(logdir)
-  training.setup_gpus(config)
-  training.setup_precision(config.precision)
+  run_setup.setup_gpus(config)
+  run_setup.setup_precision(config.precision)
   return Agent(load_dreamer(config, make_agent), config)
 
 

@@ -66,6 +66,7 @@ setuptools.setup(
     'replay',
     'representations',
     'run_kinds',
+    'run_setup',
     'runfile',
     'spaces',
     'suites',

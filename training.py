@@ -16,9 +16,6 @@ Steps are environment steps; gradient steps are called updates. E environments.
 
 import contextlib
 import math
-import os
-import pathlib
-import tempfile
 
 import keras
 import numpy as np
@@ -35,6 +32,7 @@ import file_io
 import free
 import replay
 import run_kinds
+import run_setup
 import runfile
 import suites
 import tools
@@ -120,133 +118,6 @@ def number_episodes(run, envs):
 # --- The run ----------------------------------------------------------------
 
 
-def setup_precision(precision):
-  """Sets the Keras dtype policy; returns its name."""
-  if precision == 'auto':
-    if tf.config.list_physical_devices('GPU'):
-      precision = '16'
-    else:
-      precision = 'bfloat16' if _has_bfloat16() else '32'
-  policies = {'16': 'mixed_float16', 'bfloat16': 'mixed_bfloat16'}
-  policy = policies.get(precision, 'float32')
-  keras.config.set_floatx('float32')  # as keras.json may say otherwise
-  keras.config.set_image_data_format('channels_last')
-  keras.config.set_dtype_policy(policy)
-  return policy
-
-
-def _has_bfloat16():
-  """Whether this CPU multiplies bfloat16 in hardware."""
-  try:
-    flags = pathlib.Path('/proc/cpuinfo').read_text().split()
-  except OSError:
-    return False
-  return 'avx512_bf16' in flags or 'amx_bf16' in flags
-
-
-def setup_gpus(config):
-  """Lets the memory of GPUs grow, unless TensorFlow has computed before."""
-  if config.gpu_growth:
-    with contextlib.suppress(RuntimeError):
-      for gpu in tf.config.list_physical_devices('GPU'):
-        tf.config.experimental.set_memory_growth(gpu, True)
-
-
-def setup_devices(config):
-  """What TensorFlow must know before it computes anything; returns the team."""
-  if config.deterministic:
-    tf.config.experimental.enable_op_determinism()
-  setup_gpus(config)
-  team = distribute.make_team(config.strategy, config.batch_size)
-  team.check_flags(config)
-  if team.workers > 1:
-    _check_team(config)
-  return team
-
-
-def _check_team(config):
-  """UserError where several processes cannot make a run together."""
-  evolves = config.behavior == 'evolution' and config.evolve == 'environment'
-  for alone, what in (
-    (config.offline, '--offline runs'),
-    (config.learner == 'free', '--learner free makes its updates'),
-    (evolves, '--evolve environment runs'),
-  ):
-    if alone:
-      raise UserError(f'{what} in one process: --strategy mirrored, say')
-
-
-def setup_logdir(config, team=None):
-  """Makes the logdir or checks that this run may resume there.
-
-  Of several processes the chief does this, and the others only make the folder
-  of their episodes, which may be the same.
-
-  Returns:
-    Its locks, a `contextlib.ExitStack`.
-
-  Raises:
-    UserError: it cannot be written, another run is using it, it holds
-      something else, or a run whose weights or replay have another shape.
-  """
-  logdir, team = config.logdir, team or distribute.Team()
-  try:
-    logdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=logdir):
-      pass
-  except OSError as error:
-    raise UserError(
-      f'cannot write to --logdir {logdir}: {error.strerror}'
-    ) from None
-  for name in ('checkpoints', 'episodes'):
-    _check_readable(logdir / name)
-  folders = dict(
-    both=[logdir, logdir / 'episodes'],
-    act=[logdir / runfile.ACT, logdir / 'episodes'],
-    learn=[logdir],
-  )[config.role]
-  with contextlib.ExitStack() as locks:
-    if not team.chief:
-      locks.callback(checkpoints.Lock(logdir, f'lock{team.suffix}').release)
-    elif config.role == 'act':
-      runfile.check_actor(config)
-      folders[0].mkdir(exist_ok=True)
-      locks.enter_context(checkpoints.locked(logdir, config.role))
-    else:
-      changes = runfile.check_logdir(config)
-      locks.enter_context(checkpoints.locked(logdir, config.role))
-      if (logdir / 'config.json').exists() or not runfile.has_data(logdir):
-        runfile.write_config(config)  # else when it is known what run this is
-      if changes:
-        print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
-    (logdir / 'episodes').mkdir(exist_ok=True)
-    for folder in folders if team.chief else ():
-      file_io.remove_temporary_files(folder)
-    return locks.pop_all()
-
-
-def _check_folder(logdir, team):
-  """UserError where a process would add to another run than the chief's."""
-  own = team.folders > 1 and not team.chief
-  own = own and (logdir / 'config.json').exists()
-  if team.any(own):
-    folder = logdir if own else 'of another process'
-    raise UserError(
-      f'--logdir {folder} holds a run of its own; give the folder that process '
-      '0 has, or one without a run'
-    )
-
-
-def _check_readable(folder):
-  """UserError where a folder would seem empty, as it cannot be read."""
-  try:
-    os.scandir(folder).close()
-  except FileNotFoundError:
-    pass
-  except OSError as error:
-    raise UserError(f'cannot read {folder}: {error.strerror}') from None
-
-
 class Estimate:
   """Says once, without a GPU and at release sizes, what a run takes here."""
 
@@ -288,11 +159,11 @@ def run(config, make_agent, function=None, stop=None):
   if config.parallel in ('none', 'thread'):  # the environment may go elsewhere
     config.logdir = config.logdir.absolute()
   with _failures(), contextlib.ExitStack() as held:
-    team = setup_devices(config)
+    team = run_setup.setup_devices(config)
     with team.chief_first():
-      held.enter_context(setup_logdir(config, team))
+      held.enter_context(run_setup.setup_logdir(config, team))
     team.compare_folders(config.logdir)
-    _check_folder(config.logdir, team)
+    run_setup.check_folder(config.logdir, team)
     if team.folders > 1:
       file_io.remove_temporary_files(config.logdir / 'episodes')
     stop = stop or cli.StopSignal()
@@ -451,7 +322,7 @@ def _prepare(run, envs, test_env):
   """Checks what must hold before anything is collected; returns a `Spec`."""
   config = run.config
   keras.utils.set_random_seed(config.seed)
-  policy = setup_precision(config.precision)
+  policy = run_setup.setup_precision(config.precision)
   spec = agent_spec.find(run, [*envs, test_env] if test_env else envs)
   configs.resolve_actions(config, spec.actions)
   if _takes_weights(config):

@@ -45,13 +45,13 @@ def measure(precision, jit, preset, lock):
 
   import benchmark
   import dreamer
-  import training
+  import run_setup
 
   for gpu in tf.config.list_physical_devices('GPU'):
     tf.config.experimental.set_memory_growth(gpu, True)
   config = configs.define_config('dmc_walker_walk', preset)
   config.update(precision=precision, jit=jit)
-  training.setup_precision(precision)
+  run_setup.setup_precision(precision)
   space = gym.spaces.Box(-1, 1, (6,), np.float32)
   agent = dreamer.Dreamer(config, space)
   size = config.batch_size, config.batch_length

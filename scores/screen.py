@@ -35,8 +35,8 @@ import episode_files
 import file_io
 import layers
 import replay
+import run_setup
 import runfile
-import training
 from world_model import CONTEXT
 
 # Of `--preset cpu` before the search.
@@ -156,7 +156,7 @@ def learn(folder, flags, seed, updates):
   config = make_config(folder, flags, seed)
   keras.backend.clear_session()
   keras.utils.set_random_seed(seed)
-  training.setup_precision(config.precision)
+  run_setup.setup_precision(config.precision)
   agent = make_agent(folder, config)
   update = make_update(agent)
   size = config.batch_size, config.batch_length, config.decode_images

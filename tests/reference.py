@@ -29,8 +29,8 @@ from tensorflow_probability import distributions as tfd
 
 import configs
 import dreamer
+import run_setup
 import tools
-import training
 
 LAYER = dict(dtype='float32')
 
@@ -286,7 +286,7 @@ def main():
   args = parser.parse_args()
   config = dreamer.define_config('dmc_walker_walk', args.preset)
   config.update(EQUATIONS)
-  training.setup_precision(args.precision)
+  run_setup.setup_precision(args.precision)
   space = gym.spaces.Box(-1, 1, (args.actions,), np.float32)
   agent = dreamer.Dreamer(config, space)
   reference = Reference(agent)

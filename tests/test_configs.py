@@ -25,6 +25,7 @@ import dreamer
 import episode_files
 import evaluate
 import file_io
+import run_setup
 import runfile
 import spaces
 import training
@@ -321,10 +322,10 @@ def test_logdir_that_cannot_be_used(tmp_path, capsys):
 
 def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(tmp_path):
   config = commandline.parse_flags(['--logdir', str(tmp_path)])
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
   (tmp_path / 'checkpoints').write_text('')
   with pytest.raises(cli.UserError, match='cannot read .*/checkpoints: Not a'):
-    training.setup_logdir(config)
+    run_setup.setup_logdir(config)
 
 
 def test_a_run_that_cannot_begin_holds_no_lock(tmp_path):
@@ -332,14 +333,14 @@ def test_a_run_that_cannot_begin_holds_no_lock(tmp_path):
   config = commandline.parse_flags(
     ['--logdir', str(tmp_path), '--task', 'toy_reach']
   )
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
   (tmp_path / 'metrics.jsonl').mkdir()
   with pytest.raises(
     cli.Failure, match='metrics.jsonl: Is a directory'
   ) as kept:
     training.run(config, dreamer.Dreamer)
   (tmp_path / 'metrics.jsonl').rmdir()
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
   assert kept.value
 
 
@@ -348,7 +349,7 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
   names = ('lock', '.config.json.12.tmp', 'episodes/.notes.tmp')
   for name in names:
     (tmp_path / name).write_text('')
-  training.setup_logdir(
+  run_setup.setup_logdir(
     commandline.parse_flags(['--logdir', str(tmp_path)])
   ).close()
   left = {p.name for p in tmp_path.iterdir()}
@@ -359,18 +360,18 @@ def test_what_a_run_killed_at_its_start_leaves_is_no_hindrance(tmp_path):
 def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   config = dreamer.define_config('toy_reach')
   config.logdir = tmp_path / 'run'
-  training.setup_logdir(config)
+  run_setup.setup_logdir(config)
   config.num_units = 7
-  training.setup_logdir(config)  # nothing has been made with them yet
+  run_setup.setup_logdir(config)  # nothing has been made with them yet
   config.num_units = 64
-  training.setup_logdir(config)
+  run_setup.setup_logdir(config)
   (tmp_path / 'run' / 'episodes' / 'a-b-3.npz').touch()
   config.num_units = 7
   with pytest.raises(cli.UserError, match='--num_units 64, not 7'):
-    training.setup_logdir(config)
+    run_setup.setup_logdir(config)
   config.num_units, config.steps = 64, 123
   capsys.readouterr()
-  training.setup_logdir(config)
+  run_setup.setup_logdir(config)
   assert '--steps 123 (was 10000).' in capsys.readouterr().out
   saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert saved['config']['steps'] == 123
@@ -384,7 +385,7 @@ def test_run_that_is_older_than_a_flag_goes_on_without_it(tmp_path):
   words = [f'--logdir={tmp_path}', '--task=toy_reach', '--preset=cpu']
   config = commandline.parse_flags(words)
   assert config.slow_value > 0
-  training.setup_logdir(config)
+  run_setup.setup_logdir(config)
   (tmp_path / 'episodes' / 'a-b-3.npz').touch()
   path = tmp_path / 'config.json'
   record = json.loads(path.read_text())
@@ -393,10 +394,10 @@ def test_run_that_is_older_than_a_flag_goes_on_without_it(tmp_path):
   assert runfile.load_config(tmp_path).slow_value == 0
   config = commandline.parse_flags(words)
   assert config.slow_value == 0 and config.imag_starts == 64
-  training.setup_logdir(config)
+  run_setup.setup_logdir(config)
   config = commandline.parse_flags([*words, '--slow_value=0.02'])
   with pytest.raises(cli.UserError, match='--slow_value 0.0, not 0.02'):
-    training.setup_logdir(config)
+    run_setup.setup_logdir(config)
 
 
 def test_commit_is_that_of_this_code(tmp_path):
@@ -439,29 +440,29 @@ def test_what_changes_the_function_of_the_weights_is_fixed(
 ):
   config = dreamer.define_config('gym_Some-v0')
   config.logdir = tmp_path / 'run'
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
   (config.logdir / 'episodes' / 'a-b-3.npz').touch()
   old = config[name]
   config[name] = value
   with pytest.raises(cli.UserError, match=f'--{name} .*, not ') as error:
-    training.setup_logdir(config)
+    run_setup.setup_logdir(config)
   assert arguments.text(value) in str(error.value)
   config[name] = old
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
 
 
 def test_all_other_flags_that_change_are_said(tmp_path, capsys):
   config = dreamer.define_config('toy_reach')
   config.logdir = tmp_path / 'run'
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
   capsys.readouterr()
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
   assert capsys.readouterr().out == ''
   config.expl = 'additive_gaussian'  # what auto stands for is no change
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
   assert capsys.readouterr().out == ''
   config.update(precision='32', model_lr=0.5, expl='completely_random')
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
   line = 'Resuming with other flags: --precision 32 (was auto), --model_lr 0.5 '
   line += '(was 0.003), --expl completely_random (was additive_gaussian).\n'
   assert capsys.readouterr().out == line
@@ -590,13 +591,13 @@ def test_a_lost_config_is_written_when_it_is_known_what_run_it_is(
   (tmp_path / 'checkpoints/ckpt-1.index').write_bytes(b'index')
   (tmp_path / 'metrics.jsonl').write_text('')
   config = parse(f'--logdir={tmp_path}', '--task=toy_reach')
-  training.setup_logdir(config).close()
+  run_setup.setup_logdir(config).close()
   assert not (tmp_path / 'config.json').exists()
   assert 'config.json is gone; going on with' in capsys.readouterr().out
   (tmp_path / 'checkpoints/ckpt-1.index').unlink()
   (tmp_path / 'checkpoints').rmdir()
   with pytest.raises(cli.UserError, match='holds something else'):
-    training.setup_logdir(config)
+    run_setup.setup_logdir(config)
 
 
 def test_inputs_are_the_same_in_any_order(tmp_path):

@@ -24,9 +24,9 @@ import tensorflow as tf
 import cli
 import configs
 import distribute
+import run_setup
 import spaces
 import tf_config
-import training
 from logdirs import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -95,7 +95,7 @@ def _update(folder, team, flags):
   config = dreamer.define_config()
   config.update(SMALL, **flags)
   keras.utils.set_random_seed(team.index)  # the chief's weights count
-  training.setup_precision(config.precision)
+  run_setup.setup_precision(config.precision)
   space = gym.spaces.Box(-1, 1, (2,), np.float32)
   if config.action_dist == 'onehot':
     space = spaces.OneHotBox(2)
@@ -482,10 +482,10 @@ def test_a_stop_in_the_prefill_ends_both(tmp_path):
 def test_a_process_adds_to_no_other_run(tmp_path):
   team = distribute.Team(index=1)
   team.folders = 2
-  training._check_folder(tmp_path, team)
+  run_setup.check_folder(tmp_path, team)
   (tmp_path / 'config.json').touch()
   with pytest.raises(cli.UserError, match='holds a run of its own'):
-    training._check_folder(tmp_path, team)
+    run_setup.check_folder(tmp_path, team)
 
 
 @pytest.mark.parametrize(
@@ -493,10 +493,10 @@ def test_a_process_adds_to_no_other_run(tmp_path):
 )
 def test_runs_that_several_processes_cannot_make(flags):
   config = configs.define_config()
-  training._check_team(config)
+  run_setup._check_team(config)
   config.update(evolve='environment', **flags)
   with pytest.raises(cli.UserError, match='in one process'):
-    training._check_team(config)
+    run_setup._check_team(config)
 
 
 def test_a_port_that_is_taken(tmp_path):

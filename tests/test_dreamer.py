@@ -16,6 +16,7 @@ import exploration
 import layers
 import models
 import reference
+import run_setup
 import spaces
 import tools
 import training
@@ -51,7 +52,7 @@ def test_checkpoint_holds_every_variable_of_every_network(tmp_path):
 def precision():
   """Sets a precision for one test."""
   before = keras.config.dtype_policy()
-  yield training.setup_precision
+  yield run_setup.setup_precision
   keras.config.set_dtype_policy(before)
 
 

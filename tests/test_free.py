@@ -25,9 +25,9 @@ import logger
 import processes
 import run_folders
 import run_kinds
+import run_setup
 import runfile
 import spaces
-import training
 from agents import eagerly
 from learner import Learner
 from logdirs import read_episodes, read_metrics
@@ -551,11 +551,11 @@ def test_actor_beside_one_that_acts_is_refused(tmp_path):
       assert b'held\n' in iter(other.stdout.readline, b'')
       if refused:
         with pytest.raises(cli.UserError, match=f'{other.pid} on .*, which'):
-          training.setup_logdir(config)
+          run_setup.setup_logdir(config)
       else:
-        training.setup_logdir(config).close()
+        run_setup.setup_logdir(config).close()
       os.kill(other.pid, signal.SIGKILL)
-  training.setup_logdir(config).close()  # the lock ended with its process
+  run_setup.setup_logdir(config).close()  # the lock ended with its process
 
 
 def test_roles_have_the_same_agent(tmp_path):

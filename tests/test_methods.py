@@ -17,8 +17,8 @@ import configs
 import dreamer
 import logger
 import representations
+import run_setup
 import spaces
-import training
 from agents import batch_of, run_here
 
 SMALL = dict(batch_length=6, plan_horizon=5, plan_candidates=20, plan_best=4)
@@ -312,13 +312,13 @@ def test_planning_needs_continuous_actions():
 def test_runs_name_their_method(tmp_path, flags, name):
   config = dreamer.define_config()
   config.update(flags, logdir=tmp_path / 'run')
-  training.setup_logdir(config)
+  run_setup.setup_logdir(config)
   record = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert record['method'] == name
   (tmp_path / 'run' / 'episodes' / 'a-b-3.npz').touch()
   config.update(representation='contrastive', behavior='actor')
   with pytest.raises(cli.UserError, match='--representation|--behavior'):
-    training.setup_logdir(config)
+    run_setup.setup_logdir(config)
 
 
 @pytest.mark.slow

@@ -21,8 +21,8 @@ import cli
 import dreamer
 import file_io
 import library
+import run_setup
 import runfile
-import training
 
 
 def run(argv):
@@ -32,7 +32,7 @@ def run(argv):
   args = parser.parse(argv)
   file_io.make_folders(args.outdir)
   config = runfile.load_config(args.logdir)
-  training.setup_precision(config.precision)
+  run_setup.setup_precision(config.precision)
   agent = library.load_dreamer(config, dreamer.Dreamer)
   shutil.copy(args.logdir / 'config.json', args.outdir)
   config.logdir = args.outdir
