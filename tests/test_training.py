@@ -1009,7 +1009,7 @@ def assert_never_begins_anew(main, logdir):
 def test_short_episodes_are_said_once(main, tmp_path):
   code, text = main(
     *('--steps=220', '--prefill=120', '--pretrain=1', '--train_steps=1'),
-    task='gym_test_users:Changing-v0',
+    task='gym_user_envs:Changing-v0',
   )
   assert code == 0, text
   assert text.count('have fewer rows than --batch_length 10') == 1
@@ -1021,7 +1021,7 @@ def test_environment_that_cannot_be_made_again_saves_the_run(main, tmp_path):
   code, text = main(
     *('--steps=1000', '--prefill=60', '--pretrain=2', '--train_steps=0'),
     *('--env_args', json.dumps({'path': str(tmp_path / 'gone')})),
-    task='gym_test_users:Gone-v0',
+    task='gym_user_envs:Gone-v0',
   )
   assert code == 2, text
   assert re.search(r'Stopped at step \d+, 2 updates; saved to', text), text
@@ -1032,7 +1032,7 @@ def test_an_error_in_the_first_evaluation_drops_its_episode(main, tmp_path):
   code, text = main(
     *('--steps=20', '--prefill=10', '--batch_length=4', *FEW),
     *('--env_args', json.dumps({'path': str(tmp_path / 'used')})),
-    task='gym_test_users:FlakyEvaluation-v0',
+    task='gym_user_envs:FlakyEvaluation-v0',
   )
   assert code == 0, text
   assert text.count('The environment failed: the motor is hot') == 1
@@ -1047,7 +1047,7 @@ def test_a_signal_while_environments_start_ends_a_run_that_resumes(
   seconds, pid = tmp_path / 'seconds', tmp_path / 'seconds.pid'
   args = ['--env_args', json.dumps({'path': str(seconds)}), *FEW]
   args += ['--prefill=20', '--batch_length=8', '--eval_episodes=0']
-  task = 'gym_test_users:SlowAgain-v0'
+  task = 'gym_user_envs:SlowAgain-v0'
   seconds.write_text('0')
   assert main('--steps=40', *args, task=task)[0] == 0
   before = {p: p.stat().st_size for p in tmp_path.glob('run/*/*')}
@@ -1086,7 +1086,7 @@ def test_what_exists_once_is_trained_on_without_evaluations(main):
   with socket.create_server(('127.0.0.1', 0)) as taken:
     args = json.dumps({'port': taken.getsockname()[1]})
   flags = [f'--env_args={args}', '--prefill=20', '--steps=40', *FEW]
-  task = 'gym_test_users:OnePort-v0'
+  task = 'gym_user_envs:OnePort-v0'
   code, text = main(*flags, '--eval_episodes=1', task=task)
   assert code == 2 and 'Address already in use' in text
   flags += ['--eval_every=10', '--batch_length=8']
@@ -1104,7 +1104,7 @@ def test_environments_that_differ(main, tmp_path, envs):
     *('--steps=100', '--prefill=10', '--inputs=state', '--batch_length=4'),
     *(f'--eval_episodes={1 - envs}', *flags),
     *('--env_args', json.dumps({'path': str(path)})),
-    task='gym_test_users:Growing-v0',
+    task='gym_user_envs:Growing-v0',
   )
   assert code == 2 and 'Traceback' not in text.split('Warning')[0], text
   assert re.search(r'error: environment t\w+ 0 shows .*state \[2\]', text)
