@@ -71,6 +71,10 @@ class Behavior:
     """
     return {}, {}
 
+  def learning_rate(self, name, updates):
+    """Of one of the networks in `learned`, after so many updates."""
+    return self._c[f'{name}_lr']
+
   def before_update(self, delayed):
     """Not compiled; `delayed` says that `--actor_delay` is not over."""
 
@@ -105,7 +109,7 @@ class Behavior:
     if self._c.pcont:
       post = {k: v[:, :-1] for k, v in post.items()}
     start = {
-      k: tf.reshape(tf.stop_gradient(v), [-1, v.shape[-1]])
+      k: tf.reshape(tf.stop_gradient(v), [-1, *v.shape[2:]])
       for k, v in post.items()
     }
     return distribute.some_rows(start, self._c.imag_starts, seed)
@@ -201,6 +205,11 @@ class ActorOnly(Behavior):
       return dist.mode()
     return dist.mode(seed=seed)
 
+  def learning_rate(self, name, updates):
+    if name == 'actor' and updates < self._c.actor_delay:
+      return 0.0
+    return super().learning_rate(name, updates)
+
   def losses(self, post, seeds):
     loss, _, metrics = self.actor_loss(post, seeds)
     return dict(actor=loss), metrics
@@ -237,7 +246,7 @@ class ActorOnly(Behavior):
     return dynamics.get_feat(states), entropy
 
   def _entropy(self, outputs, drawn):
-    """Of the action model in nats [H, N], by one sample if there is no form."""
+    """Of the action model in nats [H, N]; by one sample if no form is known."""
     if self._c.action_dist == 'onehot' and self._c.actor_entropy:
       return self.actor.dist(outputs).entropy()
     logprob = self.actor.log_prob(outputs, drawn)

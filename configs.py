@@ -43,16 +43,18 @@ class Method(typing.NamedTuple):
   Attributes:
     path: its class, as module.name.
     name: its part of the method's name in tables.
+    continuous: whether it cannot choose among discrete actions.
   """
 
   path: str
   name: str
+  continuous: bool = False
 
 
 BEHAVIORS = dict(
   actor_critic=Method('behaviors.ActorCritic', 'dreamer'),
   actor=Method('behaviors.ActorOnly', 'dreamer-actor'),
-  planning=Method('behaviors.Planning', 'planet'),
+  planning=Method('behaviors.Planning', 'planet', continuous=True),
   evolution=Method('evolution.Evolution', 'world-models'),
 )
 REPRESENTATIONS = dict(
@@ -461,10 +463,11 @@ def resolve_actions(config, actspace):
   kind, dist, expl = 'continuous', 'tanh_normal', 'additive_gaussian'
   if discrete:
     kind, dist, expl = 'discrete', 'onehot', 'epsilon_greedy'
-  if discrete and config.behavior == 'planning':
+  if discrete and BEHAVIORS[config.behavior].continuous:
+    others = [name for name, x in BEHAVIORS.items() if not x.continuous]
     raise UserError(
-      f'{config.task} has discrete actions, and --behavior planning needs '
-      'continuous ones; choose actor_critic, actor or evolution'
+      f'{config.task} has discrete actions, and --behavior {config.behavior} '
+      f'needs continuous ones; choose {" or ".join(others)}'
     )
   if config.action_dist not in ('auto', dist):
     raise UserError(

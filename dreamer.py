@@ -224,8 +224,7 @@ class Dreamer:
     Returns:
       Action [E, A] and the new state.
     """
-    keep = tf.cast(tf.logical_not(reset), tf.float32)[:, None]
-    state = tf.nest.map_structure(lambda x: x * keep, state)
+    state = tools.keep_rows(state, tf.logical_not(reset))
     random = self._random if training else self._evaluation_random
     seeds = tools.make_seeds(3, random)
     latent = self.observe(obs, *state, seeds[0])
@@ -257,20 +256,18 @@ class Dreamer:
 
   # Learning
 
-  @property
-  def _delayed(self):
-    """Whether actions are not learned yet (`--actor_delay`)."""
-    return int(self.updates.numpy()) < self._c.actor_delay
-
   def set_learning_rates(self):
     """As the flags say, which a resumed run may change."""
-    for name, opt in self.optimizers.items():
-      delayed = name == 'actor' and self._delayed
-      opt.set_learning_rate(0.0 if delayed else self._c[f'{name}_lr'])
+    self.optimizers['model'].set_learning_rate(self._c.model_lr)
+    updates = int(self.updates.numpy())
+    for name in self.behavior.learned:
+      rate = self.behavior.learning_rate(name, updates)
+      self.optimizers[name].set_learning_rate(rate)
 
   def update(self, data):
     """As `train`, with what a behavior learns by other ways than gradients."""
-    self.behavior.before_update(self._delayed)
+    delayed = int(self.updates.numpy()) < self._c.actor_delay
+    self.behavior.before_update(delayed)
     return self.behavior.after_update(self.train(data))
 
   def train(self, data):

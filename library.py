@@ -23,6 +23,7 @@ import environments
 import run_setup
 import runfile
 import spaces
+import tools
 import training
 from cli import AttrDict, Stopped, StopSignal, UserError, kept_signals
 from logger import to_uint8
@@ -195,9 +196,9 @@ class Agent:
         f'There were {len(self._state["action"])} environments, not {count}: '
         'call agent.reset() first.'
       )
-    keep = 1.0 - np.broadcast_to(np.float32(reset), [count])[:, None]
-    kept = {k: v * keep for k, v in self._state.items() if k != 'seed'}
-    return dict(start, **kept)
+    kept = {k: v for k, v in self._state.items() if k != 'seed'}
+    keep = np.broadcast_to(reset == 0, [count])
+    return dict(start, **tools.keep_rows(kept, keep))
 
   def _split(self, vector):
     """Vectors by their names, as the environment gives them."""

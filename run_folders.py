@@ -53,6 +53,9 @@ class RunRecord:
 def find_runs(folders, xaxis=AXES[0], yaxis=AXES[1], read=None):
   """All runs below some folders, sorted; one for each task, method and seed.
 
+  Runs of one task, method and seed that have other flags are arms of an
+  experiment: the flags join the names of all runs of that method.
+
   Args:
     folders: list of paths.
     xaxis, yaxis: keys of metrics.jsonl.
@@ -61,25 +64,54 @@ def find_runs(folders, xaxis=AXES[0], yaxis=AXES[1], read=None):
   Raises:
     UserError: a folder is missing, or there is no run in any.
   """
-  found = {}
+  runs = {}  # by folder, as one may be found twice
   for folder in folders:
     check_folder('--indir', folder)
     for path in _run_folders(folder):
-      run = _read_run(path, xaxis, yaxis, read or read_metrics)
-      if not run:
-        continue
-      key = run.task, run.method, run.seed
-      other = found.get(key)
-      if other and other.folder != run.folder:
-        shorter, run = sorted((other, run), key=_last_step)
-        warn(f'{shorter.folder} is left out: same seed as {run.folder}')
-      found[key] = run
+      runs[path] = _read_run(path, xaxis, yaxis, read or read_metrics)
+  found = {}
+  for run in _name_arms(list(filter(None, runs.values()))):
+    key = run.task, run.method, run.seed
+    other = found.get(key)
+    if other:
+      shorter, run = sorted((other, run), key=_last_step)
+      warn(f'{shorter.folder} is left out: same seed as {run.folder}')
+    found[key] = run
   if not found:
     raise UserError(
       f'there is no run in {", ".join(map(str, folders))}: neither a logdir of '
       'dreamer.py (with config.json) nor task/method/seed/metrics.jsonl'
     )
   return [found[key] for key in sorted(found)]
+
+
+def _name_arms(runs):
+  """The runs, with flags in the names of methods where only these differ."""
+  methods, same = collections.defaultdict(list), collections.defaultdict(list)
+  for run in runs:
+    methods[run.method].append(run)
+    same[run.task, run.method, run.seed].append(run)
+  differ = collections.defaultdict(set)
+  for (_, method, _), group in same.items():
+    differ[method].update(_differing(group))
+  for method, flags in differ.items():
+    for run in methods[method]:
+      known = [k for k in sorted(flags) if k in run.config]
+      words = [f'{k}={run.config[k]}' for k in known]
+      run.method = ' '.join([method, *words])
+  return runs
+
+
+def _differing(runs):
+  """Flags that all runs have and differ in, but for `MAY_DIFFER`."""
+  configs = [run.config for run in runs if run.config]
+  keys = set.intersection(*map(set, configs or [{}])) - set(MAY_DIFFER)
+  return sorted(
+    k
+    for k in keys
+    if not k.startswith(('log_', 'eval_every', 'eval_episodes'))
+    and len({str(config[k]) for config in configs}) > 1
+  )
 
 
 def check_folder(flag, folder):
@@ -257,14 +289,7 @@ def group_runs(runs):
   for run in runs:
     groups[run.task, run.method].append(run)
   for (task, method), group in groups.items():
-    configs = [run.config for run in group if run.config]
-    keys = set.intersection(*map(set, configs or [{}])) - set(MAY_DIFFER)
-    differ = sorted(
-      k
-      for k in keys
-      if not k.startswith(('log_', 'eval_every', 'eval_episodes'))
-      and len({str(config[k]) for config in configs}) > 1
-    )
+    differ = _differing(group)
     if differ:
       warn(f'runs of {task}, {method} differ in {", ".join(differ)}')
   return dict(groups)

@@ -92,6 +92,16 @@ class Once(tf.Module):
 # --- Scans and returns ------------------------------------------------------
 
 
+def keep_rows(tensors, keep):
+  """Nested tensors [E, ...], zero in the rows where `keep` [E] is false."""
+
+  def mask(x):
+    rows = tf.reshape(tf.cast(keep, x.dtype), [-1, *[1] * (x.shape.rank - 1)])
+    return x * rows
+
+  return tf.nest.map_structure(mask, tensors)
+
+
 def static_scan(fn, inputs, start, reverse=False, unroll=False):
   """Runs `carry = fn(carry, inputs[t])` over the leading axis.
 

@@ -135,7 +135,10 @@ class WorldModel:
     return self.chance(self.pcont(feat).mean())
 
   def chance(self, pcont):
-    """That probability for outputs of the head, which may exceed discounts."""
+    """Probability that an episode continues, from outputs of `pcont`.
+
+    These estimate the product with the discount, and may exceed it.
+    """
     return tf.minimum(pcont / self._c.discount, 1.0)
 
   @property

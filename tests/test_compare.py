@@ -321,6 +321,27 @@ def test_of_one_seed_twice_the_longer_counts(tmp_path, capsys):
   assert 'runs/a is left out' in err and 'runs/c is left out' in err
 
 
+def test_runs_of_one_seed_that_differ_in_a_flag_are_two_methods(
+  tmp_path, capsys
+):
+  for horizon, score in ((10, 1.0), (15, 2.0)):
+    for seed in range(2):
+      folder = tmp_path / f'runs/{horizon}-{seed}'
+      write_run(folder, WALK, seed, [(1e5, score)], horizon=horizon, envs=seed)
+  # Another task of the method has no seed twice, and the same name.
+  write_run(tmp_path / 'runs/cheetah', 'dmc_cheetah_run', 0, [(1e5, 7.0)])
+  write_run(tmp_path / 'runs/planet', WALK, 0, [(1e5, 5.0)], 'planet')
+  _, result = report(tmp_path / 'runs')
+  rows = {(r['task'], r['method']): r['scores'] for r in result['rows']}
+  assert rows == {
+    ('dmc_cheetah_run', 'dreamer horizon=15'): {'0': 7.0},
+    (WALK, 'dreamer horizon=10'): {'0': 1.0, '1': 1.0},
+    (WALK, 'dreamer horizon=15'): {'0': 2.0, '1': 2.0},
+    (WALK, 'planet'): {'0': 5.0},
+  }
+  assert 'left out' not in capsys.readouterr().err
+
+
 def test_a_folder_that_is_given_twice(tmp_path, capsys):
   write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
   folders = [str(tmp_path / name) for name in ('runs', 'runs/a')]

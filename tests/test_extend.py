@@ -112,3 +112,20 @@ def test_a_head(tmp_path):
   newest = tf.train.latest_checkpoint(tmp_path / 'run' / 'checkpoints')
   saved = [name for name, _ in tf.train.list_variables(newest)]
   assert any(name.startswith('brightness/') for name in saved)
+
+
+def test_a_flag(tmp_path):
+  names = apply('flag', tmp_path)
+  assert names == {'behaviors.py', 'configs.py'}
+  check_style(tmp_path, names)
+  metrics, _ = train(tmp_path, *REACH, '--actor_halving', '10')
+  assert metrics['actor_loss'] != 0
+  code = """
+import types
+import behaviors, commandline
+config = commandline.parse_flags(['--logdir=run', '--actor_halving=10'])
+behavior = types.SimpleNamespace(_c=config)
+print(behaviors.Behavior.learning_rate(behavior, 'actor', 20) / config.actor_lr)
+"""
+  out = subprocess.check_output([sys.executable, '-c', code], cwd=tmp_path)
+  assert float(out) == 0.25

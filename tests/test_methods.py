@@ -19,6 +19,7 @@ import logger
 import representations
 import run_setup
 import spaces
+import tools
 from agents import batch_of, run_here
 
 SMALL = dict(batch_length=6, plan_horizon=5, plan_candidates=20, plan_best=4)
@@ -290,11 +291,31 @@ def test_plans_are_worth_their_rewards_without_discount(tmp_path, monkeypatch):
   np.testing.assert_allclose(scores[1], 2 - 0.5 ** (horizon - 1), rtol=1e-6)
 
 
-def test_planning_needs_continuous_actions():
+@pytest.mark.parametrize('name', ['planning', 'shooting'])
+def test_some_behaviors_need_continuous_actions(monkeypatch, name):
+  shooting = configs.Method('behaviors.Planning', 'shooting', continuous=True)
+  monkeypatch.setitem(configs.BEHAVIORS, 'shooting', shooting)
   config = dreamer.define_config('toy_catch')
-  config.behavior = 'planning'
-  with pytest.raises(cli.UserError, match='planning needs'):
+  config.behavior = name
+  message = f'{name} needs .* choose actor_critic or actor or evolution$'
+  with pytest.raises(cli.UserError, match=message):
     configs.resolve_actions(config, spaces.OneHotBox(3))
+
+
+@pytest.mark.parametrize('shape', [(5,), (4, 6), (3, 2, 2)])
+def test_states_may_have_any_rank(shape):
+  """Where imagination starts, and where an episode begins."""
+  behavior = behaviors.Behavior(dreamer.define_config(), None, 2)
+  seed = tf.constant([1, 2])
+  post = dict(deter=tf.zeros([4, 6, 7]), stoch=tf.random.normal([4, 6, *shape]))
+  start = behavior.starts(post, seed)
+  assert start['deter'].shape == (24, 7)
+  np.testing.assert_array_equal(
+    start['stoch'], tf.reshape(post['stoch'], [24, *shape])
+  )
+  kept = tools.keep_rows((post['stoch'][:, 0], tf.ones([4, 2])), [1, 0, 1, 1])
+  assert [np.all(x.numpy()[1] == 0) for x in kept] == [True, True]
+  np.testing.assert_array_equal(kept[0][2:], post['stoch'][2:, 0])
 
 
 @pytest.mark.parametrize(
