@@ -71,6 +71,7 @@ def _check_config(config):
     raise UserError(
       f'--env_args is for gym_ tasks; {config.task} takes no arguments'
     )
+  _check_log_info(config)
   if config.plan_candidates < config.plan_best:
     raise UserError(
       f'--plan_candidates is at least --plan_best, {config.plan_best}, not '
@@ -86,6 +87,17 @@ def _check_config(config):
       f'{config.time_limit} environment steps with action repeat '
       f'{config.action_repeat} make {rows} rows. {hint}.'
     )
+
+
+def _check_log_info(config):
+  names = config.log_info.split(',')
+  if config.log_info and not suites.find(config.task)[0].informs:
+    raise UserError(
+      f'--log_info is for gym_ and custom_ tasks; {config.task} has no info'
+    )
+  for name in ('return', 'length'):
+    if name in names:
+      raise UserError(f'--log_info: {name} is logged of every episode anyway')
 
 
 def _check_offline(config):

@@ -164,6 +164,9 @@ FLAGS = {
          'of vectors', 'section 2', FIXED),
     Flag('record', arguments.Names(empty=True), '',
          'what episodes hold besides, such as image'),
+    Flag('log_info', arguments.Names(empty=True), '',
+         'numbers in the info of gym_ and custom_ tasks, such as success, to '
+         'log of each episode: the last, and the largest'),
     Flag('cameras', arguments.Names(arguments.Whole(0, 1000), empty=True), '',
          'of the control suite, for image, image_2, ...; the default is 0, or '
          '2 for the quadruped', fixed=FIXED),

@@ -76,6 +76,7 @@ def make_worker(config, index=0, prefix='train', log=None, function=None):
     cameras=tuple(map(int, filter(None, config.cameras.split(',')))),
     detail=config.render_detail,
     function=function,
+    log_info=config.log_info,
   )
   return workers.Async(
     make,
@@ -117,9 +118,9 @@ def running(run):
       ended = functools.partial(run.episode_ended, index)
       number = team.index * config.envs + index
       env = make(number, 'train', [*store, ended])
-      envs.append(Deadlines(env, run, 'missed'))
+      envs.append(Deadlines(_watch(env, run, 'train'), run, 'missed'))
     if evaluates:
-      test = make(0, 'test', [summarize])
+      test = _watch(make(0, 'test', [summarize]), run, 'test')
       test = Deadlines(test, run, 'test_missed')
       if not envs:
         test = if_it_runs(test, lambda x: run.say(f'No evaluations: {x}'))
@@ -130,6 +131,17 @@ def running(run):
       for env in [*envs, test] if test else envs:
         env.begin_close()
         closing.callback(env.close)
+
+
+def _watch(env, run, prefix):
+  """The environment, with a log of what it tells (`--log_info`)."""
+  names = list(filter(None, run.config.log_info.split(',')))
+
+  def log(told):
+    numbers = {f'{prefix}/{k}': v for k, v in told.items()}
+    run.logger.scalars(run.steps(), numbers)
+
+  return Told(env, names, log, run.say) if names else env
 
 
 def _callbacks(run):
@@ -288,7 +300,25 @@ def _real_value(reward, last, config):
   return float(totals.mean())
 
 
-class Deadlines(workers.Wrapper):
+class Watched(workers.Wrapper):
+  """Sees what each step says besides; around a `replay.Collect`."""
+
+  def step(self, action, blocking=True):
+    promise = self._env.step(action, blocking=False)
+    promise = functools.cache(functools.partial(self._look, promise))
+    return promise() if blocking else promise
+
+  def _look(self, promise):
+    obs, reward, done, info = promise()
+    self.see(info, done)
+    return obs, reward, done, info
+
+  def see(self, info, done):
+    """Called once for each step."""
+    raise NotImplementedError
+
+
+class Deadlines(Watched):
   """Logs the share of each episode's ticks that the agent missed.
 
   An environment whose time does not wait counts them, by its own clock
@@ -308,20 +338,43 @@ class Deadlines(workers.Wrapper):
     self._ticks = self._missed = 0
     return self._env.reset(blocking)
 
-  def step(self, action, blocking=True):
-    promise = self._env.step(action, blocking=False)
-    promise = functools.cache(functools.partial(self._count, promise))
-    return promise() if blocking else promise
-
-  def _count(self, promise):
-    obs, reward, done, info = promise()
+  def see(self, info, done):
     if 'missed' in info:
       self._missed += info['missed']
       self._ticks += 1 + info['missed']
       if done:
         share = self._missed / self._ticks
         self._run.logger.scalars(self._run.steps(), {self._name: share})
-    return obs, reward, done, info
+
+
+class Told(Watched):
+  """Hands on what an episode has told at its end (`--log_info`).
+
+  Args:
+    env: a `replay.Collect`.
+    names: of the numbers.
+    ended: function of {name: number}, of whole episodes.
+    say: function of a text, called where a number was never told.
+  """
+
+  def __init__(self, env, names, ended, say):
+    super().__init__(env)
+    self._names, self._ended, self._say = names, ended, say
+    self._said = False
+
+  def see(self, info, done):
+    if not done or 'lost' in info:
+      return
+    told = info.get('told', {})
+    missing = [name for name in self._names if name not in told]
+    if missing and not self._said:
+      self._said = True
+      self._say(
+        f'Warning: in an episode no info had a number {", ".join(missing)} '
+        '(--log_info).'
+      )
+    if told:
+      self._ended(told)
 
 
 class Replacements:

@@ -65,6 +65,7 @@ class Recorder:
     self.lengths = []  # environment steps
     self.videos = []  # uint8 [T, 64, N * 64, 3] each, of N images
     self.windows = []  # {key: [T, ...]} each
+    self.told = []  # {name: number} each, of --log_info
     self._total, self._repeat = total, repeat
     self._rng = np.random.default_rng(seed)
 
@@ -87,6 +88,11 @@ class Recorder:
         {k: v[start : start + LENGTH].copy() for k, v in episode.items()}
       )
 
+  def numbers(self):
+    """What episodes told, {name: a number of each that did}."""
+    names = sorted({name for told in self.told for name in told})
+    return {k: [told[k] for told in self.told if k in told] for k in names}
+
   def batch(self, inputs):
     """Sequences for `WorldModel.open_loop`, [B, T, ...], of equal length."""
     length = min(len(window['reward']) for window in self.windows)
@@ -105,6 +111,9 @@ def evaluate(config, episodes, outdir=None, json=None):
   """
   recorder = Recorder(episodes, config.action_repeat, config.seed)
   env = _make_env(config, recorder, bool(outdir))
+  names = list(filter(None, config.log_info.split(',')))
+  if names:
+    env = environments.Told(env, names, recorder.told.append, cli.warn)
   try:
     agent = library.load_dreamer(config, dreamer.Dreamer, env)
     print(
@@ -122,6 +131,8 @@ def evaluate(config, episodes, outdir=None, json=None):
     f'Return of {episodes} episodes: mean {np.mean(returns):.1f}, standard '
     f'deviation {np.std(returns):.1f}.'
   )
+  for name, values in recorder.numbers().items():
+    print(f'{name}: mean {np.mean(values):.4g} of {len(values)} episodes.')
   if json:  # first, as a picture may be refused
     file_io.write_json(json, figures(config, agent, recorder))
   if outdir:
@@ -142,6 +153,7 @@ def figures(config, agent, recorder):
     std=float(np.std(returns)),
     returns=returns,
     lengths=recorder.lengths,
+    info=recorder.numbers(),
   )
 
 

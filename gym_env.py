@@ -39,6 +39,9 @@ class GymEnv:
     seed: int or None.
     args: arguments of the constructor of a registered one, by name.
     inputs, record: see `spaces.View`.
+    log_info: names of numbers in `info`, with commas between them. `told` in
+      the `info` of a step has those of its episode so far: each as it was told
+      last, and the largest, NAME_max.
 
   Attributes:
     about: what the agent sees, and what else there is, a list of sentences.
@@ -57,9 +60,11 @@ class GymEnv:
     inputs='image',
     record='',
     function=None,
+    log_info='',
   ):
     self._task = f'custom_{name}' if function else f'gym_{name}'
     self._seed = seed
+    self._tells = list(filter(None, log_info.split(',')))
     wanted = f'{inputs},{record}'
     if function:
       self._env, self._limit = _call(function, self._task), None
@@ -121,7 +126,8 @@ class GymEnv:
     self._steps += 1
     done = ended or cut or self._steps == self._limit
     about = {'discount': np.float32(0 if ended else 1)}
-    return self._number(reward), done, {**about, **self._missed(info)}
+    about.update(self._missed(info), **self._tell(info))
+    return self._number(reward), done, about
 
   def _info(self, info):
     """What a step says besides, a dictionary; ValueError for no such thing."""
@@ -145,6 +151,18 @@ class GymEnv:
       )
     return {'missed': int(missed)}
 
+  def _tell(self, info):
+    """What `info` has said in this episode of the numbers in `log_info`."""
+    for name in self._tells:
+      array = np.asarray(info.get(name))
+      number = array.size == 1 and array.dtype.kind in 'biuf'
+      if number and np.isfinite(array).all():
+        value = float(array.reshape(()))
+        self._told[name] = value
+        top = f'{name}_max'
+        self._told[top] = max(value, self._told.get(top, value))
+    return {'told': dict(self._told)} if self._tells else {}
+
   def observe(self):
     """Returns the observation of the present state."""
     return {name: self._read(self._sources[name]) for name in self._names}
@@ -161,7 +179,7 @@ class GymEnv:
       new = not self._env.observation_space.contains(result)
     info = result[1] if new else ()
     self._obs = result[0] if isinstance(info, dict | None) else result
-    self._steps = 0
+    self._steps, self._told = 0, {}
     if sizes_of(self._env.action_space) != sizes_of(self._acts):
       raise TaskError(
         f'{self._task} takes actions {self._env.action_space} now, and took '

@@ -90,6 +90,7 @@ class Options:
   cameras: tuple = ()
   detail: str = 'auto'
   function: typing.Callable | None = None
+  log_info: str = ''
 
 
 class Suite(typing.NamedTuple):
@@ -103,6 +104,7 @@ class Suite(typing.NamedTuple):
     defaults: flags that differ from those of the control suite; by the task's
       name, '' for all.
     renders: whether it may use OpenGL.
+    informs: whether it takes `log_info`.
     require: function of a task's name that raises TaskError where the suite
       is not installed.
   """
@@ -112,6 +114,7 @@ class Suite(typing.NamedTuple):
   names: typing.Callable | None = None
   defaults: dict = {}  # noqa: RUF012 (never changed)
   renders: bool = False
+  informs: bool = False
   require: typing.Callable = lambda name: None
 
 
@@ -159,6 +162,7 @@ def _gym(name, opts):
       inputs=opts.inputs,
       record=opts.record,
       function=opts.function,
+      log_info=opts.log_info,
     )
   if isinstance(env.longest, int) and env.longest > opts.time_limit:
     cut = f'Episodes are cut after {opts.time_limit} of {env.longest} steps'
@@ -202,12 +206,14 @@ SUITES = dict(
     'gym_<id>',
     defaults={'': GYM, 'CarRacing-v3': CAR_RACING},
     renders=True,
+    informs=True,
   ),
   custom=Suite(
     _gym,
     'custom_<name> (of dreamer.train)',
     defaults={'': GYM},
     renders=True,
+    informs=True,
   ),
   toy=Suite(
     _toy,
@@ -313,6 +319,8 @@ def make_task(task, *args, **kwargs):
     cameras: of the control suite: indices, in the order of the images.
     detail: of images of the control suite: auto, full or low.
     function: makes the environment of a custom_<name>.
+    log_info: numbers of a gym_<id> or custom_<name> to be told, likewise; see
+      `GymEnv`.
 
   Returns:
     An environment with actions in [-1, 1], or one-hot where they are discrete,

@@ -145,6 +145,11 @@ def test_a_given_flag_wins_over_preset_and_task():
     (['--env_args', '{1}'], 'Expecting property name'),
     (['--env_args', '{"a": 1e400}'], '--env_args takes a JSON object'),
     (['--env_args', '{"a": 1}'], '--env_args is for gym_ tasks'),
+    (['--log_info', 'success'], '--log_info is for gym_ and custom_ tasks'),
+    (
+      ['--task', 'gym_CartPole-v1', '--log_info', 'success,return'],
+      'return is logged of every episode anyway',
+    ),
     (['--task', 'crafter_reward'], 'gym_crafter:CrafterReward-v1'),
   ],
 )

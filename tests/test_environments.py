@@ -90,6 +90,31 @@ def test_which_episodes_are_short(tmp_path, capsys, rows, said):
   assert capsys.readouterr().out.count(text) == said
 
 
+def test_numbers_are_told_of_whole_episodes():
+  steps = [
+    (False, dict(told=dict(a=5.0))),
+    (True, dict(told=dict(a=1.0))),
+    (True, dict(lost=True)),
+    (True, dict(told=dict(a=2.0))),
+    (True, {}),
+  ]
+
+  class Steps:
+    def step(self, action, blocking):
+      done, info = steps.pop(0)
+      return lambda: ({}, 0.0, done, info)
+
+  told, said = [], []
+  env = environments.Told(Steps(), ['a', 'b'], told.append, said.append)
+  promise = env.step(None, blocking=False)
+  assert promise() == promise()
+  while steps:
+    env.step(None)
+  assert told == [dict(a=1.0), dict(a=2.0)]
+  (line,) = said
+  assert 'no info had a number b (--log_info)' in line
+
+
 def test_share_of_missed_ticks(tmp_path):
   """3 of 4 in one step, none of 1 in the last: 3 of 5."""
 

@@ -15,6 +15,7 @@ import pytest
 
 import evaluate
 from agents import run_here
+from logdirs import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +39,30 @@ def cartpole(tmp_path_factory):
   """A run on the control suite that explores even in evaluations."""
   folder = tmp_path_factory.mktemp('cartpole') / 'run'
   return train(folder, '--task=dmc_cartpole_balance', '--eval_noise=1')
+
+
+def test_numbers_that_an_environment_tells(tmp_path, capsys):
+  """A run logs them, and an evaluation prints and writes them."""
+  logdir = train(
+    tmp_path / 'run',
+    *('--task=gym_user_envs:Telling-v0', '--log_info=success', '--seed=1'),
+    *('--inputs=image', '--eval_every=250', '--prefill=100', '--time_limit=20'),
+    *('--batch_length=5', '--eval_episodes=2', '--env_errors=stop'),
+  )
+  told = {
+    name: [x[name] for x in read_metrics(logdir) if name in x]
+    for part in ('train', 'test')
+    for name in (f'{part}/success', f'{part}/success_max')
+  }
+  assert set(told['train/success']) == {0.0}
+  assert told['train/success_max'] == [1.0, 0.0] * 25
+  assert told['test/success_max'] == [1.0, 0.0] * 2
+  capsys.readouterr()
+  words = [f'--logdir={logdir}', '--episodes=4', f'--json={tmp_path}/a.json']
+  assert evaluate.main(words) == 0
+  assert 'success_max: mean 0.5 of 4 episodes' in capsys.readouterr().out
+  told = json.loads((tmp_path / 'a.json').read_text())['info']
+  assert told == dict(success=[0.0] * 4, success_max=[1.0, 0.0] * 2)
 
 
 @pytest.fixture

@@ -21,7 +21,16 @@ import processes
 import suites
 import wrappers
 from spaces import gym
-from user_envs import PIXELS, Base, S, innermost, make, register, variant
+from user_envs import (
+  PIXELS,
+  Base,
+  S,
+  Telling,
+  innermost,
+  make,
+  register,
+  variant,
+)
 from worker_calls import RenderError, TaskError
 
 pytestmark = pytest.mark.slow
@@ -484,6 +493,34 @@ def test_several_environments_in_one_are_refused():
       function=lambda: gymnasium.make_vec('CartPole-v1', num_envs=2),
       inputs='state',
     )
+
+
+def test_numbers_of_an_episode_that_an_info_tells():
+  """The last of them and the largest, of steps between actions, too."""
+  register(Telling)
+  env = suites.make_task(
+    'gym_Telling-v0', 3, 100, log_info='success,left,name,gone'
+  )
+  for success in (1.0, 0.0):  # it was reset once when it was made
+    env.reset()
+    told = [env.step(np.zeros(2, np.float32))[3]['told'] for _ in range(4)]
+    assert told[0] == dict(success=0, success_max=0, left=7, left_max=9)
+    assert told[-1] == dict(success=0, success_max=success, left=0, left_max=9)
+  env = suites.make_task('gym_Telling-v0', 1, 100)
+  env.reset()
+  assert 'told' not in env.step(np.zeros(2, np.float32))[3]
+
+
+@pytest.mark.parametrize('number', [np.nan, np.inf, [1, 2], None, 'a', [[]]])
+def test_what_is_no_number_of_an_info(number):
+  register(Telling)
+  env = suites.make_task('gym_Telling-v0', 1, 100, log_info='success,left')
+  env.reset()
+  inner = innermost(env)
+  step = inner.step
+  inner.step = lambda action: (*step(action)[:-1], dict(success=number, left=2))
+  told = env.step(np.zeros(2, np.float32))[3]['told']
+  assert told == dict(left=2.0, left_max=2.0)
 
 
 @pytest.mark.parametrize('missed', [None, 'ball', 1.5])

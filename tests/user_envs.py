@@ -181,6 +181,21 @@ class Changing(Base):
     return super().reset(seed=seed)
 
 
+class Telling(Base):
+  """Succeeds at one step after its second, fourth, ... reset."""
+
+  length, count = 10, 0
+
+  def reset(self, seed=None, options=None):
+    self.count += 1
+    return super().reset(seed=seed)
+
+  def step(self, action):
+    *rest, _ = super().step(action)
+    success = np.bool_(self.count % 2 == 0 and self.time == 7)
+    return *rest, {'success': success, 'left': [10 - self.time], 'name': 'a'}
+
+
 class Chatty(Base):
   def step(self, action):
     print('step', self.time, 'ü' * 3000)
@@ -219,7 +234,7 @@ class Slow(Base):
 # fmt: off
 for _kind in (
   Changing, Chatty, Flaky, FlakyEvaluation, Gone, Growing, OnePort, Slow,
-  SlowAgain, SlowStart,
+  SlowAgain, SlowStart, Telling,
 ):
   # fmt: on
   register(_kind)
