@@ -234,7 +234,7 @@ class ActorOnly(Behavior):
     # the entropy is computed once for all steps.
     count = distribute.dims(start['stoch'])[0]
     outputs, drawn = (
-      tf.zeros([count, n]) for n in (self.actor.size, self._actions)
+      tf.zeros([count, n]) for n in (self.actor.outputs_size, self._actions)
     )
     states, outputs, drawn = tools.static_scan(
       step,

@@ -153,8 +153,8 @@ class Learner:
     """Learns if that is due, then acts; see `Dreamer.__call__`."""
     self._learn_if_due()
     action, state = self._actor(obs, reset, state)
-    agents = len(reset) * self._team.workers  # all collect as many
-    self._agent.step.assign_add(agents * self._c.action_repeat)
+    envs = len(reset) * self._team.workers  # all processes have as many
+    self._agent.step.assign_add(envs * self._c.action_repeat)
     return action, state
 
   def evaluate(self, obs, reset, state=None):
@@ -174,8 +174,8 @@ class Learner:
     self._check_stop()
     step = self.step
     if self._team.workers > 1:  # each surely acts at this step, or a later one
-      agents = self._c.envs * self._team.workers
-      step = min(step, self._c.steps - agents * self._c.action_repeat)
+      envs = self._c.envs * self._team.workers
+      step = min(step, self._c.steps - envs * self._c.action_repeat)
     due = self.count_due(step)
     if due or not self._learning or self._learning.done():
       self.catch_up()

@@ -315,7 +315,7 @@ class ActionDecoder(keras.layers.Layer):
       entries belong to each; None for one.
 
   Attributes:
-    size: number of outputs, A or 2 * A.
+    outputs_size: of the network, A or 2 * A.
   """
 
   def __init__(
@@ -340,8 +340,8 @@ class ActionDecoder(keras.layers.Layer):
     self._mean_scale = mean_scale
     self._choices = choices or (size,)
     self._hidden = _hidden_layers(layers, units, act)
-    self.size = size if dist == 'onehot' else 2 * size
-    self._out = Output(self.size, name='out')
+    self.outputs_size = size if dist == 'onehot' else 2 * size
+    self._out = Output(self.outputs_size, name='out')
 
   def call(self, features):
     """Distribution over actions [..., A] for features [..., F]."""
