@@ -67,6 +67,10 @@ class Checkpoints:
   """Keeps the newest two checkpoints of trackable objects in a folder."""
 
   KEEP = 2
+  OTHER_CODE = (
+    'was not made by this version of the code',
+    'use the version that made it, or a new logdir',
+  )
 
   def __init__(self, directory, **objects):
     self._directory = pathlib.Path(directory)
@@ -140,16 +144,17 @@ class Checkpoints:
         status.assert_existing_objects_matched()
         return ''
       except (AssertionError, ValueError, KeyError) as error:
-        tf.get_logger().setLevel('ERROR')  # it would list every value
-        problem = 'was not made by this version of the code'
-        hint = 'use the version that made it, or a new logdir'
         reason = self._reason(error, folder)[:200]
+        problem, hint = self.OTHER_CODE
       except (tf.errors.OpError, IndexError) as error:
         reason = self._reason(error, folder)[:200]
         if number not in self._numbers() or self._is_wrong(number, path):
           return reason
         problem = 'cannot be restored, though its bytes are right'
         hint = 'make it readable, and start again; nothing was changed'
+        if isinstance(error, tf.errors.InvalidArgumentError):  # another dtype
+          problem, hint = self.OTHER_CODE
+      tf.get_logger().setLevel('ERROR')  # it would list every value
     raise UserError(
       f'{self._directory / f"ckpt-{number}"} {problem} ({reason}); {hint}'
     )

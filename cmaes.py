@@ -138,7 +138,8 @@ class Search:
     self.begin(parts['mean'])
     es, model = self._es, self._es.sm
     mark, es.countiter, es.sigma, *updates = map(float, parts['counters'])
-    self._seed = int(-1 - mark)
+    if mark < 0:  # older code had 1 there
+      self._seed = int(-1 - mark)
     es.countiter = int(es.countiter)
     es.mean_old, es.timer = es.mean, cma.utilities.utils.ElapsedWCTime()
     es.pc, es.adapt_sigma.ps = parts['path'], parts['sigma_path']

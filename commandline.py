@@ -1,9 +1,11 @@
 """The command line of a run: from flags to a configuration that can be run.
 
-Precedence: flag > preset > inputs > task > default. No TensorFlow.
+Precedence: flag > run in the logdir > preset > inputs > task > default. No
+TensorFlow.
 """
 
 import os
+import re
 
 import arguments
 import runfile
@@ -18,7 +20,7 @@ def parse_flags(argv, resumes=True):
   Args:
     argv: list of words.
     resumes: whether a run in the logdir goes on, with its values of flags that
-      came after it began.
+      are not given.
 
   Raises:
     UserError: unknown flag or task, a value that a flag does not take, values
@@ -44,12 +46,26 @@ def parse_flags(argv, resumes=True):
   given = parser.parse_given(argv)
   start = {k: given[k] for k in START if k in given}
   config = define_config(**start)
+  kept = {}
   if resumes:
-    config.update(runfile.flags_since(given['logdir']))
-  config.update(given)
-  _check_config(config)
-  _check_free(config, given)
+    start = {k: config[k] for k in START}
+    kept = runfile.flags_of_run(given['logdir'], start)
+  config.update({**kept, **given})
+  try:
+    _check_config(config)
+    _check_free(config, given)
+  except UserError as error:
+    raise UserError(f'{error}{_of_run(str(error), kept, given)}') from None
   return config
+
+
+def _of_run(message, kept, given):
+  """Which flags in a message are those of the run in the logdir."""
+  names = [
+    x for x in kept if x not in given and re.search(rf'--{x}\b', message)
+  ]
+  words = [f'--{x} {arguments.text(kept[x])}' for x in names]
+  return f' (the run in the logdir has {", ".join(words)})' if words else ''
 
 
 def _check_config(config):

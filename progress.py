@@ -135,7 +135,7 @@ class Progress:
     self._perhaps_begun &= not gone  # steps made again have other weights
     self._should_eval.repeat_from(self._learner.step)
     self._learner.repeat_entries()
-    if restored and not self._c.offline:  # due since then, though none was made
+    if known and restored:  # due since then, though none was made
       self._learner.count_due(min(known, self._learner.step))
     schedules = dict(should_eval=self._should_eval)
     receive(
@@ -227,6 +227,9 @@ class ExactProgress(Progress):
   def _rewind(self, saved):
     names = episode_files.list_episodes(self._run.datadir)
     stamped = filter(episode_files.is_stamped, names)
+    if 'newest' not in saved:
+      self._run.say('Its checkpoint is of older code: all episodes stay.')
+      return
     later = [name for name in stamped if name > saved['newest']]
     self._goes_back = saved['exact'] and all(map(episode_files.is_exact, later))
     if not self._goes_back:

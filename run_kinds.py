@@ -26,6 +26,7 @@ class Run:
   function: typing.Callable | None = None  # makes custom environments
   # `Behavior.after_episode`
   after_episode: typing.Callable = lambda index, episode: {}
+  recorded: bool = False  # whether its config.json is that of this process
 
   # What kinds of runs do.
   collects: typing.ClassVar = True

@@ -110,8 +110,8 @@ def setup_logdir(config, team=None):
     else:
       changes = runfile.check_logdir(config)
       locks.enter_context(checkpoints.locked(logdir, config.role))
-      if (logdir / 'config.json').exists() or not runfile.has_data(logdir):
-        runfile.write_config(config)  # else when it is known what run this is
+      if not runfile.has_data(logdir):  # else when it has resumed
+        runfile.write_config(config)
       if changes:
         print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
     (logdir / 'episodes').mkdir(exist_ok=True)

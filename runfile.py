@@ -22,6 +22,12 @@ import spaces
 from cli import AttrDict, UserError
 from configs import RESOLVED, START, all_flags, define_config, method_name
 
+# Flags of the process that is running, which another one need not have.
+# fmt: off
+OF_A_PROCESS = (
+  'logdir', 'role', 'profile', 'parallel', 'strategy', 'gpu_growth',
+)
+# fmt: on
 FORMAT = 1  # of logdirs: older code refuses those of newer
 ACT = 'act'  # folder in a logdir of what --role act writes, but for episodes
 
@@ -161,17 +167,26 @@ def _saved_flags(path):
   return {**{k: flag.default for k, flag in all_flags().items()}, **saved}
 
 
-def flags_since(logdir):
-  """Values of flags that came after the run in a logdir began: the defaults.
+def flags_of_run(logdir, start):
+  """Flags with which the run in a logdir goes on, unless they are given.
 
-  A preset may have another value by now, which would be of another run.
+  They stay what they were, though presets may have other values by now.
+
+  Args:
+    logdir: a path.
+    start: flags of `START` that the run is to have now.
+
+  Returns:
+    {flag: value}; nothing where there is no such run, or one with other flags
+    of `START`, whose defaults are others.
   """
   try:
-    saved = _read_config(logdir / 'config.json')['config']
+    saved = _saved_flags(logdir / 'config.json')
   except UserError:
     return {}
-  flags = all_flags().items()
-  return {k: x.default for k, x in flags if k not in {*saved, *START, 'logdir'}}
+  if not has_data(logdir) or any(saved[k] != v for k, v in start.items()):
+    return {}
+  return {k: v for k, v in saved.items() if k not in OF_A_PROCESS}
 
 
 def load_spaces(logdir):

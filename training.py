@@ -190,6 +190,11 @@ def _failures():
       'resumes.'
     ) from error
   except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+    if 'No space left' in str(error) or 'quota' in str(error):
+      raise cli.Failure(
+        'no space left on the device of --logdir. What was saved before is '
+        'intact; with more space, the same command resumes.'
+      ) from error
     reason = (str(error) or 'no more can be had').partition('\n')[0][:200]
     raise cli.Failure(
       f'out of memory ({reason}). Smaller --batch_size, --batch_length or '
@@ -269,7 +274,15 @@ def _resume(run, agent, spec):
   run.after_episode = agent.behavior.after_episode
   progress = _make_progress(run, learner)
   progress.resume()
+  _record(run, spec)  # not before: this version may be refused
   return learner, progress
+
+
+def _record(run, spec):
+  """Writes config.json, once."""
+  if run.team.chief and not run.recorded:
+    runfile.write_config(run.config, spec.inputs, spec.actions, run.home)
+    run.recorded = True
 
 
 def _make_learner(run, agent, spec):
@@ -335,7 +348,8 @@ def _prepare(run, envs, test_env):
     agent_spec.check_choices(run, spec)
     environments.say_short(run)
   if run.team.chief:
-    runfile.write_config(config, spec.inputs, spec.actions, run.home)
+    if run.home != config.logdir or not runfile.has_data(config.logdir):
+      _record(run, spec)
     _announce(run, policy)
     for line in spec.about:
       run.say(line)

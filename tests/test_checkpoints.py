@@ -85,6 +85,14 @@ def test_checkpoint_that_lacks_something_is_refused(tmp_path):
     checkpoints.Checkpoints(tmp_path, head=head, **objects).restore()
 
 
+def test_checkpoint_of_another_type_is_refused(tmp_path, capfd):
+  checkpoints.Checkpoints(tmp_path, count=tf.Variable(1.0)).save(1)
+  count = tf.Variable(1, dtype=tf.int64)
+  with pytest.raises(cli.UserError, match='not made by this version'):
+    checkpoints.Checkpoints(tmp_path, count=count).restore()
+  assert (tmp_path / 'ckpt-1.index').exists()
+
+
 @pytest.mark.parametrize('part', ['index', 'data-00000-of-00001'])
 @pytest.mark.parametrize('damage', ['cut', 'empty', 'flip', 'gone'])
 def test_broken_checkpoint_gives_way_to_the_one_before(

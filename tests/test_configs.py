@@ -379,7 +379,7 @@ def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   run_setup.setup_logdir(config)
   assert '--steps 123 (was 10000).' in capsys.readouterr().out
   saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
-  assert saved['config']['steps'] == 123
+  assert saved['config']['steps'] == 10_000  # until it has resumed
   assert saved['versions']['tensorflow'] == tf.__version__
   assert saved['machine'].startswith(f'{os.cpu_count()} cores of ')
   assert saved['code'] == runfile.commit()
@@ -403,6 +403,29 @@ def test_run_that_is_older_than_a_flag_goes_on_without_it(tmp_path):
   config = commandline.parse_flags([*words, '--slow_value=0.02'])
   with pytest.raises(cli.UserError, match='--slow_value 0.0, not 0.02'):
     run_setup.setup_logdir(config)
+
+
+def test_a_run_goes_on_with_its_flags(tmp_path):
+  """Though its presets, and those of its task, have other values by now."""
+  words = [f'--logdir={tmp_path}', '--task=toy_reach', '--preset=cpu']
+  flags = ['--kl_scale=0.5', '--steps=77', '--parallel=none', '--profile=3']
+  config = commandline.parse_flags([*words, *flags, '--stoch_size=9'])
+  run_setup.setup_logdir(config).close()
+  assert commandline.parse_flags(words).kl_scale == 1.0  # it has not begun
+  (tmp_path / 'episodes' / 'a-b-3.npz').touch()
+  again = commandline.parse_flags([*words, '--steps=88'])
+  assert (again.kl_scale, again.stoch_size, again.steps) == (0.5, 9, 88)
+  assert (again.parallel, again.profile) == ('process', 0)
+  run_setup.setup_logdir(again).close()
+  assert commandline.parse_flags(words, resumes=False).kl_scale == 1.0
+  again.deterministic = True
+  runfile.write_config(again)
+  message = 'run in the logdir has --deterministic True'
+  with pytest.raises(cli.UserError, match=message):
+    commandline.parse_flags([*words, '--learner=free'])
+  # The values of another preset, which may be given.
+  paper = commandline.parse_flags([*words[:2], '--preset=paper'])
+  assert paper.kl_scale == 1.0 and paper.num_units == 300
 
 
 def test_commit_is_that_of_this_code(tmp_path):

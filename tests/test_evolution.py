@@ -80,6 +80,18 @@ def test_goes_on_from_an_array_as_if_it_had_not_ended(full, population):
   assert search.std == pytest.approx(np.mean(whole.stds))
 
 
+def test_a_state_of_older_code_has_no_seed():
+  """Its first counter is 1; the flags have the seed."""
+  search = Search(8, 12, 0.5, seed=5)
+  search.begin(np.zeros(8))
+  search.tell(search.ask(), np.arange(12))
+  state = search.state()
+  assert state[0] == -6
+  again = Search(8, 12, 0.5, seed=5)
+  again.restore(np.concatenate([[1.0], state[1:]]))
+  np.testing.assert_array_equal(again.ask(), search.ask())
+
+
 def test_a_clear_way_is_no_reason_to_warn(recwarn):
   """`cma` warns of a path that one weight alone makes long; it bounds it."""
   search = Search(693, 32, 0.1, seed=0)

@@ -123,10 +123,10 @@ def test_exact_run_takes_back_nothing_of_another(tmp_path, other):
   """
   logdir = tmp_path / 'run'
   shutil.copytree(other, logdir)
-  flags = (SLOW, '--steps=900', '--prefill=900')
+  flags = (SLOW, '--deterministic=False', '--steps=900', '--prefill=900')
   run_until(logdir, 'at step 650', signal.SIGKILL, *flags)
-  flags = (SLOW, '--steps=750', '--learner=free', '--role=act')
-  result = run(logdir, *flags)
+  free = ('--learner=free', '--role=act', '--deterministic=False')
+  result = run(logdir, SLOW, '--steps=750', *free)
   assert result.returncode == 0, result.stderr
   made = {p.name for p in logdir.glob('episodes/*.npz')}
   assert len(made) >= 13

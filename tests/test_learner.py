@@ -701,3 +701,46 @@ def test_changes_of_discrete_actions():
   assert about == dict(real_value=0, changes=1 / 3)
   short = {k: v[:2] for k, v in episode.items()}  # one action: no change
   assert environments.describe_behavior(short, config) == dict(real_value=0)
+
+
+def test_an_exact_run_of_older_code_keeps_its_episodes(
+  make_learner, tmp_path, capsys
+):
+  """Its checkpoints do not say which of them they knew."""
+  agent = make_learner(tmp_path, deterministic=True)
+  made = progress.ExactProgress(agent._run, agent)
+  before = episode_files.list_episodes(agent._run.datadir)
+  made._rewind(dict(exact=True, episodes=1))
+  made._resumed(dict(exact=True, episodes=1))
+  assert episode_files.list_episodes(agent._run.datadir) == before
+  assert 'of older code' in capsys.readouterr().out
+  assert read_metrics(tmp_path)[-1]['resumed'] == 1
+
+
+def test_a_checkpoint_of_older_code_makes_up_for_no_prefill(
+  make_learner, tmp_path, monkeypatch
+):
+  """It does not say at how many steps it was made."""
+  collect = progress.Progress._collect
+  monkeypatch.setattr(
+    progress.Progress,
+    '_collect',
+    lambda self: {k: v for k, v in collect(self).items() if k != 'steps'},
+  )
+  pace = dict(train_every=10, train_steps=4, pretrain=3)
+  first = make_learner(tmp_path, **pace)
+  progress.Progress(first._run, first).resume()
+  again = make_learner(tmp_path, **pace)
+  progress.Progress(again._run, again).resume()
+  assert int(again._pending) + again.count_due(again.step) == 3
+
+
+@pytest.mark.parametrize('words', ['No space left on device', 'Disk quota'])
+def test_a_full_disk_is_not_taken_for_full_memory(words):
+  """TensorFlow has one error for both."""
+  error = tf.errors.ResourceExhaustedError(None, None, f'/a/events; {words}')
+  with pytest.raises(cli.Failure, match='no space left'), training._failures():
+    raise error
+  error = tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
+  with pytest.raises(cli.Failure, match='out of memory'), training._failures():
+    raise error

@@ -188,6 +188,7 @@ def test_a_replay_that_is_full_at_the_start_and_learning_from_it(
 def assert_never_begins_anew(main, logdir):
   """Whatever is left of checkpoints: nothing is overwritten, exit code 2."""
   folder = logdir / 'checkpoints'
+  config = (logdir / 'config.json').read_bytes()
   shutil.copytree(folder, logdir.parent / 'good')
   for path in folder.glob('*.index'):
     path.write_bytes(path.read_bytes()[:-9])
@@ -196,6 +197,7 @@ def assert_never_begins_anew(main, logdir):
     code, text = main(*flags)
     assert code == 2
     assert 'has learned, but no checkpoint with its weights' in text
+  assert (logdir / 'config.json').read_bytes() == config
   aside = {p.name for p in folder.glob('*.broken')}
   assert len(aside) == 4 and not list(folder.glob('*.index'))
   # From metrics.jsonl alone it is known, too.
