@@ -747,7 +747,7 @@ def test_open_loop_is_by_the_action_of_the_same_row(tmp_path):
     data = agent.world.preprocess({**batch, 'action': action})
     return agent.world._predict(data).numpy()
 
-  for row in (5, 7):  # the first without an image, and the last
+  for row in (4, 5, 7):  # the last with an image, the next, the last of all
     changed = (predict(row) != predict()).any((0, 2))
     assert changed.tolist() == [t >= row for t in range(8)]
 
@@ -801,8 +801,11 @@ def test_several_choices_are_acted_explored_and_learned(tmp_path):
   assert all(map(space.contains, np.concatenate(drawn)))
   np.testing.assert_allclose(np.concatenate(drawn).mean(0), uniform, atol=0.07)
   before = weights(agent.optimizers['actor'])
-  agent.train(next(dreamer.load_dataset(tmp_path / 'episodes', config)))
+  batches = dreamer.load_dataset(tmp_path / 'episodes', config)
+  metrics = agent.train(next(batches))
   assert moved(agent.optimizers['actor'], before)
+  each = metrics['action_ent'] / 2
+  assert np.isclose(metrics['action_ent_each'], each)
 
 
 def test_epsilon_is_drawn_for_each_environment(tmp_path):

@@ -109,6 +109,20 @@ def test_likelihood_of_a_vector_in_closed_form(tmp_path):
   np.testing.assert_allclose(like, expected, rtol=1e-4)
 
 
+def test_networks_of_vectors_and_states_are_as_the_flags_say(tmp_path):
+  """And that of q(s | o) of Eq. 11, of features of 11 numbers."""
+  changes = dict(vector_layers=1, reward_layers=3, num_units=7)
+  changes.update(dense_act='relu', representation='contrastive')
+  agent = make_agent(tmp_path, VECTORS, **changes)
+  shapes = dict(encode_vector=[(11, 7)], vector=[(11, 7), (7, 11)])
+  shapes.update(state=[(7, 7), (7, 2 * 11)])
+  for name, expected in shapes.items():
+    network = agent.networks()[name]
+    assert [tuple(v.shape) for v in network.weights[::2]] == expected
+    hidden = next(x for x in network._flatten_layers() if x.name == 'h1')
+    assert hidden.activation is keras.activations.relu
+
+
 @pytest.mark.parametrize(
   ('representation', 'terms'),
   [
@@ -133,10 +147,20 @@ def test_several_images_have_networks_of_their_own(tmp_path):
   agent = make_agent(tmp_path, inputs)
   names = agent.networks()
   assert {'encode', 'encode_2', 'decode', 'decode_2'} <= set(names)
+  for name in ('decode', 'decode_2'):  # all that they put out is 0
+    for variable in names[name].variables:
+      variable.assign(tf.zeros_like(variable))
   _, metrics, _ = losses(agent)
-  assert metrics['image_loss'] > 0 and metrics['image_2_loss'] > 0
-  video = agent.world.open_loop(batch_of(agent))
+  batch = batch_of(agent)
+  video = agent.world.open_loop(batch)
   assert video.shape == (2, 5, 192, 128, 3)
+  for index, name in enumerate(inputs):
+    image = batch[name] / 255.0
+    error = 0.5 * (image - 0.5) ** 2 + 0.5 * np.log(2 * np.pi)
+    loss = error.sum((2, 3, 4)).mean()
+    assert float(metrics[f'{name}_loss']) == pytest.approx(loss, rel=1e-5)
+    truth = video[:, :, :64, 64 * index : 64 * (index + 1)]
+    np.testing.assert_allclose(truth, image, atol=1e-6)
 
 
 def test_the_term_of_vectors_moves_the_new_layers_and_what_is_below(tmp_path):

@@ -68,8 +68,12 @@ def test_contrast_beside_a_double_loop(masked):
     mask = np.eye(7, dtype=bool)
     mask[2, 5] = mask[0, 1] = mask[0, 6] = True
   expected = contrast_by_loops(*arrays, mask)
-  actual = representations.contrast(*single(*arrays), mask)
+  state, *gaussian = single(*arrays)
+  actual = representations.contrast(state, *gaussian, mask)
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+  if mask is None:  # the states of one replica, the images of all
+    part = representations.contrast(state[2:5], *gaussian, first=2)
+    np.testing.assert_allclose(part, expected[2:5], rtol=1e-4, atol=1e-4)
 
 
 def test_contrast_gradient_by_finite_differences():
@@ -191,6 +195,21 @@ def test_v_r_is_the_sum_of_rewards_to_the_horizon(tmp_path):
   np.testing.assert_allclose(returns, [[4, 18], [3, 16], [7, 11]], rtol=1e-6)
 
 
+def test_entropy_of_choices_is_exact_as_a_bonus():
+  """That of 3 and 2 choices, at states [H, N], whatever was drawn."""
+  config = dreamer.define_config('gym_Some-v0')
+  config.update(agents.SMALL, action_dist='onehot', actor_entropy=0.1)
+  behavior = behaviors.ActorOnly(config, None, 5, (3, 2))
+  outputs = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+  expected = sum(
+    scipy.stats.entropy(scipy.special.softmax(part, -1), axis=-1)
+    for part in np.split(outputs, [3], -1)
+  )
+  drawn = tf.tile(tf.constant([[[1.0, 0, 0, 1, 0]]]), [4, 6, 1])
+  entropy = behavior._entropy(tf.constant(outputs), drawn)
+  np.testing.assert_allclose(entropy, expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_behavior_trains_what_it_has(method):
   name, agent, (before, _), metrics = method
@@ -247,24 +266,32 @@ def test_plans_stay_within_the_bounds_of_actions():
 
 
 def test_plans_by_the_world_model(tmp_path):
-  """Where the reward is the first action, planning finds its bound."""
+  """Where the reward is the first action, planning finds its bound.
+
+  Which one is told by the sign of each environment's state, and is the other
+  after the first step.
+  """
   agent = make_agent(
     tmp_path, behavior='planning', plan_candidates=200, plan_iterations=8
   )
   imagine = agent.world.dynamics.imagine
+  signs = tf.constant([1.0, -1.0, 1.0])
   seen = []
 
   def imagine_actions(action, state, seed):
     seen.append(action.shape)
     result = imagine(action, state, seed)
-    return dict(result, stoch=tf.repeat(action[..., :1], 3, -1))
+    turned = tf.constant([1.0, -1, -1, -1, -1]) * state['stoch'][:, :1]
+    stoch = tf.repeat(turned[..., None] * action[..., :1], 3, -1)
+    return dict(result, stoch=stoch)
 
   agent.world.dynamics.imagine = imagine_actions
   agent.world.heads['reward'] = lambda feat: tfd.Normal(feat[..., 0], 1.0)
   start, seed = agent.world.dynamics.initial(3), tf.constant([3, 4])
+  start['stoch'] = tf.repeat(signs[:, None], 3, 1)
   action = agent.behavior.act(start, seed, False)
   assert action.shape == (3, 2) and seen[0] == (600, 5, 2)
-  assert (action.numpy()[:, 0] > 0.8).all()
+  assert (action.numpy()[:, 0] * signs.numpy() > 0.8).all()
 
 
 def test_plans_are_worth_their_rewards_without_discount(tmp_path, monkeypatch):

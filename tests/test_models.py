@@ -498,6 +498,23 @@ def test_decoder_against_numpy():
   np.testing.assert_allclose(nested.mean()[:, 0], dist.mean(), atol=1e-4)
 
 
+def numpy_hidden(weights, x, layers):
+  for index in range(layers):
+    x = dense(weights, f'h{index + 1}', x, elu)
+  return x
+
+
+@pytest.mark.parametrize('layers', [0, 2])
+def test_dense_encoder_against_numpy(layers):
+  encoder = models.DenseEncoder(layers, 5)
+  vector = np.random.default_rng(1).normal(size=(2, 3, 4))
+  encoder(tf.zeros([1, 4]))
+  randomize(encoder)
+  expected = numpy_hidden(weights_of(encoder), vector, layers)
+  actual = encoder(tf.constant(vector, tf.float32))
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 # --- Heads ------------------------------------------------------------------
 
 
@@ -508,9 +525,17 @@ def make_head(layer, features=4, scale=0.5):
 
 
 def numpy_head(weights, x, layers):
-  for index in range(layers):
-    x = dense(weights, f'h{index + 1}', x, elu)
-  return dense(weights, 'out', x)
+  return dense(weights, 'out', numpy_hidden(weights, x, layers))
+
+
+def test_state_model_against_numpy():
+  """q(s | o) of Eq. 11: one hidden layer, and std as of the states."""
+  model, weights = make_head(models.StateModel(3, 5), 7)
+  embed = np.random.default_rng(1).normal(size=(2, 4, 7))
+  expected = numpy_stats(numpy_head(weights, embed, 1))
+  actual = model(tf.constant(embed, tf.float32))
+  for value, target in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(value, target, rtol=1e-4, atol=1e-5)
 
 
 def test_dense_decoder_normal():
