@@ -399,6 +399,7 @@ def test_run_that_is_older_than_a_flag_goes_on_without_it(tmp_path):
   assert runfile.load_config(tmp_path).slow_value == 0
   config = commandline.parse_flags(words)
   assert config.slow_value == 0 and config.imag_starts == 64
+  assert commandline.parse_flags(words, resumes=False).slow_value > 0
   run_setup.setup_logdir(config)
   config = commandline.parse_flags([*words, '--slow_value=0.02'])
   with pytest.raises(cli.UserError, match='--slow_value 0.0, not 0.02'):

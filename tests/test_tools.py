@@ -699,14 +699,16 @@ def test_loss_scaling_gives_the_same_update():
   assert metrics['opt_loss_scale'] > 1
 
 
-def test_loss_scale_is_in_the_gradients():
+@pytest.mark.parametrize('scaling', [False, True])
+def test_loss_scale_is_in_the_gradients(scaling):
   # Else small gradients would vanish in float16 before they are divided.
   weights = Weights(KERNEL, BIAS)
-  optimizer = tools.Adam('opt', [weights], 0.1, loss_scaling=True)
+  optimizer = tools.Adam('opt', [weights], 0.1, loss_scaling=scaling)
   with layers.Tapes(optimizer.variables) as tapes:
     loss = tf.reduce_sum(weights.kernel.value) + weights.bias.value[0]
   grads = optimizer.gradient(tapes, loss)
-  scale = float(optimizer.apply(grads)['opt_loss_scale'])
+  scale = float(optimizer.apply(grads).get('opt_loss_scale', 1))
+  assert (scale > 1) == scaling
   np.testing.assert_allclose(grads[0], [scale] * 3)
 
 
@@ -865,3 +867,14 @@ def test_simulate_counts_surplus_episodes():
   assert agent.calls == 4
   tools.simulate(agent, envs, episodes=1, state=state)
   assert agent.calls == 8
+
+
+def test_simulate_reaches_both_limits():
+  env, agent = CountingEnv(0, 4), CountingAgent()
+  state = tools.simulate(agent, [env], steps=5, episodes=1)
+  assert len(env.log) == 8  # five steps are more than one episode
+  state = tools.simulate(agent, [env], steps=4, episodes=3, state=state)
+  # Three steps and one episode were surplus.
+  assert len(env.log) == 16
+  tools.simulate(agent, [env], steps=3, episodes=1, state=state)
+  assert len(env.log) == 20
