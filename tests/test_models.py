@@ -579,6 +579,11 @@ def test_dense_decoder_binary_with_soft_labels():
     expected = label * np.log(prob) + (1 - label) * np.log(1 - prob)
     actual = dist.log_prob(tf.fill([6], label))
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
+  # Finite where float32 rounds the probability to 1.
+  head._out.kernel.assign(tf.zeros([5, 1]))
+  head._out.bias.assign([200.0])
+  sure = head(tf.constant(feat, tf.float32))
+  np.testing.assert_allclose(sure.log_prob(tf.zeros([6])), [-200.0] * 6)
 
 
 @pytest.mark.parametrize('scale', [0.5, 5.0])
@@ -826,7 +831,7 @@ def test_encoder_and_decoder_precision(policy):
 def test_decoder_computes_the_same_for_few_features_and_many():
   """Many go through the product of the first two matrices."""
   decoder = models.ConvDecoder(depth=4)
-  decoder(tf.zeros([1, 6]))
+  decoder(tf.zeros([20, 6]))  # there are no matrices before
   randomize(decoder, 0.3)
   feat, grads = normal(20, 6), []
   for group in (1, 20):

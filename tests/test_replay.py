@@ -615,14 +615,16 @@ def test_episodes_without_what_the_agent_sees_are_of_another_task(tmp_path):
   assert path.exists()
 
 
-def batches(folder, count, part=(0, 1), folders=1, start=0, **flags):
+def batches(
+  folder, count, part=(0, 1), folders=1, start=0, actions=None, **flags
+):
   """(episode, first row) of the windows of batches, by the flags of a run."""
   defaults = dict(batch_size=20, batch_length=3, dataset_balance=False)
   defaults.update(seed=0, replay_capacity=0, action_repeat=4)
   config = cli.AttrDict({**defaults, **flags})
   inputs = dict(image=(4, 4, 3))
   drawn = replay.load_dataset(
-    folder, config, start, part=part, inputs=inputs, folders=folders
+    folder, config, start, actions, part=part, inputs=inputs, folders=folders
   )
   found = [batch for batch, _ in zip(drawn, range(count), strict=False)]
   images = np.concatenate([batch['image'] for batch in found])
@@ -676,6 +678,14 @@ def test_numbers_are_no_choices(tmp_path, capsys):
   assert {number for number, _ in found} == {1}
   text = 'actions that are no one-hot vectors'
   assert capsys.readouterr().out.count(text) == 2
+
+
+def test_episodes_with_actions_of_another_size_are_in_no_batch(tmp_path):
+  episodes = [make_episode(n, 10) for n in (1, 2)]
+  episodes[1]['action'] = episodes[1]['action'][:, :1]
+  paths = tools.save_episodes(tmp_path, episodes)
+  assert {number for number, _ in batches(tmp_path, 3, actions=2)} == {1}
+  assert [path.exists() for path in paths] == [True, False]
 
 
 def test_batches_hold_float32(tmp_path):

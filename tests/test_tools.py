@@ -579,6 +579,15 @@ def test_every_keeps_its_places_where_steps_are_made_again():
   assert not never.due(100)
 
 
+def test_every_goes_back_and_never_forward():
+  every = tools.Every(10)
+  every.skip(120)
+  assert [every.due(step) for step in (129, 130)] == [False, True]
+  for before in (115, 124):
+    every.go_back(before)
+    assert [every.due(step) for step in (124, 125)] == [False, True]
+
+
 def test_every_zero_is_only_the_first_call():
   every = tools.Every(0)
   assert every.due(0)
