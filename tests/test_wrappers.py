@@ -813,7 +813,11 @@ class TestCollect:
 
   @pytest.mark.parametrize(
     'precision, floating, integer',
-    [(32, np.float32, np.int32), (16, np.float16, np.int16)],
+    [
+      (64, np.float64, np.int64),
+      (32, np.float32, np.int32),
+      (16, np.float16, np.int16),
+    ],
   )
   def test_types(self, precision, floating, integer):
     episode = collect(Counting(), 7, precision=precision)[0][0]
