@@ -61,9 +61,8 @@ def parse_flags(argv, resumes=True):
 
 def _of_run(message, kept, given):
   """Which flags in a message are those of the run in the logdir."""
-  names = [
-    x for x in kept if x not in given and re.search(rf'--{x}\b', message)
-  ]
+  flags = re.findall(r'--(\w+)', message)
+  names = [x for x in kept if x in flags and x not in given]
   words = [f'--{x} {arguments.text(kept[x])}' for x in names]
   return f' (the run in the logdir has {", ".join(words)})' if words else ''
 

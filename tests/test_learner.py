@@ -286,12 +286,44 @@ def test_logged_numbers_are_means_since_the_last_entry(make_learner, tmp_path):
   agent = make_learner(tmp_path)
   for total, updates in ((9.0, 3), (5.0, 1)):
     agent.restore_unlogged(dict(model_loss=(total, updates)))
-    agent.finish()
+    for _ in range(2):  # the second has nothing to say
+      agent.finish()
   agent._c.log_scalars = False
   agent.restore_unlogged(dict(model_loss=(7.0, 1)))
   agent.finish()
   lines = read_metrics(tmp_path)
   assert [x.get('model_loss') for x in lines] == [3.0, 5.0, None]
+  assert ['fps' in x for x in lines] == [False, True, True]
+
+
+def test_an_update_that_float16_skipped_is_in_no_mean(
+  make_learner, tmp_path, monkeypatch
+):
+  """But in the number of updates; their time is known from the third on."""
+  agent, known = make_learner(tmp_path), []
+  for norm in (np.inf, 3.0, 5.0):
+    found = dict(model_grad_norm=norm, model_loss_scale=2.0**15)
+    monkeypatch.setattr(agent._agent, 'update', lambda batch, x=found: x)
+    agent._update()
+    known.append(agent.seconds_per_update is not None)
+  assert (agent.updates, known) == (3, [False, False, True])
+  assert agent.unlogged() == dict(
+    model_grad_norm=(8.0, 2), model_loss_scale=(3 * 2.0**15, 3)
+  )
+
+
+@pytest.mark.parametrize('count, recorded', [(2, [3, 4]), (9, [3, 4, 5])])
+def test_recorded_updates_begin_with_the_third(tmp_path, count, recorded):
+  """As many as asked for, or until learning ends."""
+  profile = learner.Profile(tmp_path, count)
+  for number in range(1, 6):
+    with profile(), tf.profiler.experimental.Trace(f'number {number}'):
+      pass
+  profile.stop()
+  (trace,) = tmp_path.glob('plugins/profile/*/*.xplane.pb')
+  content = trace.read_bytes()
+  found = [n for n in range(1, 6) if b'number %d' % n in content]
+  assert found == recorded
 
 
 def test_portions_and_pauses_between_checkpoints(make_learner, tmp_path):
