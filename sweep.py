@@ -33,6 +33,7 @@ On a cluster, code and Python packages are at the same paths on all nodes, and
 """
 
 import collections
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -216,6 +217,8 @@ def make_runs(wanted, args):
       logdir = folder / task / arm.name / str(seed)
       flags = ['--logdir', str(logdir), '--task', task]
       flags += ['--seed', str(seed), *arm.flags, *args.extra]
+      with contextlib.suppress(UserError):  # which the run will say itself
+        config = commandline.parse_flags(flags)  # of a run that goes on
       run = SweepRun(task, arm, seed, logdir, config, flags)
       warn_of_changes(run)
       step = file_io.read_json(logdir / ray_runs.FINISHED).get('step')

@@ -21,6 +21,7 @@ import compare
 import configs
 import ray_runs
 import run_folders
+import runfile
 import suites
 import sweep
 from processes import marked, run_script, wait_for
@@ -527,3 +528,18 @@ def test_help(capsys):
 @pytest.mark.parametrize('share, runs', [(0.1, 10), (0.2, 5), (0.3, 3), (1, 1)])
 def test_shares_of_a_gpu(share, runs):
   assert ray_runs.room(1.0, share) == runs
+
+
+def test_a_run_keeps_flags_that_are_not_given_again(tmp_path, capsys):
+  (run,) = runs_of(tmp_path, '--steps=500', '--horizon=9')
+  (run.logdir / 'episodes').mkdir(parents=True)
+  (run.logdir / 'episodes' / 'a-b-3.npz').touch()
+  runfile.write_config(run.config, folder=run.logdir)
+  (run.logdir / 'sweep.json').write_text(json.dumps(dict(step=500)))
+  (run,) = runs_of(tmp_path)
+  assert (run.last_step, run.config.horizon, run.state) == (500, 9, 'done')
+  (run,) = runs_of(tmp_path, '--steps=600')
+  assert (run.last_step, run.state) == (600, 'waiting')
+  assert capsys.readouterr().err == ''
+  runs_of(tmp_path, '--horizon=15')
+  assert 'has --horizon 9, not 15' in capsys.readouterr().err
