@@ -96,7 +96,7 @@ def keep_rows(tensors, keep):
   """Nested tensors [E, ...], zero in the rows where `keep` [E] is false."""
 
   def mask(x):
-    rows = tf.reshape(tf.cast(keep, x.dtype), [-1, *[1] * (x.shape.rank - 1)])
+    rows = tf.reshape(tf.cast(keep, x.dtype), [-1, *[1] * (len(x.shape) - 1)])
     return x * rows
 
   return tf.nest.map_structure(mask, tensors)
