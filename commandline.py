@@ -46,24 +46,37 @@ def parse_flags(argv, resumes=True):
   given = parser.parse_given(argv)
   start = {k: given[k] for k in START if k in given}
   config = define_config(**start)
-  kept = {}
-  if resumes:
-    start = {k: config[k] for k in START}
-    kept = runfile.flags_of_run(given['logdir'], start)
+  kept = _kept(config, given) if resumes else {}
+  defaults = dict(config)
   config.update({**kept, **given})
   try:
     _check_config(config)
     _check_free(config, given)
   except UserError as error:
-    raise UserError(f'{error}{_of_run(str(error), kept, given)}') from None
+    own = {k: v for k, v in kept.items() if k not in given and v != defaults[k]}
+    raise UserError(f'{error}{_of_run(str(error), own)}') from None
   return config
 
 
-def _of_run(message, kept, given):
+def _kept(config, given):
+  """Flags of the run in the logdir, if one goes on there.
+
+  Of several processes (TF_CONFIG) only one may see that run; all are given
+  all flags.
+  """
+  if os.environ.get('TF_CONFIG'):
+    return {}
+  start = {k: config[k] for k in START}
+  kept = runfile.flags_of_run(given['logdir'], start, given.get('role'))
+  if 'steps' in given and 'updates' not in given:  # which would go before it
+    kept.pop('updates', None)
+  return kept
+
+
+def _of_run(message, own):
   """Which flags in a message are those of the run in the logdir."""
-  flags = re.findall(r'--(\w+)', message)
-  names = [x for x in kept if x in flags and x not in given]
-  words = [f'--{x} {arguments.text(kept[x])}' for x in names]
+  names = [name for name in own if name in re.findall(r'--(\w+)', message)]
+  words = [f'--{name} {runfile.quoted(own[name])}' for name in names]
   return f' (the run in the logdir has {", ".join(words)})' if words else ''
 
 

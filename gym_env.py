@@ -154,7 +154,10 @@ class GymEnv:
   def _tell(self, info):
     """What `info` has said in this episode of the numbers in `log_info`."""
     for name in self._tells:
-      array = np.asarray(info.get(name))
+      try:
+        array = np.asarray(info.get(name))
+      except ValueError:  # lists of other lengths
+        continue
       number = array.size == 1 and array.dtype.kind in 'biuf'
       if number and np.isfinite(array).all():
         value = float(array.reshape(()))

@@ -15,6 +15,8 @@ import sys
 
 import numpy as np
 
+import arguments
+import configs
 import file_io
 import runfile
 from cli import UserError
@@ -23,7 +25,8 @@ from cli import UserError
 # fmt: off
 MAY_DIFFER = (
   'logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every',
-  'strategy', 'worker_timeout', 'start_timeout', 'env_errors', 'role',
+  'strategy', 'worker_timeout', 'start_timeout', 'env_errors', 'role', 'jit',
+  'profile',
 )
 # fmt: on
 AXES = 'step', 'test/return'  # keys of metrics.jsonl that the paper has
@@ -95,23 +98,34 @@ def _name_arms(runs):
   for (_, method, _), group in same.items():
     differ[method].update(_differing(group))
   for method, flags in differ.items():
-    for run in methods[method]:
-      known = [k for k in sorted(flags) if k in run.config]
-      words = [f'{k}={run.config[k]}' for k in known]
+    for run in methods[method] if flags else ():
+      words = [f'{k}={_value(run.config, k)}' for k in sorted(flags)]
       run.method = ' '.join([method, *words])
   return runs
 
 
 def _differing(runs):
-  """Flags that all runs have and differ in, but for `MAY_DIFFER`."""
-  configs = [run.config for run in runs if run.config]
-  keys = set.intersection(*map(set, configs or [{}])) - set(MAY_DIFFER)
-  return sorted(
-    k
-    for k in keys
-    if not k.startswith(('log_', 'eval_every', 'eval_episodes'))
-    and len({str(config[k]) for config in configs}) > 1
-  )
+  """Flags in which runs differ, but for `MAY_DIFFER`."""
+  found, records = [], [run.config for run in runs if run.config]
+  for name in set().union(*records) - set(MAY_DIFFER):
+    values = {_value(config, name) for config in records}
+    if name in configs.RESOLVED:
+      values -= {'auto'}  # what it stands for follows from the task
+    logged = name.startswith(('log_', 'eval_every', 'eval_episodes'))
+    if len(values) > 1 and not logged:
+      found.append(name)
+  return sorted(found)
+
+
+def _value(config, name):
+  """A flag of a run in words; older code did what its default is now."""
+  flag = configs.all_flags().get(name)
+  if not flag:  # of other code
+    return None
+  value = config.get(name, flag.default)
+  with contextlib.suppress(ValueError, KeyError, OverflowError, UserError):
+    value = flag.kind.parse(arguments.text(value))
+  return runfile.quoted(value)
 
 
 def check_folder(flag, folder):

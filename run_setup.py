@@ -110,8 +110,11 @@ def setup_logdir(config, team=None):
     else:
       changes = runfile.check_logdir(config)
       locks.enter_context(checkpoints.locked(logdir, config.role))
-      if not runfile.has_data(logdir):  # else when it has resumed
-        runfile.write_config(config)
+      known = (logdir / 'config.json').exists()
+      if not runfile.has_learned(logdir) and (
+        known or not runfile.has_data(logdir)
+      ):
+        runfile.write_config(config)  # else when it has resumed
       if changes:
         print(f'Resuming with other flags: {", ".join(changes)}.', flush=True)
     (logdir / 'episodes').mkdir(exist_ok=True)

@@ -167,7 +167,7 @@ def _saved_flags(path):
   return {**{k: flag.default for k, flag in all_flags().items()}, **saved}
 
 
-def flags_of_run(logdir, start):
+def flags_of_run(logdir, start, role=''):
   """Flags with which the run in a logdir goes on, unless they are given.
 
   They stay what they were, though presets may have other values by now.
@@ -175,13 +175,15 @@ def flags_of_run(logdir, start):
   Args:
     logdir: a path.
     start: flags of `START` that the run is to have now.
+    role: of the process; --role act has flags of its own once it has begun.
 
   Returns:
     {flag: value}; nothing where there is no such run, or one with other flags
     of `START`, whose defaults are others.
   """
+  path, own = logdir / 'config.json', logdir / ACT / 'config.json'
   try:
-    saved = _saved_flags(logdir / 'config.json')
+    saved = _saved_flags(own if role == 'act' and own.exists() else path)
   except UserError:
     return {}
   if not has_data(logdir) or any(saved[k] != v for k, v in start.items()):
@@ -314,21 +316,25 @@ def _check_resume(config, saved, path=None):
       continue
     if fixed and flag.fixed and flag.fixed(old) != flag.fixed(new):
       raise UserError(
-        f'--logdir {logdir} holds a run with --{name} {_quoted(old)}, not '
-        f'{_quoted(new)}. Resume it with the flags that it was started with '
+        f'--logdir {logdir} holds a run with --{name} {quoted(old)}, not '
+        f'{quoted(new)}. Resume it with the flags that it was started with '
         f'(see {path or logdir / "config.json"}) or choose a new folder.'
       )
-    changes.append(f'--{name} {_quoted(new)} (was {_quoted(old)})')
+    changes.append(f'--{name} {quoted(new)} (was {quoted(old)})')
   return changes
 
 
 def has_data(logdir):
   """Whether a logdir has episodes or checkpoints, of whatever run."""
-  made = (logdir.glob(x) for x in ('episodes/*.npz', 'checkpoints/ckpt-*'))
-  return any(map(any, made))
+  return any(logdir.glob('episodes/*.npz')) or has_learned(logdir)
 
 
-def _quoted(value):
+def has_learned(logdir):
+  """Whether there is any file of a checkpoint."""
+  return any(logdir.glob('checkpoints/ckpt-*'))
+
+
+def quoted(value):
   return "''" if value == '' else arguments.text(value)
 
 

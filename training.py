@@ -348,7 +348,7 @@ def _prepare(run, envs, test_env):
     agent_spec.check_choices(run, spec)
     environments.say_short(run)
   if run.team.chief:
-    if run.home != config.logdir or not runfile.has_data(config.logdir):
+    if run.home != config.logdir or not runfile.has_learned(config.logdir):
       _record(run, spec)
     _announce(run, policy)
     for line in spec.about:

@@ -342,6 +342,24 @@ def test_runs_of_one_seed_that_differ_in_a_flag_are_two_methods(
   assert 'left out' not in capsys.readouterr().err
 
 
+def test_what_makes_no_method_of_its_own(tmp_path, capsys):
+  """What runs may differ in, numbers written otherwise, what auto is."""
+  flags = dict(kl_scale=1, profile=0, expl='auto', horizon=15)
+  write_run(tmp_path / 'runs/a', WALK, 0, [(1e5, 1.0)], **flags)
+  flags = dict(kl_scale=1.0, profile=9, expl='additive_gaussian')
+  write_run(tmp_path / 'runs/b', WALK, 0, [(2e5, 2.0)], **flags)
+  _, result = report(tmp_path / 'runs')
+  assert [row['method'] for row in result['rows']] == ['dreamer']
+  assert 'a is left out: same seed' in capsys.readouterr().err
+  # A run of older code did what the default is.
+  for name, entropy in (('c', 0.5), ('d', 0.0)):
+    flags = dict(actor_entropy=entropy, init_only='')
+    write_run(tmp_path / 'runs' / name, WALK, 0, [(1e5, 1.0)], **flags)
+  _, result = report(tmp_path / 'runs')
+  names = {row['method'] for row in result['rows']}
+  assert names == {'dreamer actor_entropy=0.0', 'dreamer actor_entropy=0.5'}
+
+
 def test_a_folder_that_is_given_twice(tmp_path, capsys):
   write_run(tmp_path / 'runs/a', WALK, 0, [(100_000, 1.0)])
   folders = [str(tmp_path / name) for name in ('runs', 'runs/a')]

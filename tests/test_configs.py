@@ -379,7 +379,7 @@ def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   run_setup.setup_logdir(config)
   assert '--steps 123 (was 10000).' in capsys.readouterr().out
   saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
-  assert saved['config']['steps'] == 10_000  # until it has resumed
+  assert saved['config']['steps'] == 123
   assert saved['versions']['tensorflow'] == tf.__version__
   assert saved['machine'].startswith(f'{os.cpu_count()} cores of ')
   assert saved['code'] == runfile.commit()
@@ -406,7 +406,7 @@ def test_run_that_is_older_than_a_flag_goes_on_without_it(tmp_path):
     run_setup.setup_logdir(config)
 
 
-def test_a_run_goes_on_with_its_flags(tmp_path):
+def test_a_run_goes_on_with_its_flags(tmp_path, monkeypatch):
   """Though its presets, and those of its task, have other values by now."""
   words = [f'--logdir={tmp_path}', '--task=toy_reach', '--preset=cpu']
   flags = ['--kl_scale=0.5', '--steps=77', '--parallel=none', '--profile=3']
@@ -419,9 +419,27 @@ def test_a_run_goes_on_with_its_flags(tmp_path):
   assert (again.parallel, again.profile) == ('process', 0)
   run_setup.setup_logdir(again).close()
   assert commandline.parse_flags(words, resumes=False).kl_scale == 1.0
+  # Of several processes only one may see the run.
+  with monkeypatch.context() as several:
+    several.setenv('TF_CONFIG', '{}')
+    assert commandline.parse_flags(words).kl_scale == 1.0
+  # --steps is not overruled by --updates of before.
+  again.update(updates=50, offline=str(tmp_path))
+  runfile.write_config(again)
+  assert commandline.parse_flags(words).updates == 50
+  assert commandline.parse_flags([*words, '--steps=99']).updates == 0
+  # An actor beside it has flags of its own, once it has begun.
+  again.update(envs=3, updates=0, offline='')
+  (tmp_path / 'act').mkdir()
+  runfile.write_config(again, folder=tmp_path / 'act')
+  again.envs = 1
+  runfile.write_config(again)
+  act = ['--learner=free', '--role=act']
+  assert commandline.parse_flags([*words, *act]).envs == 3
+  assert commandline.parse_flags(words).envs == 1
   again.deterministic = True
   runfile.write_config(again)
-  message = 'run in the logdir has --deterministic True'
+  message = r'\(the run in the logdir has --deterministic True\)$'
   with pytest.raises(cli.UserError, match=message):
     commandline.parse_flags([*words, '--learner=free'])
   # The values of another preset, which may be given.
