@@ -53,6 +53,7 @@ def test_a_run_whose_terminal_is_closed_saves(tmp_path, pipe):
   words = shlex.join(command(logdir, '--steps=100000', *flags))
   pid, terminal = pty.fork()
   if not pid:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as under nohup
     os.execv('/bin/bash', ['bash', '-c', f'{words} {pipe}; true'])
   with open(terminal, 'rb') as out:
     while b'at step 600' not in out.readline():
