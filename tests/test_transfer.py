@@ -413,7 +413,10 @@ def test_collects_or_not_for_good(reach, tmp_path, capsys):
   logdir = tmp_path / 'run'
   words = ['--task=toy_reach', '--inputs=state', '--updates=2']
   assert run(logdir, *words, f'--offline={reach}') == 0
-  assert run(logdir, *words[:2]) == 2
+  assert run(logdir, *words[:2]) == 0  # what is not given stays
+  out = capsys.readouterr().out  # --steps, which is, goes before --updates
+  assert 'offline' in out and 'Finished at step 500, 25 updates.' in out
+  assert run(logdir, *words[:2], '--offline=', '--updates=0') == 2
   message = rf'holds a run with --offline {re.escape(str(reach))}, not'
   assert re.search(message + " ''\\. Resume", capsys.readouterr().err)
 
