@@ -315,10 +315,12 @@ def _check_resume(config, saved, path=None):
     if name in RESOLVED and 'auto' in (old, new):
       continue
     if fixed and flag.fixed and flag.fixed(old) != flag.fixed(new):
+      other = saved['preset'] != config['preset']
+      preset = f', and --preset {saved["preset"]}' if other else ''
       raise UserError(
         f'--logdir {logdir} holds a run with --{name} {quoted(old)}, not '
-        f'{quoted(new)}. Resume it with the flags that it was started with '
-        f'(see {path or logdir / "config.json"}) or choose a new folder.'
+        f'{quoted(new)}{preset}. Resume it with the flags that it was started '
+        f'with (see {path or logdir / "config.json"}) or choose a new folder.'
       )
     changes.append(f'--{name} {quoted(new)} (was {quoted(old)})')
   return changes

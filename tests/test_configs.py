@@ -442,6 +442,11 @@ def test_a_run_goes_on_with_its_flags(tmp_path, monkeypatch):
   message = r'\(the run in the logdir has --deterministic True\)$'
   with pytest.raises(cli.UserError, match=message):
     commandline.parse_flags([*words, '--learner=free'])
+  again.deterministic = False
+  runfile.write_config(again)
+  message = 'with --stoch_size 9, not 16, and --preset cpu. Resume it'
+  with pytest.raises(cli.UserError, match=message):
+    run_setup.setup_logdir(commandline.parse_flags(words[:2]))
   # The values of another preset, which may be given.
   paper = commandline.parse_flags([*words[:2], '--preset=paper'])
   assert paper.kl_scale == 1.0 and paper.num_units == 300
