@@ -54,7 +54,12 @@ def parse_flags(argv, resumes=True):
     _check_free(config, given)
   except UserError as error:
     own = {k: v for k, v in kept.items() if k not in given and v != defaults[k]}
-    raise UserError(f'{error}{_of_run(str(error), own)}') from None
+    named = set(re.findall(r'--(\w+)', str(error))) & own.keys()
+    if not named:
+      raise
+    words = [f'--{name} {runfile.quoted(own[name])}' for name in sorted(named)]
+    words = f'(the run in the logdir has {", ".join(words)})'
+    raise UserError(f'{error} {words}') from None
   return config
 
 
@@ -71,13 +76,6 @@ def _kept(config, given):
   if 'steps' in given and 'updates' not in given:  # which would go before it
     kept.pop('updates', None)
   return kept
-
-
-def _of_run(message, own):
-  """Which flags in a message are those of the run in the logdir."""
-  names = [name for name in own if name in re.findall(r'--(\w+)', message)]
-  words = [f'--{name} {runfile.quoted(own[name])}' for name in names]
-  return f' (the run in the logdir has {", ".join(words)})' if words else ''
 
 
 def _check_config(config):

@@ -118,9 +118,11 @@ def running(run):
       ended = functools.partial(run.episode_ended, index)
       number = team.index * config.envs + index
       env = make(number, 'train', [*store, ended])
-      envs.append(Deadlines(_watch(env, run, 'train'), run, 'missed'))
+      env = watch(env, config, _log_told(run, 'train'), run.say)
+      envs.append(Deadlines(env, run, 'missed'))
     if evaluates:
-      test = _watch(make(0, 'test', [summarize]), run, 'test')
+      test = make(0, 'test', [summarize])
+      test = watch(test, config, _log_told(run, 'test'), run.say)
       test = Deadlines(test, run, 'test_missed')
       if not envs:
         test = if_it_runs(test, lambda x: run.say(f'No evaluations: {x}'))
@@ -133,15 +135,20 @@ def running(run):
         closing.callback(env.close)
 
 
-def _watch(env, run, prefix):
-  """The environment, with a log of what it tells (`--log_info`)."""
-  names = list(filter(None, run.config.log_info.split(',')))
+def watch(env, config, ended, say):
+  """The environment; `Told` around it with `--log_info`."""
+  names = list(filter(None, config.log_info.split(',')))
+  return Told(env, names, ended, say) if names else env
+
+
+def _log_told(run, prefix):
+  """A function that logs the numbers that an episode told."""
 
   def log(told):
     numbers = {f'{prefix}/{k}': v for k, v in told.items()}
     run.logger.scalars(run.steps(), numbers)
 
-  return Told(env, names, log, run.say) if names else env
+  return log
 
 
 def _callbacks(run):

@@ -111,9 +111,7 @@ def evaluate(config, episodes, outdir=None, json=None):
   """
   recorder = Recorder(episodes, config.action_repeat, config.seed)
   env = _make_env(config, recorder, bool(outdir))
-  names = list(filter(None, config.log_info.split(',')))
-  if names:
-    env = environments.Told(env, names, recorder.told.append, cli.warn)
+  env = environments.watch(env, config, recorder.told.append, cli.warn)
   try:
     agent = library.load_dreamer(config, dreamer.Dreamer, env)
     print(

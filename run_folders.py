@@ -24,9 +24,8 @@ from cli import UserError
 # Flags in which runs of a method may differ.
 # fmt: off
 MAY_DIFFER = (
-  'logdir', 'seed', 'steps', 'parallel', 'gpu_growth', 'save_every',
-  'strategy', 'worker_timeout', 'start_timeout', 'env_errors', 'role', 'jit',
-  'profile',
+  *runfile.OF_A_PROCESS, 'seed', 'steps', 'save_every', 'worker_timeout',
+  'start_timeout', 'env_errors', 'jit',
 )
 # fmt: on
 AXES = 'step', 'test/return'  # keys of metrics.jsonl that the paper has

@@ -406,48 +406,63 @@ def test_run_that_is_older_than_a_flag_goes_on_without_it(tmp_path):
     run_setup.setup_logdir(config)
 
 
-def test_a_run_goes_on_with_its_flags(tmp_path, monkeypatch):
-  """Though its presets, and those of its task, have other values by now."""
+@pytest.fixture
+def begun(tmp_path):
+  """A run with episodes: the words that begin it again, and its flags."""
   words = [f'--logdir={tmp_path}', '--task=toy_reach', '--preset=cpu']
   flags = ['--kl_scale=0.5', '--steps=77', '--parallel=none', '--profile=3']
   config = commandline.parse_flags([*words, *flags, '--stoch_size=9'])
   run_setup.setup_logdir(config).close()
   assert commandline.parse_flags(words).kl_scale == 1.0  # it has not begun
   (tmp_path / 'episodes' / 'a-b-3.npz').touch()
+  return words, config
+
+
+def test_a_run_goes_on_with_its_flags(begun, monkeypatch):
+  """Though its presets, and those of its task, have other values by now."""
+  words, _ = begun
   again = commandline.parse_flags([*words, '--steps=88'])
   assert (again.kl_scale, again.stoch_size, again.steps) == (0.5, 9, 88)
   assert (again.parallel, again.profile) == ('process', 0)
   run_setup.setup_logdir(again).close()
   assert commandline.parse_flags(words, resumes=False).kl_scale == 1.0
   # Of several processes only one may see the run.
-  with monkeypatch.context() as several:
-    several.setenv('TF_CONFIG', '{}')
-    assert commandline.parse_flags(words).kl_scale == 1.0
-  # --steps is not overruled by --updates of before.
-  again.update(updates=50, offline=str(tmp_path))
-  runfile.write_config(again)
+  monkeypatch.setenv('TF_CONFIG', '{}')
+  assert commandline.parse_flags(words).kl_scale == 1.0
+
+
+def test_steps_go_before_updates_of_an_earlier_start(begun):
+  words, config = begun
+  config.update(updates=50, offline='/')
+  runfile.write_config(config)
   assert commandline.parse_flags(words).updates == 50
   assert commandline.parse_flags([*words, '--steps=99']).updates == 0
-  # An actor beside it has flags of its own, once it has begun.
-  again.update(envs=3, updates=0, offline='')
+
+
+def test_an_actor_keeps_flags_of_its_own(begun, tmp_path):
+  words, config = begun
   (tmp_path / 'act').mkdir()
-  runfile.write_config(again, folder=tmp_path / 'act')
-  again.envs = 1
-  runfile.write_config(again)
+  config.envs = 3
+  runfile.write_config(config, folder=tmp_path / 'act')
   act = ['--learner=free', '--role=act']
   assert commandline.parse_flags([*words, *act]).envs == 3
   assert commandline.parse_flags(words).envs == 1
-  again.deterministic = True
-  runfile.write_config(again)
+
+
+def test_flags_of_a_run_that_do_not_go_with_those_given_are_named(begun):
+  words, config = begun
+  config.deterministic = True
+  runfile.write_config(config)
   message = r'\(the run in the logdir has --deterministic True\)$'
   with pytest.raises(cli.UserError, match=message):
     commandline.parse_flags([*words, '--learner=free'])
-  again.deterministic = False
-  runfile.write_config(again)
+
+
+def test_another_preset_has_its_own_values(begun):
+  words, _ = begun
   message = 'with --stoch_size 9, not 16, and --preset cpu. Resume it'
   with pytest.raises(cli.UserError, match=message):
     run_setup.setup_logdir(commandline.parse_flags(words[:2]))
-  # The values of another preset, which may be given.
   paper = commandline.parse_flags([*words[:2], '--preset=paper'])
   assert paper.kl_scale == 1.0 and paper.num_units == 300
 
