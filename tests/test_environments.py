@@ -92,9 +92,9 @@ def test_which_episodes_are_short(tmp_path, capsys, rows, said):
 
 def test_numbers_are_told_of_whole_episodes():
   steps = [
+    (True, dict(lost=True)),
     (False, dict(told=dict(a=5.0))),
     (True, dict(told=dict(a=1.0))),
-    (True, dict(lost=True)),
     (True, dict(told=dict(a=2.0))),
     (True, {}),
   ]
