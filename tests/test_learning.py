@@ -57,17 +57,18 @@ def test_learns_toy_catch(tmp_path):
 
 
 def test_learns_toy_reach_from_vectors(tmp_path):
-  """A minute earns 0.85 of the best, 47: nothing is drawn or decoded.
+  """Half a minute earns 0.7 of the best, 47: nothing is drawn or decoded.
 
-  It ended at 43.4 in bfloat16 and at 43.5 in float32.
+  Seeds 0 to 3 were at 43, 37, 40 and 39 here; a random policy gets 9.
+  Machines round differently, so that seed 0 ends like any of these.
   """
   logdir = tmp_path / 'run'
-  train_toy(logdir, 'toy_reach', 3500, '--inputs', 'state')
+  train_toy(logdir, 'toy_reach', 4500, '--inputs', 'state')
   metrics = read_metrics(logdir)
   test = [x['test/return'] for x in metrics if 'test/return' in x]
   train = [x['train/return'] for x in metrics if 'train/return' in x]
   print(f'train {np.mean(train[-5:]):.1f}, test {test[-1]:.1f} of 47')
-  assert test[-1] > 0.85 * 47 and np.mean(train[-5:]) > 30
+  assert test[-1] > 0.7 * 47 and np.mean(train[-5:]) > 0.7 * 47
   names = set(np.load(next((logdir / 'episodes').glob('*.npz'))))
   assert names == {'state', 'action', 'reward', 'discount'}
 
