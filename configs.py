@@ -402,7 +402,11 @@ STATE = dict(free_nats=1.0, kl_scale=0.6, kl_balance=0.83, actor_entropy=0.01)
 # What presets are there instead.
 STATE_PRESETS = {
   'cpu': dict(
-    PRESETS['cpu'], reward_scale=1.0, decode_images=0, precision='32'
+    PRESETS['cpu'],
+    horizon=10,
+    reward_scale=1.0,
+    decode_images=0,
+    precision='32',
   ),
 }
 

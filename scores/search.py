@@ -36,6 +36,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUNS = ROOT / 'scores/runs'
 LOGDIR = pathlib.Path('logdir/search')
 TASKS = 'cartpole_balance', 'walker_walk', 'finger_spin'
+BASE = dict(horizon=15)  # what the preset had otherwise when the search began
 ARMS = {
   'base': {},
   'one-kl': dict(kl_balance=0, kl_scale=0.3),
@@ -65,7 +66,8 @@ def length(arm):
 
 
 def command(logdir, task, arm, seed, inputs):
-  flags = dict(task=task, seed=seed, preset='cpu', inputs=inputs, **ARMS[arm])
+  flags = dict(task=task, seed=seed, preset='cpu', inputs=inputs)
+  flags.update({} if arm in STEPS else BASE, **ARMS[arm])
   flags.update(steps=length(arm), eval_episodes=3)
   flags.update(eval_every=10_000 if arm in STEPS else length(arm) // 4)
   words = [f'--{k}={v}' for k, v in flags.items()]

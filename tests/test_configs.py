@@ -559,7 +559,7 @@ def test_preset_for_machines_without_a_gpu():
   )  # fmt: skip
   own = dict(
     image=dict(reward_scale=10.0, decode_images=128),
-    state=dict(kl_scale=0.6, precision='32', inputs='state'),
+    state=dict(kl_scale=0.6, horizon=10, precision='32', inputs='state'),
   )
   plain = configs.define_config()
   for inputs, changes in own.items():

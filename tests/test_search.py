@@ -23,6 +23,8 @@ def test_arms_differ_and_take_as_long():
     config = commandline.parse_flags(words[1:])
     assert (config.preset, config.eval_episodes) == ('cpu', 3)
     assert all(config[k] == v for k, v in flags.items())
+    if arm not in ('horizon10', 'table'):  # as the preset was before the search
+      assert config.horizon == 15
     seen.append({k: v for k, v in config.items() if k != 'eval_every'})
     seconds = search.SECONDS.get(arm, search.USUAL) * config.steps / 1000
     if arm not in search.STEPS:
