@@ -16,7 +16,11 @@ from cli import UserError
 
 
 def setup_precision(precision):
-  """Sets the Keras dtype policy; returns its name."""
+  """Sets the Keras dtype policy; returns its name.
+
+  What is float32 is that on GPUs as well, which would else multiply it in TF32,
+  whose mantissa has 10 bits: too few for J_S of Eq. 12.
+  """
   if precision == 'auto':
     if tf.config.list_physical_devices('GPU'):
       precision = '16'
@@ -27,6 +31,7 @@ def setup_precision(precision):
   keras.config.set_floatx('float32')  # as keras.json may say otherwise
   keras.config.set_image_data_format('channels_last')
   keras.config.set_dtype_policy(policy)
+  tf.config.experimental.enable_tensor_float_32_execution(False)
   return policy
 
 

@@ -635,6 +635,12 @@ def test_same_seed_same_updates(tmp_path):
   assert (other['action'] != batch_of(agent)['action']).any()
 
 
+def test_float32_is_not_tf32(precision):
+  tf.config.experimental.enable_tensor_float_32_execution(True)
+  precision('16')
+  assert not tf.config.experimental.tensor_float_32_execution_enabled()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['16', 'bfloat16'])
 def test_reduced_precision_learns_finitely(tmp_path, precision, name):
