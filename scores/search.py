@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 RUNS = ROOT / 'scores/runs'
 LOGDIR = pathlib.Path('logdir/search')
 TASKS = 'cartpole_balance', 'walker_walk', 'finger_spin'
-BASE = dict(horizon=15)  # what the preset had otherwise when the search began
+BASE = dict(horizon=15)  # the preset's at first; `table` has today's
 ARMS = {
   'base': {},
   'one-kl': dict(kl_balance=0, kl_scale=0.3),
