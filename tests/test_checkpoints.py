@@ -1,6 +1,8 @@
 """Checkpoints, whole and broken, and the lock of a logdir."""
 
+import contextlib
 import fcntl
+import functools
 import os
 import pathlib
 import shutil
@@ -122,6 +124,9 @@ def test_broken_checkpoint_gives_way_to_the_one_before(
   (tmp_path / 'checkpoint').write_text('nonsense')
   fresh, fresh_optimizer = make_objects()
   again = checkpoints.Checkpoints(tmp_path, **fresh)
+  before = sorted(tmp_path.iterdir())
+  assert again.restore() == str(tmp_path / 'ckpt-1')
+  assert sorted(tmp_path.iterdir()) == before  # who only reads moves nothing
   assert again.restore(repair=True) == str(tmp_path / 'ckpt-1')
   for a, b in zip(fresh['layer'].get_weights(), expected[0], strict=True):
     np.testing.assert_array_equal(a, b)
@@ -249,6 +254,34 @@ def test_checkpoints_never_write_over_each_other(tmp_path):
   assert [p.rsplit('-', 1)[1] for p in paths] == ['7', '8', '9']
 
 
+class Number:
+  """In the place of an agent."""
+
+  def __init__(self, *args, inputs=None):
+    self.value = tf.Variable(0.0)
+
+  def knowledge(self):
+    return dict(value=self.value)
+
+
+def test_what_a_run_replaces_meanwhile_is_no_hindrance(tmp_path, monkeypatch):
+  run = checkpoints.Checkpoints(
+    tmp_path / 'checkpoints', value=tf.Variable(5.0)
+  )
+  run.save(1)
+  restore = checkpoints.Checkpoints._restore
+
+  def late(self, number):
+    if number == 1:  # the run beside us saves two, and removes this one
+      run.save(2)
+      run.save(3)
+    return restore(self, number)
+
+  monkeypatch.setattr(checkpoints.Checkpoints, '_restore', late)
+  config = cli.AttrDict(logdir=tmp_path)
+  assert checkpoints.load_agent(config, Number, None, {}).value == 5
+
+
 def test_run_state_round_trip(tmp_path):
   held = dict(metrics=dict(loss=[0.1, 2.5]), count=3)
   state = checkpoints.RunState(lambda: held)
@@ -277,6 +310,27 @@ def test_lock_of_any_bytes(tmp_path, capsys):
   (tmp_path / 'lock').write_bytes(b'\xff')
   (tmp_path / 'act').mkdir()
   with checkpoints.locked(tmp_path, 'act'):
+    pass
+
+
+@pytest.mark.parametrize(
+  'first, second, message',
+  [
+    ('act', 'both', 'act is in use by process'),
+    ('act', 'act', 'act is in use by process'),
+    ('both', 'act', 'act is in use by process'),
+    ('both', 'learn', 'is in use by process'),
+    ('learn', 'act', ''),
+    ('act', 'learn', ''),
+  ],
+)
+def test_one_process_acts_and_one_learns(tmp_path, first, second, message):
+  (tmp_path / 'act').mkdir()
+  expected = contextlib.nullcontext()
+  if message:
+    expected = pytest.raises(cli.UserError, match=message)
+  locked = functools.partial(checkpoints.locked, tmp_path)
+  with locked(first), expected, locked(second):
     pass
 
 

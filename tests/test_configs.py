@@ -145,6 +145,7 @@ def test_a_given_flag_wins_over_preset_and_task():
     (['--env_args', '{1}'], 'Expecting property name'),
     (['--env_args', '{"a": 1e400}'], '--env_args takes a JSON object'),
     (['--env_args', '{"a": 1}'], '--env_args is for gym_ tasks'),
+    (['--time_limit', '1'], 'Choose a larger --time_limit'),
     (['--log_info', 'success'], '--log_info is for gym_ and custom_ tasks'),
     (
       ['--task', 'gym_CartPole-v1', '--log_info', 'success,return'],
@@ -159,6 +160,19 @@ def test_bad_flags_are_errors_with_exit_code_2(argv, words, capsys, tmp_path):
   assert words in message
   assert len(message.strip().splitlines()) == 1
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'argv, words',
+  [
+    (['--task=toy_reach', '--cameras=1'], 'toy_reach has none to choose'),
+    # Images are rendered, though the agent does not see them.
+    (['--parallel=none', '--inputs=state', '--record=image'], '--parallel'),
+  ],
+)
+def test_what_a_task_cannot_have(argv, words):
+  with pytest.raises(cli.UserError, match=words):
+    parse(*argv)
 
 
 FLAGS = configs.all_flags()
@@ -456,6 +470,9 @@ def test_flags_of_a_run_that_do_not_go_with_those_given_are_named(begun):
   message = r'\(the run in the logdir has --deterministic True\)$'
   with pytest.raises(cli.UserError, match=message):
     commandline.parse_flags([*words, '--learner=free'])
+  given = [*words, '--learner=free', '--deterministic=True']
+  with pytest.raises(cli.UserError, match='must not: choose one of them$'):
+    commandline.parse_flags(given)
 
 
 def test_another_preset_has_its_own_values(begun):

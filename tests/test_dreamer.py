@@ -454,11 +454,17 @@ def test_each_loss_moves_its_own_networks(tmp_path):
   batch = batch_of(agent)
   opts = agent.optimizers
   rates = {k: float(o.optimizer.learning_rate) for k, o in opts.items()}
+  for opt in opts.values():
+    opt.optimizer.learning_rate = 0.0
+  still = agent.train(batch)
   for name in opts:
     for other, opt in opts.items():
       opt.optimizer.learning_rate = rates[other] if other == name else 0.0
     before = {k: weights(o) for k, o in opts.items()}
     metrics = agent.train(batch)
+    if name == 'model':  # all losses are computed before it moves
+      for key in ('model_loss', 'actor_loss', 'value_loss'):
+        np.testing.assert_allclose(metrics[key], still[key], rtol=1e-6)
     assert {k for k in opts if moved(opts[k], before[k])} == {name}
     assert float(metrics[f'{name}_grad_norm']) > 0
   assert agent.train.experimental_get_tracing_count() == 1
@@ -492,6 +498,11 @@ def test_networks_and_optimizers_are_as_the_flags_say(tmp_path):
     step = rates[f'{name}_lr'] * 0.001**0.5 / 0.1 * mean / (root + 0.1)
     for new, old in zip(weights(opt), before, strict=True):
       np.testing.assert_allclose(old - new, step, rtol=0.02, atol=1e-7)
+  for name in rates:  # as of a run that resumes with other flags
+    agent._c[name] = 0.5
+  agent.set_learning_rates()
+  for opt in agent.optimizers.values():
+    assert float(opt.optimizer.learning_rate) == 0.5
   decay = dict(weight_decay=0.1, weight_decay_pattern='h1/kernel')
   agent = make_agent(tmp_path, **decay)
   opt = agent.optimizers['value']
@@ -545,6 +556,19 @@ def test_policy_draws_from_the_saved_generator(tmp_path):
   np.testing.assert_array_equal(agent.policy(*args)[0].numpy(), first)
 
 
+def test_the_model_is_told_the_action_that_was_taken(tmp_path):
+  """With the noise of sampling and of exploration, which are independent."""
+  changes = dict(action_init_std=0.1, expl_amount=0.1)
+  agents = [make_agent(tmp_path, seed=seed, **changes) for seed in (0, 1)]
+  first, other = (agent._random.state.numpy() for agent in agents)
+  assert (first != other).any()
+  zero_weights(agents[0])
+  obs = {'image': np.zeros((400, 64, 64, 3), np.uint8)}
+  action, (_, told) = agents[0](obs, np.ones(400, bool))
+  np.testing.assert_array_equal(told, action)
+  assert abs(action.std() - 0.1 * 2**0.5) < 0.015
+
+
 def test_evaluations_change_nothing_of_training(tmp_path):
   """Nor do those of the same weights differ by what came before."""
   agent = make_agent(tmp_path)
@@ -568,6 +592,9 @@ def test_evaluations_change_nothing_of_training(tmp_path):
   np.testing.assert_array_equal(*actions)
   np.testing.assert_array_equal(*told)
   agent.step.assign(1000)
+  assert (evaluate() != told[0]).any()
+  agent.step.assign(0)
+  agent._c.seed = 1
   assert (evaluate() != told[0]).any()
 
 
@@ -615,6 +642,17 @@ def test_exploration_noise(tmp_path):
   assert np.isclose(agent.noise(True), 0.1)
   agent._c.update(expl_decay=0.0, expl_amount=0.0)
   assert np.isclose(agent.noise(True), 0.1)
+
+
+def test_random_actions_are_uniform_and_none_without_an_amount():
+  action, seed = tf.fill([20000, 2], 0.5), tf.constant([1, 2])
+  explore = exploration.completely_random
+  fair = explore(action, np.float32(0.1), seed).numpy()
+  assert -1 <= fair.min() < -0.99 and 0.99 < fair.max() <= 1
+  assert np.abs(fair.mean(0)).max() < 0.02
+  np.testing.assert_allclose(fair.var(0), 1 / 3, atol=0.01)
+  assert abs(np.corrcoef(fair.T)[0, 1]) < 0.03
+  np.testing.assert_array_equal(explore(action, np.float32(0), seed), action)
 
 
 @pytest.mark.slow

@@ -354,8 +354,13 @@ def test_portions_and_pauses_between_checkpoints(make_learner, tmp_path):
   made.save = lambda: saves.append(agent.updates)
   for _ in range(3):  # nothing has changed
     made.after_portion()
-  agent._agent.updates.assign(7)
-  made.after_portion()
+
+  def update():
+    time.sleep(0.1)
+    agent._agent.updates.assign(7)
+
+  agent._learning = agent._thread.submit(update)
+  made.after_portion()  # waits for what is under way
   assert saves == [0, 7]
 
 
@@ -503,6 +508,26 @@ def test_a_run_whose_newest_checkpoint_is_lost(make_learner, tmp_path, learned):
   lost = pytest.raises(cli.UserError, match='holds a run that has learned')
   with lost if learned else contextlib.nullcontext():
     progress.Progress(agent._run, agent).resume()
+
+
+def test_exact_runs_save_between_episodes_alone(make_learner, tmp_path):
+  agent = make_learner(tmp_path, deterministic=True, save_every=1.0)
+  made = progress.ExactProgress(agent._run, agent)
+  made._saved -= 100
+  made.save_if_due()
+  assert 'will be regenerated' in made.save_when_stopped()
+  assert made._checkpoints.newest() == -1
+  made.after_portion()
+  assert made._checkpoints.newest() == 0
+
+
+def test_exact_runs_go_on_with_what_was_not_logged(make_learner, tmp_path):
+  agent = make_learner(tmp_path, deterministic=True)
+  agent.restore_unlogged(dict(model_loss=[9.0, 3]))
+  progress.ExactProgress(agent._run, agent).save()
+  again = learner.Learner(agent._agent, agent._run)
+  progress.ExactProgress(agent._run, again).resume()
+  assert again.unlogged() == dict(model_loss=[9.0, 3])
 
 
 def test_runs_of_several_environments_are_not_exact(make_learner, tmp_path):

@@ -121,6 +121,16 @@ def test_negatives(tmp_path):
 # --- Representations ----------------------------------------------------------
 
 
+def test_the_contrastive_term_moves_states_and_encoder(tmp_path):
+  agent = make_agent(tmp_path, representation='contrastive')
+  given = [tf.random.stateless_normal([2, 5, n], [0, n]) for n in (11, 64)]
+  with tf.GradientTape() as tape:
+    tape.watch(given)
+    likes = agent.world.representation.likes(*given, None, None)
+    like = tf.reduce_mean(likes['state'])
+  assert all(np.any(grad, -1).all() for grad in tape.gradient(like, given))
+
+
 # Each with one of the behaviors, so that one update shows both.
 METHODS = {
   'reconstruction': ('actor_critic', {'model', 'actor', 'value'}),
@@ -280,6 +290,7 @@ def test_plans_by_the_world_model(tmp_path):
 
   def imagine_actions(action, state, seed):
     seen.append(action.shape)
+    assert len(np.unique(seed)) == 5 * 2  # other noise at each step
     result = imagine(action, state, seed)
     turned = tf.constant([1.0, -1, -1, -1, -1]) * state['stoch'][:, :1]
     stoch = tf.repeat(turned[..., None] * action[..., :1], 3, -1)
