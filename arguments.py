@@ -165,8 +165,10 @@ class Path:
     if not text or '\0' in text:
       raise ValueError
     try:
-      text.encode()
       path = pathlib.Path(text).expanduser()
+      if not (str(path).isascii() or sys.getfilesystemencoding() == 'utf-8'):
+        raise Refused(' (the locale is not UTF-8: set PYTHONUTF8=1)')
+      text.encode()
       if any(len(os.fsencode(part)) > 255 for part in path.parts):
         raise Refused(' (names have at most 255 bytes)')
       return path

@@ -17,6 +17,11 @@ import tqdm
 
 # --- Errors -----------------------------------------------------------------
 
+NO_THREADS = (
+  'no more threads can be started here: raise the limit of processes (ulimit '
+  "-u, or a container's)"
+)
+
 
 class Failure(Exception):
   """Ends a program with a message of one line and an exit code.
@@ -42,10 +47,14 @@ class UserError(Failure):
   code = 2
 
   def __str__(self):
-    return ''.join(
-      c if c.isprintable() else c.encode('unicode_escape').decode()
-      for c in super().__str__()
-    )
+    return printable(super().__str__())
+
+
+def printable(text):
+  """A text in one line, without what moves the cursor of a terminal."""
+  return ''.join(
+    c if c.isprintable() else c.encode('unicode_escape').decode() for c in text
+  )
 
 
 class Stopped(BaseException):
@@ -88,6 +97,11 @@ def main(name, run, argv=None):
     return error.code
   except KeyboardInterrupt:
     return 130
+  except RuntimeError as error:
+    if str(error) != "can't start new thread":
+      raise
+    print(f'{name}: error: {NO_THREADS}', file=sys.stderr)
+    return 1
   except OSError as error:
     if error.filename or error.errno not in (errno.ENOSPC, errno.EPIPE):
       raise
@@ -122,7 +136,7 @@ def check(name, parse):
 
 def warn(message):
   """Prints a warning above a progress bar."""
-  tqdm.tqdm.write(f'Warning: {message}', file=sys.stdout)
+  tqdm.tqdm.write(f'Warning: {printable(message)}', file=sys.stdout)
   sys.stdout.flush()
 
 

@@ -23,9 +23,18 @@ def make_folders(*paths):
     try:
       path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise UserError(f'cannot write to {path}: {error.strerror}') from None
+      reason = why_no_folder(path) or error.strerror
+      raise UserError(f'cannot write to {path}: {reason}') from None
     if not os.access(path, os.W_OK):
       raise UserError(f'cannot write to {path}')
+
+
+def why_no_folder(path):
+  """What is in the place of a folder that cannot be made, or ''."""
+  for place in (path, *path.parents):
+    if os.path.islink(place) and not os.path.exists(place):
+      return f'{place} is a link to {os.readlink(place)}, which leads nowhere'
+  return '' if os.path.isdir(path) or not os.path.exists(path) else 'no folder'
 
 
 def make_outputs(file, *folders):

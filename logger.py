@@ -170,6 +170,13 @@ _GROUPED = {
 }
 
 
+OUTPUT = 'standard output'
+
+
+class OutputLost(OSError):
+  """The standard output takes no more: its disk is full, its reader gone."""
+
+
 class Logger:
   """Writes `metrics.jsonl` and TensorBoard events, and talks to the user.
 
@@ -257,7 +264,7 @@ class Logger:
       sys.stdout.flush()
     except OSError as error:
       if error.errno != errno.EIO:
-        raise
+        raise OutputLost(error.errno, error.strerror, OUTPUT) from None
       cli.leave_terminal()  # it was closed: SIGHUP is on its way
 
   def progress(self, step, updates):

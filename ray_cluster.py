@@ -146,7 +146,7 @@ def start_ray(**options):
       Config.initialize('')
       AuthenticationTokenLoader.instance().reset_cache()
   keeper = subprocess.Popen(
-    [sys.executable, '-c', _RAY_CODE, json.dumps(options)],
+    [sys.executable, '-P', '-c', _RAY_CODE, json.dumps(options)],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=log,

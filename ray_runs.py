@@ -74,7 +74,7 @@ class Runner:
     self._out.write(line.encode())
     self._out.flush()
     self._process = subprocess.Popen(
-      [command[0], '-c', BOOT, str(os.getpid()), *command[1:]],
+      [command[0], '-P', '-c', BOOT, str(os.getpid()), *command[1:]],
       stdin=subprocess.DEVNULL,
       stdout=self._out,
       stderr=subprocess.STDOUT,

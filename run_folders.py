@@ -16,6 +16,7 @@ import sys
 import numpy as np
 
 import arguments
+import cli
 import configs
 import file_io
 import runfile
@@ -36,7 +37,7 @@ LARGEST = 1e50  # of numbers in a metrics.jsonl: their fourth powers are finite
 
 def warn(message):
   """Warns beside a table on the standard output."""
-  print(f'Warning: {message}', file=sys.stderr)
+  print(f'Warning: {cli.printable(message)}', file=sys.stderr)
 
 
 @dataclasses.dataclass

@@ -95,9 +95,8 @@ def setup_logdir(config, team=None):
     with tempfile.TemporaryFile(dir=logdir):
       pass
   except OSError as error:
-    raise UserError(
-      f'cannot write to --logdir {logdir}: {error.strerror}'
-    ) from None
+    reason = file_io.why_no_folder(logdir) or error.strerror
+    raise UserError(f'cannot write to --logdir {logdir}: {reason}') from None
   for name in ('checkpoints', 'episodes'):
     _check_readable(logdir / name)
   folders = dict(
@@ -144,7 +143,7 @@ def _check_readable(folder):
   """UserError where a folder would seem empty, as it cannot be read."""
   try:
     os.scandir(folder).close()
-  except FileNotFoundError:
-    pass
   except OSError as error:
-    raise UserError(f'cannot read {folder}: {error.strerror}') from None
+    reason = file_io.why_no_folder(folder) or error.strerror
+    if os.path.islink(folder) or not isinstance(error, FileNotFoundError):
+      raise UserError(f'cannot read {folder}: {reason}') from None

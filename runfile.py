@@ -284,15 +284,20 @@ def machine():
   if info.exists():
     names = [x for x in info.read_text().splitlines() if 'model name' in x]
     cpu = names[0].split(':')[1].strip() if names else cpu
-  return dict(cpu=cpu, cores=os.cpu_count(), system=platform.platform())
+  return dict(
+    cpu=cpu, cores=len(os.sched_getaffinity(0)), system=platform.platform()
+  )
 
 
 def commit():
   """Of this code, with a + where files differ from it; None if unknown."""
   root = str(pathlib.Path(__file__).parent)
-  git = ['git', '--no-optional-locks', '-C', root]
+  # It may belong to another user, and hooks of Git name their own repository.
+  options = '-c', f'safe.directory={root}', '-C', root
+  git = ['git', '--no-optional-locks', *options]
+  env = {k: v for k, v in os.environ.items() if not k.startswith('GIT_')}
   ask = functools.partial(
-    subprocess.run, capture_output=True, text=True, check=True
+    subprocess.run, capture_output=True, text=True, check=True, env=env
   )
   with contextlib.suppress(OSError, subprocess.CalledProcessError):
     if ask([*git, 'rev-parse', '--show-prefix']).stdout.strip():

@@ -108,7 +108,7 @@ setuptools.setup(
       *SWEEP,
       *(
         'pytest>=8',
-        'pytest-xdist>=3.7',
+        'pytest-xdist>=3.8',
         'hypothesis>=6.100',
         'ruff>=0.17,<0.18',
       ),

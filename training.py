@@ -15,6 +15,7 @@ Steps are environment steps; gradient steps are called updates. E environments.
 """
 
 import contextlib
+import errno
 import math
 
 import keras
@@ -39,7 +40,7 @@ import tools
 import worker_calls
 from cli import UserError
 from learner import Learner
-from logger import Logger
+from logger import Logger, OutputLost
 from progress import ExactProgress, Progress
 
 # --- Prefill -----------------------------------------------------------------
@@ -182,8 +183,14 @@ def _failures():
   try:
     yield
   except OSError as error:
-    pipe = isinstance(error, BrokenPipeError)
-    where = error.filename or ('standard output' if pipe else 'logdir')
+    # Writing to a file that is open does not name it.
+    of_disk = error.errno in (
+      errno.ENOSPC,
+      errno.EDQUOT,
+      errno.EIO,
+      errno.EFBIG,
+    )
+    where = error.filename or ('logdir' if of_disk else 'the system')
     reason = error.strerror or str(error) or type(error).__name__
     raise cli.Failure(
       f'{where}: {reason}. What was saved before is intact; the same command '
@@ -230,10 +237,10 @@ def _train(run, envs, test_env):
     run.say(_ending(run, learner, before))
     run.team.wait()  # to leave together
   except cli.Stopped:
-    with contextlib.suppress(BrokenPipeError):  # what reads it may have ended
+    with contextlib.suppress(OutputLost):  # what reads it may have ended
       run.say('Stopping after the update under way; a second signal: unsaved.')
     _stop(run, learner, progress)
-  except BrokenPipeError:
+  except OutputLost:
     _stop(run, learner, progress)
     raise
   except worker_calls.ERRORS:
@@ -251,7 +258,7 @@ def _stop(run, learner, progress):
   learner.halt()
   line = f'Stopped at step {learner.step}, {learner.updates} updates;'
   line += progress.save_when_stopped()
-  with contextlib.suppress(BrokenPipeError):
+  with contextlib.suppress(OutputLost):
     run.say(f'{line} saved to {run.config.logdir}. The same command resumes.')
 
 

@@ -180,7 +180,8 @@ _work(*sys.argv[1:])
 def _worker_command(handle, trainer, fallback):
   code = _WORKER_CODE.format(module=__name__)
   words = map(str, (handle, trainer, fallback))
-  return [sys.executable, '-u', '-c', code, *words]
+  # -P: without the current folder, whose files may have names of Python's.
+  return [sys.executable, '-u', '-P', '-c', code, *words]
 
 
 def _start_worker(connection, order):

@@ -20,6 +20,7 @@ import cli
 import episode_files
 import file_io
 import learner
+import run_folders
 import tools
 import worker_calls
 
@@ -146,6 +147,39 @@ def test_long_names_and_links_in_a_circle(tmp_path):
   (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
   file_io.write_json(tmp_path / 'loop', {})
   assert json.loads((tmp_path / 'loop').read_text()) == {}
+
+
+def test_what_is_in_the_place_of_a_folder(tmp_path):
+  """A disk that is not mounted, a circle of links, a file."""
+  (tmp_path / 'disk').symlink_to(tmp_path / 'absent')
+  (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+  (tmp_path / 'file').touch()
+  for name, words in {
+    'disk': r'disk is a link to .*absent, which leads nowhere$',
+    'disk/run': r'disk is a link to .*absent, which leads nowhere$',
+    'loop': r'loop is a link to .*loop, which leads nowhere$',
+    'file': r'file: no folder$',
+    'file/run': r'file/run: Not a directory$',
+  }.items():
+    with pytest.raises(cli.UserError, match=words):
+      file_io.make_folders(tmp_path / name)
+
+
+def test_threads_that_cannot_start_are_no_traceback(capsys):
+  def run(argv):
+    raise RuntimeError("can't start new thread")
+
+  assert cli.main('dreamer.py', run, []) == 1
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1 and 'ulimit -u' in error
+
+
+def test_warnings_are_one_line(capsys):
+  cli.warn('a\nb\x1b[2J is left out')
+  run_folders.warn('a\nb\x1b[2J is left out')
+  out, error = capsys.readouterr()
+  line = 'Warning: a\\nb\\x1b[2J is left out\n'
+  assert out.endswith(line) and error == line
 
 
 def test_records_are_the_objects_among_lines():

@@ -395,7 +395,9 @@ def test_resume_with_another_shape_is_refused(tmp_path, capsys):
   saved = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert saved['config']['steps'] == 123
   assert saved['versions']['tensorflow'] == tf.__version__
-  assert saved['machine'].startswith(f'{os.cpu_count()} cores of ')
+  assert saved['machine'].startswith(
+    f'{len(os.sched_getaffinity(0))} cores of '
+  )
   assert saved['code'] == runfile.commit()
 
 
@@ -484,6 +486,22 @@ def test_another_preset_has_its_own_values(begun):
   assert paper.kl_scale == 1.0 and paper.num_units == 300
 
 
+def test_a_locale_that_is_not_utf8_takes_plain_names_alone():
+  """In any other TensorFlow would write to another folder than Python."""
+  code = 'import arguments; print(repr(str(arguments.Path().parse({!a}))))'
+  env = dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+  root = pathlib.Path(runfile.__file__).parent
+  for name, ends in {'a b': "'a b'", 'ü': '(the locale is not UTF-8'}.items():
+    done = subprocess.run(
+      [sys.executable, '-c', code.format(name)],
+      env={**os.environ, **env},
+      cwd=root,
+      capture_output=True,
+      text=True,
+    )
+    assert ends in done.stdout + done.stderr
+
+
 def test_commit_is_that_of_this_code(tmp_path):
   git = ['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a']
   shutil.copy(runfile.__file__, tmp_path)
@@ -504,6 +522,13 @@ def test_commit_is_that_of_this_code(tmp_path):
   assert head.startswith(commit()) and len(commit()) >= 7
   (tmp_path / 'runfile.py').open('a').write('\n')
   assert head.startswith(commit()[:-1]) and commit()[-1] == '+'
+  with pytest.MonkeyPatch.context() as patch:  # as in a hook of another one
+    patch.setenv('GIT_DIR', str(tmp_path / 'none'))
+    assert head.startswith(commit()[:-1])
+  if not os.geteuid():  # of another user
+    subprocess.run(['chown', '-R', '12345', str(tmp_path)], check=True)
+    assert head.startswith(commit()[:-1])
+    subprocess.run(['chown', '-R', '0', str(tmp_path)], check=True)
   (tmp_path / 'below').mkdir()  # such as a virtual environment
   shutil.copy(runfile.__file__, tmp_path / 'below')
   assert commit(tmp_path / 'below') == 'None'

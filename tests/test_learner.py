@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -790,6 +792,18 @@ def test_a_checkpoint_of_older_code_makes_up_for_no_prefill(
   again = make_learner(tmp_path, **pace)
   progress.Progress(again._run, again).resume()
   assert int(again._pending) + again.count_due(again.step) == 3
+
+
+@pytest.mark.parametrize(
+  'number, words',
+  [
+    (errno.ENOSPC, '^logdir: No space left'),
+    (errno.EMFILE, '^the system: Too many open files'),
+  ],
+)
+def test_what_failed_is_named_though_the_error_does_not(number, words):
+  with pytest.raises(cli.Failure, match=words), training._failures():
+    raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.parametrize('words', ['No space left on device', 'Disk quota'])

@@ -1,5 +1,6 @@
 """Whole runs, in real processes."""
 
+import errno
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ import episode_files
 import evaluate
 import logger
 import run_folders
+import runfile
 from agents import run_here
 from logdirs import read_metrics
 from processes import alive, wait_for
@@ -404,6 +406,23 @@ def test_output_that_nobody_takes_ends_a_run(tmp_path):
   root = pathlib.Path(dreamer.__file__).parent
   done = subprocess.run(taken, shell=True, cwd=root, capture_output=True)
   assert b'error: standard output: Broken pipe' in done.stderr
+
+
+@pytest.mark.slow
+def test_output_to_a_full_disk_ends_a_run_saved(main, tmp_path, monkeypatch):
+  """After updates that no checkpoint had."""
+
+  def write(self, line, file=None):
+    if 'at step 600' in line:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  few = (*FEW, '--time_limit=50', '--prefill=200', '--train_every=50')
+  monkeypatch.setattr('tqdm.tqdm.write', write)
+  code, error = main('--steps=1000', *few, task='toy_reach')
+  assert code == 1 and 'standard output: No space left' in error
+  logdir = next(tmp_path.rglob('config.json')).parent
+  saved = max(runfile.checkpoint_numbers(logdir / 'checkpoints'))
+  assert saved >= updates_of(logdir) > 4
 
 
 @pytest.mark.slow

@@ -591,6 +591,19 @@ def test_trainer_without_close_leaves_no_worker(tmp_path, mode, code, strategy):
   assert wait_until(lambda: session_is_gone(session))
 
 
+@remote
+def test_files_in_the_current_folder_are_not_those_of_python(
+  tmp_path, monkeypatch, strategy
+):
+  monkeypatch.chdir(tmp_path)
+  for name in ('struct', 'pickle', 'json'):
+    (tmp_path / f'{name}.py').write_text('raise RuntimeError("not mine")')
+  make = functools.partial(suites.make_task, 'toy_reach', 1, 15, 5)
+  env = wrappers.Async(make, strategy)
+  assert env.reset(blocking=True)
+  env.close()
+
+
 # ---------------------------------------------------------------------------
 # Ray
 # ---------------------------------------------------------------------------
