@@ -588,7 +588,7 @@ def test_trainer_without_close_leaves_no_worker(tmp_path, mode, code, strategy):
   stdout, stderr = trainer.communicate(timeout=60)
   assert trainer.returncode == code and 'started' not in stdout
   assert (stderr == '') == (mode == 'end')
-  assert wait_until(lambda: session_is_gone(session))
+  assert wait_until(lambda: session_is_gone(session), 20)
 
 
 @remote
