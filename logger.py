@@ -170,9 +170,6 @@ _GROUPED = {
 }
 
 
-OUTPUT = 'standard output'
-
-
 class OutputLost(OSError):
   """The standard output takes no more: its disk is full, its reader gone."""
 
@@ -264,7 +261,9 @@ class Logger:
       sys.stdout.flush()
     except OSError as error:
       if error.errno != errno.EIO:
-        raise OutputLost(error.errno, error.strerror, OUTPUT) from None
+        raise OutputLost(
+          error.errno, error.strerror, 'standard output'
+        ) from None
       cli.leave_terminal()  # it was closed: SIGHUP is on its way
 
   def progress(self, step, updates):

@@ -183,14 +183,9 @@ def _failures():
   try:
     yield
   except OSError as error:
-    # Writing to a file that is open does not name it.
-    of_disk = error.errno in (
-      errno.ENOSPC,
-      errno.EDQUOT,
-      errno.EIO,
-      errno.EFBIG,
-    )
-    where = error.filename or ('logdir' if of_disk else 'the system')
+    limits = errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM
+    other = 'the system' if error.errno in limits else 'logdir'
+    where = error.filename or other  # writing to an open file does not name it
     reason = error.strerror or str(error) or type(error).__name__
     raise cli.Failure(
       f'{where}: {reason}. What was saved before is intact; the same command '

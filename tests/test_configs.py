@@ -343,7 +343,9 @@ def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(tmp_path):
   config = commandline.parse_flags(['--logdir', str(tmp_path)])
   run_setup.setup_logdir(config).close()
   (tmp_path / 'checkpoints').write_text('')
-  with pytest.raises(cli.UserError, match='cannot read .*/checkpoints: no folder'):
+  with pytest.raises(
+    cli.UserError, match='cannot read .*/checkpoints: no folder'
+  ):
     run_setup.setup_logdir(config)
 
 
