@@ -8,12 +8,33 @@ import difflib
 import errno
 import gc
 import os
+import pathlib
 import signal
 import stat
 import sys
 import threading
 
-import tqdm
+
+def explain_import(kind, error, trace):
+  """In the place of `sys.excepthook`: says which package is not installed."""
+  name = getattr(error, 'name', None)
+  if kind is not ModuleNotFoundError or not name or '.' in name:  # or broken
+    sys.__excepthook__(kind, error, trace)
+    return
+  print(
+    f'{pathlib.Path(sys.argv[0]).name}: error: {sys.executable} finds no '
+    f'{name}: activate the virtual environment first (source .venv/bin/activate'
+    ') or install what requirements.txt names (README.md, Quick start)',
+    file=sys.stderr,
+  )
+  sys.exit(2)
+
+
+_script = getattr(sys.modules['__main__'], '__file__', None) or os.devnull
+if len({pathlib.Path(x).resolve().parent for x in (_script, __file__)}) == 1:
+  sys.excepthook = explain_import  # one of our commands, whose imports follow
+
+import tqdm  # noqa: E402
 
 # --- Errors -----------------------------------------------------------------
 

@@ -15,6 +15,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
 import pytest
+import tqdm
 
 import cli
 import episode_files
@@ -235,6 +236,50 @@ with cli.interruptible():
   process.send_signal(signal.SIGINT)
   _, error = process.communicate(timeout=20)
   assert (process.returncode, error) == (-signal.SIGINT, b'')
+
+
+@pytest.fixture(scope='module')
+def bare(tmp_path_factory):
+  """A virtual environment with tqdm and NumPy, its python and its packages."""
+  folder = tmp_path_factory.mktemp('bare')
+  words = [sys.executable, '-m', 'venv', '--without-pip', str(folder)]
+  subprocess.run(words, check=True)
+  packages = next(folder.glob('lib/python*/site-packages'))
+  for package in tqdm, np:
+    path = pathlib.Path(package.__file__).parent
+    (packages / path.name).symlink_to(path)
+  return folder / 'bin/python', packages
+
+
+SCRIPTS = 'dreamer', 'evaluate', 'compare', 'report', 'sweep', 'benchmark'
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_commands_outside_of_the_virtual_environment(bare, script):
+  """Ends with what to do, not with Python's traceback."""
+  python, _ = bare
+  command = [python, '-S', ROOT / f'{script}.py', '--logdir', 'x']
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 2
+  start = f'{script}.py: error: {python} finds no tqdm: activate the virtual'
+  assert done.stderr.startswith(start) and done.stderr.count('\n') == 1
+
+
+def test_a_package_that_is_missing(bare, tmp_path):
+  python, packages = bare
+  command = [python, ROOT / 'evaluate.py', '--logdir', 'x']
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert (done.returncode, done.stderr.count('\n')) == (2, 1)
+  assert f'{python} finds no keras: ' in done.stderr
+  # A user's script has its own errors, and a broken package its own, too.
+  script = tmp_path / 'script.py'
+  script.write_text('import cli\nimport keras')
+  env = dict(os.environ, PYTHONPATH=str(ROOT))
+  done = subprocess.run([python, script], capture_output=True, env=env)
+  assert done.returncode == 1 and b'ModuleNotFoundError' in done.stderr
+  (packages / 'keras.py').write_text('import keras.inner')
+  done = subprocess.run(command, capture_output=True)
+  assert done.returncode == 1 and b'No module named' in done.stderr
 
 
 def test_a_folder_that_is_gone(tmp_path):
