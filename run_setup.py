@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import tempfile
+import time
 
 import keras
 import tensorflow as tf
@@ -25,7 +26,7 @@ def setup_precision(precision):
     if tf.config.list_physical_devices('GPU'):
       precision = '16'
     else:
-      precision = 'bfloat16' if _has_bfloat16() else '32'
+      precision = 'bfloat16' if _gains_bfloat16() else '32'
   policies = {'16': 'mixed_float16', 'bfloat16': 'mixed_bfloat16'}
   policy = policies.get(precision, 'float32')
   keras.config.set_floatx('float32')  # as keras.json may say otherwise
@@ -35,8 +36,27 @@ def setup_precision(precision):
   return policy
 
 
+def _gains_bfloat16():
+  """Whether this CPU multiplies bfloat16 in hardware, and faster than float32.
+
+  An AMD EPYC takes half the time for a product, an Intel Xeon without AMX
+  twice the time. So it is measured, in a tenth of a second.
+  """
+  if not _has_bfloat16():
+    return False
+  matrices = [tf.ones([512, 512], name) for name in ('float32', 'bfloat16')]
+  seconds = [[_product_seconds(m) for m in matrices] for _ in range(6)]
+  float32, bfloat16 = map(min, zip(*seconds, strict=True))
+  return bfloat16 < 0.8 * float32
+
+
+def _product_seconds(matrix):
+  start = time.perf_counter()
+  tf.matmul(matrix, matrix)
+  return time.perf_counter() - start
+
+
 def _has_bfloat16():
-  """Whether this CPU multiplies bfloat16 in hardware."""
   try:
     flags = pathlib.Path('/proc/cpuinfo').read_text().split()
   except OSError:

@@ -679,6 +679,34 @@ def test_float32_is_not_tf32(precision):
   assert not tf.config.experimental.tensor_float_32_execution_enabled()
 
 
+@pytest.mark.parametrize(
+  'hardware, share, policy',
+  [
+    (True, 0.5, 'mixed_bfloat16'),  # of float32's time, as on an AMD EPYC
+    (True, 0.9, 'float32'),  # gains nothing worth its rounding
+    (True, 1.8, 'float32'),  # as on an Intel Xeon without AMX
+    (False, 0.5, 'float32'),
+  ],
+)
+def test_bfloat16_where_it_is_faster(
+  precision, monkeypatch, hardware, share, policy
+):
+  """On a CPU, by products that are measured, the least of several."""
+  monkeypatch.setattr(run_setup, '_has_bfloat16', lambda: hardware)
+  measure, calls = run_setup._product_seconds, []
+
+  def seconds(matrix):
+    assert 0 < measure(matrix) < 60
+    calls.append(matrix.dtype)
+    other_job = len(calls) % 3  # it takes all but every third product's time
+    return (1 if matrix.dtype == tf.float32 else share) + 5 * other_job
+
+  monkeypatch.setattr(run_setup, '_product_seconds', seconds)
+  assert precision('auto') == policy == keras.config.dtype_policy().name
+  assert set(calls) == ({tf.float32, tf.bfloat16} if hardware else set())
+  assert precision('bfloat16') == 'mixed_bfloat16'  # whatever was measured
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['16', 'bfloat16'])
 def test_reduced_precision_learns_finitely(tmp_path, precision, name):
