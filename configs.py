@@ -134,7 +134,7 @@ FLAGS = {
          "updates to record for TensorBoard's profiler"),
     Flag('gpu_growth', Truth(), True, 'take GPU memory as needed', 'release'),
     Flag('precision', PRECISION, 'auto',
-         'of layers; auto: 16 on a GPU, on a CPU bfloat16 if that is faster or 32',
+         'of layers; auto: 16 on a GPU, else bfloat16 where faster than 32',
          'release: 16'),
     Flag('jit', JIT, 'auto',
          'compile with XLA; auto: on a GPU only, as XLA is slower on a CPU'),
