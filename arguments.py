@@ -312,6 +312,10 @@ class Parser(argparse.ArgumentParser):
       reason = str(error) if isinstance(error, Refused) else ''
       raise UserError(f'{name} takes {kind}, not {text!r}{reason}') from None
 
+  def print_help(self, file=None):
+    """An OSError where nobody takes it, of which argparse says nothing."""
+    print(self.format_help(), end='', file=file, flush=True)
+
   def error(self, message):
     if 'expected' in message:  # a value, and there may be what looks like none
       message += ' (write --flag=VALUE for one that begins with a dash)'

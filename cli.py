@@ -14,28 +14,6 @@ import stat
 import sys
 import threading
 
-
-def explain_import(kind, error, trace):
-  """In the place of `sys.excepthook`: says which package is not installed."""
-  name = getattr(error, 'name', None)
-  if kind is not ModuleNotFoundError or not name or '.' in name:  # or broken
-    sys.__excepthook__(kind, error, trace)
-    return
-  print(
-    f'{pathlib.Path(sys.argv[0]).name}: error: {sys.executable} finds no '
-    f'{name}: activate the virtual environment first (source .venv/bin/activate'
-    ') or install what requirements.txt names (README.md, Quick start)',
-    file=sys.stderr,
-  )
-  sys.exit(2)
-
-
-_script = getattr(sys.modules['__main__'], '__file__', None) or os.devnull
-if len({pathlib.Path(x).resolve().parent for x in (_script, __file__)}) == 1:
-  sys.excepthook = explain_import  # one of our commands, whose imports follow
-
-import tqdm  # noqa: E402
-
 # --- Errors -----------------------------------------------------------------
 
 NO_THREADS = (
@@ -78,6 +56,43 @@ def printable(text):
   )
 
 
+def _say_error(name, text):
+  """Prints what ends a program, if standard error still takes it."""
+  try:
+    print(f'{name}: error: {text}', file=sys.stderr, flush=True)
+  except OSError:  # what it holds back would be tried, and fail, at the end
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+
+
+def explain_import(kind, error, trace):
+  """In the place of `sys.excepthook`, while a command's imports are made.
+
+  Says which package is not installed, or what they cannot be made with.
+  """
+  name = getattr(error, 'name', None)
+  if kind is ModuleNotFoundError and name and '.' not in name:  # else broken
+    error = UserError(
+      f'{sys.executable} finds no {name}: activate the virtual environment '
+      'first (source .venv/bin/activate) or install what requirements.txt '
+      'names (README.md, Quick start)'
+    )
+  if not isinstance(error, Failure):
+    sys.__excepthook__(kind, error, trace)
+    return
+  _say_error(pathlib.Path(sys.argv[0]).name, error)
+  sys.exit(error.code)
+
+
+_script = getattr(sys.modules['__main__'], '__file__', None) or os.devnull
+if len({pathlib.Path(x).resolve().parent for x in (_script, __file__)}) == 1:
+  sys.excepthook = explain_import  # one of our commands, whose imports follow
+  os.environ['MPLBACKEND'] = 'agg'  # notebooks name one of their own
+
+import tqdm  # noqa: E402
+
+
 class Stopped(BaseException):
   """Ctrl-C, SIGTERM or SIGHUP asked the run to save and leave.
 
@@ -112,8 +127,9 @@ def main(name, run, argv=None):
     return 0
   except Failure as error:
     if error.detail and error.detail not in str(error):
-      print(error.detail, file=sys.stderr)
-    print(f'{name}: error: {error}', file=sys.stderr, flush=True)
+      with contextlib.suppress(OSError):
+        print(error.detail, file=sys.stderr)
+    _say_error(name, error)
     error.leave()
     return error.code
   except KeyboardInterrupt:
@@ -121,14 +137,13 @@ def main(name, run, argv=None):
   except RuntimeError as error:
     if str(error) != "can't start new thread":
       raise
-    print(f'{name}: error: {NO_THREADS}', file=sys.stderr)
+    _say_error(name, NO_THREADS)
     return 1
   except OSError as error:
     if error.filename or error.errno not in (errno.ENOSPC, errno.EPIPE):
       raise
     if not isinstance(error, BrokenPipeError):  # else the reader has enough
-      text = f'{name}: error: cannot write the output: {error.strerror}'
-      print(text, file=sys.stderr)
+      _say_error(name, f'cannot write the output: {error.strerror}')
     return 1
 
 

@@ -3,6 +3,10 @@
 import contextlib
 import gc
 import os
+import re
+import sys
+import tempfile
+import warnings
 
 import cli
 
@@ -23,9 +27,39 @@ def _uncollected():
       gc.enable()
 
 
+@contextlib.contextmanager
+def _unwarned():
+  """Imports without warnings, which PYTHONWARNINGS may make errors."""
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    yield
+
+
+def _check():
+  """UserError for what these imports, or the first operation, would fail at."""
+  if sys.flags.optimize > 1:
+    raise cli.UserError(
+      'TensorFlow does not load without docstrings: unset PYTHONOPTIMIZE, or '
+      'set it to 1'
+    )
+  try:
+    tempfile.gettempdir()
+  except OSError:
+    raise cli.UserError(
+      'no folder for temporary files can be written: set TMPDIR to one that can'
+    ) from None
+  for name in 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS':
+    if re.fullmatch(r'\s*-\d+', os.environ.get(name, '')):
+      raise cli.UserError(
+        f'{name} is {os.environ[name]}: the number of threads is 1 or more, or '
+        '0 for as many as there are cores'
+      )
+
+
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # counts when it loads
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # whatever keras.json says
-with cli.quiet_stderr(), cli.interruptible(), _uncollected():
+_check()
+with cli.quiet_stderr(), _unwarned(), cli.interruptible(), _uncollected():
   import keras
   import tensorflow  # noqa: ICN001, F401
   import tensorflow_probability  # noqa: F401

@@ -112,11 +112,11 @@ def setup_logdir(config, team=None):
   logdir, team = config.logdir, team or distribute.Team()
   try:
     logdir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=logdir):
+    with tempfile.TemporaryFile(dir=logdir), os.scandir(logdir):
       pass
   except OSError as error:
     reason = file_io.why_no_folder(logdir) or error.strerror
-    raise UserError(f'cannot write to --logdir {logdir}: {reason}') from None
+    raise UserError(f'cannot use --logdir {logdir}: {reason}') from None
   for name in ('checkpoints', 'episodes'):
     _check_readable(logdir / name)
   folders = dict(

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import types
 
@@ -280,6 +281,68 @@ def test_a_package_that_is_missing(bare, tmp_path):
   (packages / 'keras.py').write_text('import keras.inner')
   done = subprocess.run(command, capture_output=True)
   assert done.returncode == 1 and b'No module named' in done.stderr
+
+
+def run_evaluate(tmp_path, **variables):
+  """Without a run in its logdir, so that it ends once all has loaded."""
+  command = [sys.executable, ROOT / 'evaluate.py', f'--logdir={tmp_path}']
+  env = dict(os.environ, **variables)
+  return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def test_what_a_notebook_and_strict_warnings_set_is_no_error(tmp_path):
+  """Keras loads matplotlib, and what TensorFlow loads gives warnings."""
+  backend = (
+    'module://matplotlib_inline.backend_inline'  # of the kernel's Python
+  )
+  done = run_evaluate(tmp_path, MPLBACKEND=backend, PYTHONWARNINGS='error')
+  assert done.returncode == 2
+  assert done.stderr.count('\n') == 1
+  assert done.stderr.startswith(
+    f'evaluate.py: error: {tmp_path} is not the log'
+  )
+
+
+@pytest.mark.parametrize(
+  'variables, message',
+  [
+    (dict(PYTHONOPTIMIZE='2'), 'unset PYTHONOPTIMIZE, or set it to 1'),
+    (dict(TF_NUM_INTRAOP_THREADS='-1'), 'TF_NUM_INTRAOP_THREADS is -1: the n'),
+    (dict(TF_NUM_INTEROP_THREADS=' -12'), 'TF_NUM_INTEROP_THREADS is  -12: '),
+  ],
+)
+def test_what_tensorflow_cannot_load_with(tmp_path, variables, message):
+  done = run_evaluate(tmp_path, **variables)
+  assert (done.returncode, done.stderr.count('\n')) == (2, 1)
+  assert done.stderr.startswith('evaluate.py: error: ')
+  assert message in done.stderr
+
+
+def test_no_folder_for_temporary_files(monkeypatch):
+  """As in a container of which all but the logdir is read-only."""
+  import quiet
+
+  monkeypatch.setattr(tempfile, 'tempdir', None)
+  monkeypatch.setattr(tempfile, '_candidate_tempdir_list', lambda: ['/nowhere'])
+  with pytest.raises(cli.UserError, match='set TMPDIR to one'):
+    quiet._check()
+
+
+@pytest.mark.parametrize(
+  'words, code',
+  [
+    ('dreamer.py --logdir x --task nope 2>/dev/full', 2),
+    ('sweep.py --nope >/dev/full 2>&1', 2),
+    ('compare.py --help >/dev/full', 1),
+  ],
+)
+def test_outputs_on_a_full_disk(words, code):
+  """The exit code is that of what happened; lost output is an error."""
+  command = f'{sys.executable} {ROOT}/{words}'
+  done = subprocess.run(command, shell=True, capture_output=True, text=True)
+  assert done.returncode == code
+  lost = 'compare.py: error: cannot write the output: No space left on device\n'
+  assert done.stderr == (lost if code == 1 else '')
 
 
 def test_a_folder_that_is_gone(tmp_path):
