@@ -116,7 +116,7 @@ def setup_logdir(config, team=None):
       pass
   except OSError as error:
     reason = file_io.why_no_folder(logdir) or error.strerror
-    raise UserError(f'cannot use --logdir {logdir}: {reason}') from None
+    raise UserError(f'cannot write to --logdir {logdir}: {reason}') from None
   for name in ('checkpoints', 'episodes'):
     _check_readable(logdir / name)
   folders = dict(

@@ -309,7 +309,7 @@ def test_full_and_read_only_disks(small_disk):
   remount(small_disk, 'ro')
   result = run(logdir)
   assert result.returncode == 2
-  assert f'cannot use --logdir {logdir}: Read-only' in result.stderr
+  assert f'cannot write to --logdir {logdir}: Read-only' in result.stderr
   remount(small_disk, 'rw,size=60m')
   result = run(logdir, '--steps=700')
   assert result.returncode == 0, result.stderr
