@@ -27,14 +27,6 @@ def _uncollected():
       gc.enable()
 
 
-@contextlib.contextmanager
-def _unwarned():
-  """Imports without warnings, which PYTHONWARNINGS may make errors."""
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    yield
-
-
 def _check():
   """UserError for what these imports, or the first operation, would fail at."""
   if sys.flags.optimize > 1:
@@ -59,7 +51,8 @@ def _check():
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # counts when it loads
 os.environ['KERAS_BACKEND'] = 'tensorflow'  # whatever keras.json says
 _check()
-with cli.quiet_stderr(), _unwarned(), cli.interruptible(), _uncollected():
+unwarned = warnings.catch_warnings(action='ignore')  # of -W error, errors
+with cli.quiet_stderr(), unwarned, cli.interruptible(), _uncollected():
   import keras
   import tensorflow  # noqa: ICN001, F401
   import tensorflow_probability  # noqa: F401

@@ -40,7 +40,7 @@ def _gains_bfloat16():
   """Whether this CPU multiplies bfloat16 in hardware, and faster than float32.
 
   An AMD EPYC takes half the time for a product, an Intel Xeon without AMX
-  twice the time. So it is measured, in a tenth of a second.
+  twice the time. So it is measured, in 0.1 to 0.2 s.
   """
   if not _has_bfloat16():
     return False
@@ -57,6 +57,7 @@ def _product_seconds(matrix):
 
 
 def _has_bfloat16():
+  """Whether this CPU multiplies bfloat16 in hardware, by its flags."""
   try:
     flags = pathlib.Path('/proc/cpuinfo').read_text().split()
   except OSError:

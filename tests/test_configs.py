@@ -1,5 +1,6 @@
 """Flags, their defaults, and the logdirs that a run refuses."""
 
+import errno
 import json
 import os
 import pathlib
@@ -337,6 +338,20 @@ def test_logdir_that_cannot_be_used(tmp_path, capsys):
     assert words in capsys.readouterr().err
   assert (tmp_path / 'other' / 'thesis.tex').exists()
   assert [p.name for p in (tmp_path / 'other').iterdir()] == ['thesis.tex']
+
+
+def test_a_logdir_that_cannot_be_listed(tmp_path, monkeypatch):
+  """As after umask 0477, which root would not notice."""
+
+  def scandir(path, scan=os.scandir):
+    if pathlib.Path(path) == tmp_path:
+      raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+    return scan(path)
+
+  monkeypatch.setattr(os, 'scandir', scandir)
+  config = commandline.parse_flags(['--logdir', str(tmp_path)])
+  with pytest.raises(cli.UserError, match='logdir .*: Permission denied'):
+    run_setup.setup_logdir(config).close()
 
 
 def test_checkpoints_that_cannot_be_read_are_not_taken_for_none(tmp_path):
